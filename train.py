@@ -1,0 +1,449 @@
+"""Train a grounding model: one command, one loop.
+
+    python train.py                                           m2ist on `shapes`, tiny, on a CPU, in minutes
+    python train.py --method frozen                           the same without adapters
+    python train.py --size base --dataset my.jsonl            the paper's model on one's own pictures
+    python train.py --out runs/x --resume                     go on where a run stopped
+
+The --out folder gets args.json, log.jsonl (one object an epoch), last.pt (to resume), best.safetensors (the tuned
+weights of the best epoch on val, for evaluate.py) and val.png (a look at what was learned).
+"""
+import argparse
+import functools
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data
+import losses
+from model import (METHODS, OPTIONS, SIZES, InputError, build_encoders, build_model, count_parameters, load_checkpoint,
+                   load_tuned, one_of, save_checkpoint, shapes_weights, tuned_state)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+# What --epochs, --lr and so on are where the command line does not say.
+RECIPES = {
+    # M²IST Section IV-B c: AdamW, one drop by 10; the batch of Table I. RefCOCO+ trains twice as long.
+    "base": dict(epochs=90, batch_size=64, lr=1e-4, lr_encoder=1e-5, schedule="step", lr_drop=60, warmup=0),
+    "base on refcoco+": dict(epochs=180, batch_size=64, lr=1e-4, lr_encoder=1e-5, schedule="step", lr_drop=120, warmup=0),
+    # Ours, found on `shapes`: few epochs, so larger rates, a warm-up and a smooth end.
+    "tiny": dict(epochs=8, batch_size=64, lr=1e-3, lr_encoder=1e-3, schedule="cosine", lr_drop=6, warmup=200),
+}
+
+
+def recipe_help(key, source):
+    """`source` and the default of each recipe, for --help."""
+    return f"({source}; default: " + ", ".join(f"{name} {recipe[key]}" for name, recipe in RECIPES.items()) + ")"
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    what = parser.add_argument_group("what").add_argument
+    what("--method", default="m2ist", help=f"{', '.join(METHODS)} (default: m2ist)")
+    what("--dataset", default="shapes", help="shapes, or the path of a FILE.jsonl (ours; default: shapes)")
+    what("--root", help="folder that image paths start from (ours; default: that of the .jsonl)")
+    what("--size", help=f"{', '.join(SIZES)} (default: tiny for shapes, which is ours, else base, the paper's)")
+    what("--weights", help="of the encoders: pretrained, random, shapes (ours; default: shapes for tiny, else pretrained)")
+    what("--out", help="folder of the run (ours; default: runs/DATASET-METHOD-SEED)")
+    what("--seed", type=int, default=0, help="of new weights, order and transforms (ours; default: 0)")
+
+    encoders = parser.add_argument_group("encoders").add_argument
+    encoders("--vision-weights", help="file of DETR R-50, official or TransVG's (default: DETR's official file)")
+    encoders("--text-weights", default=OPTIONS["text_weights"],
+             help="hub name or folder of a BERT (Section IV-B a; default: bert-base-uncased)")
+    encoders("--max-tokens", type=int,
+             help="text tokens with [CLS] and [SEP] (released code, which takes 40 for RefCOCOg; default: 20)")
+    encoders("--cache", default=OPTIONS["cache"], help="folder of the pretrained tiny encoders (ours; default: .cache)")
+    encoders("--pretext-steps", type=int, default=OPTIONS["pretext_steps"],
+             help=f"steps of the tiny encoders' pretraining (ours; default: {OPTIONS['pretext_steps']})")
+
+    adapters = parser.add_argument_group("M3ISA").add_argument
+    adapters("--bottleneck", type=int, help="C_d of VEA and LEA (Section IV-B b; default: 128, tiny 32)")
+    adapters("--interaction-dim", type=int, help="C_i of IEA (Section IV-B b; default: 256, tiny 64)")
+    adapters("--interaction-bottleneck", type=int, help="C_d of IEA (Section IV-C a; default: 128, tiny 32)")
+    adapters("--scale", type=float, default=OPTIONS["scale"], help="s of all adapters (Section IV-B b; default: 0.1)")
+    adapters("--residual", action="store_true",
+             help="adapters add their own input, Eqs. (1), (4), (5) to the letter (released code; default: no)")
+    adapters("--text-layers", type=int, nargs="+",
+             help="text layers paired with vision layers 1, 2, ... (Table VIII c; default: 7 8 9 10 11 12, tiny 3 4)")
+
+    training = parser.add_argument_group("training").add_argument
+    training("--epochs", type=int, help=recipe_help("epochs", "Section IV-B c"))
+    training("--batch-size", type=int, help=recipe_help("batch_size", "Table I"))
+    training("--micro-batch", type=int, help="samples at once; gradients add up to the batch's (ours; default: the batch)")
+    training("--lr", type=float, help="of the grounding encoder " + recipe_help("lr", "Section IV-B c"))
+    training("--lr-encoder", type=float,
+             help="of adapters, or of encoders that are trained " + recipe_help("lr_encoder", "Section IV-B c"))
+    training("--schedule", help="step: a tenth after --lr-drop epochs; cosine: to zero "
+             + recipe_help("schedule", "Section IV-B c"))
+    training("--lr-drop", type=int, help="epochs before the step " + recipe_help("lr_drop", "Section IV-B c"))
+    training("--warmup", type=int, help="steps of linear warm-up " + recipe_help("warmup", "released code"))
+    training("--weight-decay", type=float, default=1e-4, help="of AdamW (Section IV-B c; default: 1e-4)")
+    training("--giou", type=float, default=1.0, help="λ of Eq. (6) (released code, the paper is silent; default: 1)")
+
+    machine = parser.add_argument_group("machine").add_argument
+    machine("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+            help="cpu, cuda, cuda:1 (ours; default: cuda if there is one)")
+    machine("--amp", default="off", help="off, bf16, fp16: mixed precision (released code; default: off)")
+    machine("--workers", type=int, help="processes that load pictures (ours; default: 0 for shapes, else 2)")
+    machine("--limit", type=int, help="only the first N expressions of each split (ours; default: all)")
+    machine("--resume", action="store_true", help="go on with the run in --out, with the flags it was started with")
+    return parser
+
+
+def complete(args):
+    """Fill in what the command line left open, and refuse what cannot be."""
+    one_of("method", args.method, METHODS)
+    args.size = args.size or ("tiny" if args.dataset == "shapes" else "base")
+    one_of("size", args.size, SIZES)
+    args.weights = args.weights or ("shapes" if args.size == "tiny" else "pretrained")
+    recipe = RECIPES.get(f"{args.size} on {args.dataset}", RECIPES[args.size])
+    for key, value in recipe.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    one_of("schedule", args.schedule, ("step", "cosine"))
+    one_of("amp", args.amp, ("off", "bf16", "fp16"))
+    args.micro_batch = args.micro_batch or args.batch_size
+    if args.workers is None:
+        args.workers = 0 if args.dataset == "shapes" else 2
+    args.out = args.out or f"runs/{Path(args.dataset).stem}-{args.method}-{args.seed}"
+    for flag in ("epochs", "batch_size", "micro_batch", "lr_drop", "limit", "pretext_steps", "max_tokens"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise InputError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be 1 or more")
+    return args
+
+
+MAY_CHANGE = ("device", "workers", "resume", "out", "cache")         # what a resumed run need not share with its start
+
+
+def parse_args(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not args.resume:
+        return complete(args)
+    out = complete(argparse.Namespace(**vars(args))).out
+    path = Path(out) / "args.json"
+    if not path.exists():
+        raise InputError(f"--resume: there is no run in {out} (no args.json); give its folder by --out")
+    saved = json.loads(path.read_text())["args"]
+    parser.set_defaults(**saved)
+    args = parser.parse_args(argv)
+    args.out, args.resume = out, True
+    for key, value in vars(args).items():
+        if key not in MAY_CHANGE and value != saved.get(key):
+            raise InputError(f"--{key.replace('_', '-')} is {value}, but the run in {out} has {saved.get(key)}: leave "
+                             f"the flag out to resume it, or start a new run by another --out")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tiny encoders' pretraining: what is where in a picture, and masked words. No (expression, box) pair is seen:
+# the pictures come without expressions and the expressions without pictures.
+
+class PretextScenes(torch.utils.data.Dataset):
+    """Pictures of `shapes`' train split, with what covers each cell of the encoder's grid.
+
+    -> image, padding, colour (Nv,), shape (Nv,), box (Nv, 4) as in a batch; where nothing covers a cell, the colour
+    is one past the last.
+    """
+
+    def __init__(self, seed):
+        self.first, self.count, _, _ = data.SHAPES_SPLITS["train"]
+        self.seed, self.size, self.stride = seed, SIZES["tiny"]["image_size"], SIZES["tiny"]["stride"]
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        _, things, _ = data.scene(self.first + i)
+        picture = data.render(self.first + i)
+        image, padding, place = data.letterbox(picture, self.size, data.seeded(self.seed, i))
+        cells = self.size // self.stride
+        colour = torch.full((cells, cells), len(data.COLOURS))
+        shape, boxes = torch.zeros(cells, cells, dtype=torch.long), torch.zeros(cells, cells, 4)
+        for thing in things:
+            cx, cy, w, h = box = data.to_square(thing.box, picture.size, place, self.size)
+            x1, x2, y1, y2 = (round(v * cells) for v in (cx - w / 2, cx + w / 2, cy - h / 2, cy + h / 2))
+            colour[y1:y2, x1:x2] = list(data.COLOURS).index(thing.colour)       # cells whose centre lies in the box
+            shape[y1:y2, x1:x2] = data.SHAPES.index(thing.shape)
+            boxes[y1:y2, x1:x2] = torch.tensor(box)
+        return image, padding, colour.flatten(), shape.flatten(), boxes.flatten(0, 1)
+
+
+class PretextVision(nn.Module):
+    """What covers a cell (colour, shape: cross entropy) and its box (L1), read off the encoder's output by one linear."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder, self.parts = encoder, [len(data.COLOURS) + 1, len(data.SHAPES), 4]
+        self.head = nn.Linear(SIZES["tiny"]["vision"]["dim"], sum(self.parts))
+
+    def batches(self, steps, batch, seed):
+        scenes = PretextScenes(seed)
+        return DataLoader(scenes, batch, sampler=torch.randint(len(scenes), (steps * batch,)).tolist())
+
+    def forward(self, images, padding, colour, shape, boxes):
+        says_colour, says_shape, says_box = self.head(self.encoder(images, padding).x).split(self.parts, dim=-1)
+        covered = colour < len(data.COLOURS)
+        return (F.cross_entropy(says_colour.flatten(0, 1), colour.flatten())
+                + F.cross_entropy(says_shape[covered], shape[covered])
+                + 5 * F.l1_loss(says_box[covered], boxes[covered]))
+
+
+class PretextText(nn.Module):
+    """Masked words, 15% of them as in BERT; texts of `shapes`' train split without their pictures."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder, self.tokenizer = encoder, data.Tokenizer("shapes", None, SIZES["tiny"]["max_tokens"])
+        self.head = nn.Linear(SIZES["tiny"]["text"]["dim"], SIZES["tiny"]["text"]["vocabulary"])
+
+    def batches(self, steps, batch, seed):
+        texts = [torch.tensor(self.tokenizer(sample.text)) for sample in data.load_samples("shapes", "train")]
+        for _ in range(steps):
+            chosen = [texts[i] for i in torch.randint(len(texts), (batch,))]
+            yield nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=self.tokenizer.pad),
+
+    def forward(self, tokens):
+        padding = tokens == self.tokenizer.pad
+        hidden = (torch.rand(tokens.shape) < 0.15) & ~padding
+        out = self.head(self.encoder(tokens.masked_fill(hidden, self.tokenizer.mask), padding).x[hidden])
+        return F.cross_entropy(out, tokens[hidden])
+
+
+def pretrain_encoders(cache, steps, batch=64, lr=2e-3, seed=0):
+    """Pretrain the tiny encoders on the CPU and keep them in the cache, unless they are there already."""
+    path = shapes_weights(cache, steps)
+    if path.exists():
+        return
+    encoders = dict(zip(("vision", "text"), build_encoders("tiny")))
+    for name, task in (("vision", PretextVision), ("text", PretextText)):
+        torch.manual_seed(seed)
+        task = task(encoders[name].train())
+        optimizer = torch.optim.AdamW(task.parameters(), lr)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+        bar = tqdm(task.batches(steps, batch, seed), f"pretraining the tiny {name} encoder", steps)
+        for inputs in bar:
+            loss = task(*inputs)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    save_file({f"{name}.{key}": value for name, encoder in encoders.items() for key, value in encoder.state_dict().items()},
+              partial)
+    partial.replace(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+def model_arguments(args):
+    """What rebuilds the model: build_model's arguments."""
+    return {key: getattr(args, key) for key in ("method", "size", "weights", *OPTIONS)}
+
+
+def make_loader(samples, args, train, epoch=0):
+    """Batches of a dataset. In training the order and the transforms are drawn from the seed and the epoch alone."""
+    spec = SIZES[args.size]
+    tokenizer = data.Tokenizer(args.weights, args.text_weights, args.max_tokens or spec["max_tokens"])
+    dataset = data.GroundingDataset(samples, spec["image_size"], tokenizer, train, (args.seed, epoch))
+    order = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
+    return DataLoader(dataset, args.batch_size, shuffle=train, generator=order, num_workers=args.workers,
+                      collate_fn=functools.partial(data.collate, pad=tokenizer.pad),
+                      drop_last=train and len(samples) >= args.batch_size)
+
+
+def make_optimizer(model, args):
+    """AdamW with two rates: the grounding encoder's, and that of whatever is tuned in or beside the encoders."""
+    tuned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [dict(params=[p for n, p in tuned if n.startswith("grounding.")], lr=args.lr, peak=args.lr),
+              dict(params=[p for n, p in tuned if not n.startswith("grounding.")], lr=args.lr_encoder, peak=args.lr_encoder)]
+    return torch.optim.AdamW(groups, weight_decay=args.weight_decay)
+
+
+def rate_factor(args, step, steps):
+    """What the learning rates are multiplied by at a step (from 0), of `steps` in an epoch."""
+    warm = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
+    if args.schedule == "cosine":
+        return warm * 0.5 * (1 + math.cos(math.pi * step / (args.epochs * steps)))
+    return warm * (0.1 if step // steps >= args.lr_drop else 1.0)
+
+
+def autocast(args):
+    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
+    return torch.autocast(torch.device(args.device).type, dtype, enabled=dtype is not None)
+
+
+def train_epoch(model, loader, optimizer, scaler, args, epoch, bar):
+    """One pass over the training data. Returns the mean loss and the accuracy on the way."""
+    model.train()
+    total = right = seen = 0
+    for i, batch in enumerate(loader):
+        factor = rate_factor(args, (epoch - 1) * len(loader) + i, len(loader))
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        optimizer.zero_grad(set_to_none=True)
+        size, loss = len(batch["boxes"]), 0.0
+        for part in zip(*(v.split(args.micro_batch) for v in batch.values())):
+            images, image_padding, tokens, token_padding, boxes, _ = (v.to(args.device, non_blocking=True) for v in part)
+            with autocast(args):
+                pred = model(images, image_padding, tokens, token_padding).boxes
+            part_loss = losses.box_loss(pred, boxes, giou=args.giou) * len(boxes) / size
+            scaler.scale(part_loss).backward()
+            loss += part_loss.item()
+            right += (losses.iou_and_giou(pred.detach(), boxes)[0] >= 0.5).sum().item()
+        if not math.isfinite(loss):
+            raise InputError(f"the loss is {loss} at epoch {epoch}, step {i + 1}, samples {batch['index'].tolist()}: take a "
+                             f"smaller --lr, or --amp off; {args.out}/last.pt holds the last whole epoch")
+        scaler.step(optimizer)
+        scaler.update()
+        total, seen = total + loss * size, seen + size
+        bar.set_postfix_str(f"epoch {epoch}/{args.epochs} loss {total / seen:.3f} acc {right / seen:.3f}")
+        bar.update()
+    return total / seen, right / seen
+
+
+@torch.no_grad()
+def predict(model, loader, args):
+    """Boxes (N, 4), truths (N, 4) and IoUs (N,) of a whole loader, on the CPU."""
+    model.eval()
+    found = []
+    for batch in loader:
+        inputs = [batch[k].to(args.device) for k in ("images", "image_padding", "tokens", "token_padding")]
+        with autocast(args):
+            pred = model(*inputs).boxes.float().cpu()
+        found.append((pred, batch["boxes"], losses.iou_and_giou(pred, batch["boxes"])[0]))
+    return [torch.cat(part) for part in zip(*found)]
+
+
+def scores(ious):
+    """Acc@0.5 (IoU >= 0.5) and mean IoU."""
+    return {"acc@0.5": (ious >= 0.5).float().mean().item(), "mean_iou": ious.mean().item()}
+
+
+@torch.no_grad()
+def picture_predictions(model, samples, args, path):
+    """Save a sheet: each sample with its expression, the true box (green), the predicted one (red), [REG]'s attention."""
+    model.eval()
+    tiles = []
+    for sample, batch in zip(samples, make_loader(samples, argparse.Namespace(**{**vars(args), "batch_size": 1}), False)):
+        inputs = [batch[k].to(args.device) for k in ("images", "image_padding", "tokens", "token_padding")]
+        with autocast(args):
+            found = model(*inputs, attention=True)
+        iou = losses.iou_and_giou(found.boxes.cpu(), batch["boxes"])[0].item()
+        picture, cells = data.load_picture(sample.image), math.isqrt(found.attention.shape[1])
+        box = data.from_square(found.boxes[0].cpu(), picture.size, SIZES[args.size]["image_size"])
+        tiles.append(data.draw(picture, f"{sample.text} (IoU {iou:.2f})", [(sample.box, data.TRUE), (box, data.PREDICTED)],
+                               found.attention[0].float().cpu().reshape(cells, cells).numpy()))
+    data.contact_sheet(tiles).save(path)
+
+
+def save_whole(path, write):
+    """Call write(a path beside `path`), then rename: killed at any time, what stood at `path` before still stands."""
+    partial = Path(f"{path}.partial")
+    write(partial)
+    partial.replace(path)
+
+
+def start(args, model):
+    """Make the --out folder, or pick up what is in it. Returns the state of last.pt, or None."""
+    out = Path(args.out)
+    if not args.resume and out.exists() and any(out.iterdir()):
+        raise InputError(f"--out {out} already holds a run: give another --out, or --resume to go on with it")
+    out.mkdir(parents=True, exist_ok=True)
+    if not args.resume:
+        about = {"args": vars(args), "parameters": count_parameters(model),
+                 "environment": {"torch": torch.__version__, "torchvision": torchvision.__version__,
+                                 "device": torch.cuda.get_device_name(args.device) if "cuda" in args.device else "cpu"}}
+        save_whole(out / "args.json", lambda path: path.write_text(json.dumps(about, indent=1)))
+    last = out / "last.pt"
+    if not last.exists():
+        return None
+    return torch.load(last, map_location="cpu", weights_only=True)
+
+
+def fit(model, args, train_samples, val_samples):
+    """The training loop: epochs, each followed by an evaluation on val and by writing everything down."""
+    out, log = Path(args.out), Path(args.out) / "log.jsonl"
+    optimizer = make_optimizer(model, args)
+    scaler = torch.amp.GradScaler(enabled=args.amp == "fp16")
+    state = start(args, model)
+    epoch, best, lines = 0, -1.0, []
+    if state:
+        epoch, best, lines = state["epoch"], state["best"], state["log"]
+        load_tuned(model, state["model"], out / "last.pt")
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        print(f"resumed after epoch {epoch}")
+    steps = len(make_loader(train_samples, args, True))
+    with tqdm(total=args.epochs * steps, initial=epoch * steps, desc=args.method, unit="step") as bar:
+        for epoch in range(epoch + 1, args.epochs + 1):
+            torch.manual_seed(args.seed * 100_003 + epoch)             # dropout: an epoch is the same, resumed or not
+            loss, accuracy = train_epoch(model, make_loader(train_samples, args, True, epoch), optimizer, scaler, args,
+                                         epoch, bar)
+            line = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "train_loss": loss, "train_acc@0.5": accuracy}
+            if val_samples:
+                ious = predict(model, make_loader(val_samples, args, False), args)[2]
+                line |= {f"val_{name}": value for name, value in scores(ious).items()}
+            lines.append(line)
+            tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in line.items()))
+            # Without val the last epoch is the best. The order below lets a killed run lose nothing but its epoch.
+            if line.get("val_acc@0.5", best) >= best:
+                best = line.get("val_acc@0.5", best)
+                save_checkpoint(out / "best.safetensors", model, {"model": model_arguments(args), "args": vars(args), **line})
+            state = {"epoch": epoch, "best": best, "log": lines, "model": tuned_state(model),
+                     "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            save_whole(out / "last.pt", lambda path: torch.save(state, path))
+            save_whole(log, lambda path: path.write_text("".join(json.dumps(entry) + "\n" for entry in lines)))
+
+
+def main(argv=None):
+    began = time.time()
+    args = parse_args(argv)
+    splits = data.split_names(args.dataset, args.root)
+    train_samples = data.load_samples(args.dataset, "train", args.root)[:args.limit]
+    val_samples = data.load_samples(args.dataset, "val", args.root)[:args.limit] if "val" in splits else []
+    if not val_samples:
+        print(f"{args.dataset} has no split 'val': the last epoch is kept as the best")
+    if args.weights == "shapes":
+        pretrain_encoders(args.cache, args.pretext_steps)
+    torch.manual_seed(args.seed)
+    model = build_model(**model_arguments(args)).to(args.device)
+    print(f"{args.method} {args.size} on {args.dataset}: {len(train_samples)} expressions to train on, "
+          f"{len(val_samples)} to validate; parameters {count_parameters(model)}")
+    fit(model, args, train_samples, val_samples)
+    model, config = load_checkpoint(args.out)
+    shown = (val_samples or train_samples)
+    picture_predictions(model.to(args.device), shown[::max(1, len(shown) // 12)][:12], args, Path(args.out) / "val.png")
+    print(f"best epoch {config['epoch']} of {args.epochs}"
+          + (f": Acc@0.5 {config['val_acc@0.5']:.4f} on val" if val_samples else "")
+          + f"; {(time.time() - began) / 60:.1f} minutes; look at {args.out}/val.png; python evaluate.py {args.out}")
+
+
+def run(main):
+    """Run a command line: what is wrong with the input is one line on stderr and exit status 2, never a traceback."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run(main)
