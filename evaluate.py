@@ -1,0 +1,78 @@
+"""Evaluate a checkpoint of train.py.
+
+    python evaluate.py runs/shapes-m2ist-0                          every split but train, as a table
+    python evaluate.py runs/shapes-m2ist-0 --split val --json val.json
+    python evaluate.py runs/shapes-m2ist-0 --figures pictures       and a sheet of predictions of each split
+
+Acc@0.5 is the part of the expressions whose box has IoU >= 0.5 with the true one (M²IST Section IV-A b, HiVG Section
+4.1); mean IoU is over all of them.
+"""
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+import data
+import train
+from model import load_checkpoint
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="the --out folder of a run, or its best.safetensors")
+    parser.add_argument("--dataset", help="another dataset than the one that the checkpoint was trained on")
+    parser.add_argument("--root", help="folder that image paths start from (default: that of the training)")
+    parser.add_argument("--split", action="append", help="only this split; may be given more than once")
+    parser.add_argument("--json", help="file to write the results to")
+    parser.add_argument("--figures", help="folder for a sheet of predictions of each split")
+    parser.add_argument("--batch-size", type=int, default=64, help="samples at once (default: 64)")
+    parser.add_argument("--workers", type=int, help="processes that load pictures (default: as in training)")
+    parser.add_argument("--limit", type=int, help="only the first N expressions of each split (default: as in training)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    return parser.parse_args(argv)
+
+
+def leaky_pretraining(config):
+    """Whether the vision encoder's pretraining has seen the pictures it is tested on: False, or None for not known."""
+    return None if config["model"]["weights"] == "pretrained" else False
+
+
+def evaluate_split(model, samples, args):
+    """One row of the results; `seconds` is the whole pass, pictures loaded and all."""
+    began = time.time()
+    ious = train.predict(model, train.make_loader(samples, args, False), args)[2]
+    return {**train.scores(ious), "expressions": len(samples), "images": len({s.image_id for s in samples}),
+            "seconds": time.time() - began}
+
+
+def main(argv=None):
+    asked = parse_args(argv)
+    model, config = load_checkpoint(asked.checkpoint)
+    # The flags of the training, with what was asked here in their place.
+    args = argparse.Namespace(**{**config["args"], **{k: v for k, v in vars(asked).items() if v is not None}})
+    model.to(args.device)
+    names = data.split_names(args.dataset, args.root)
+    splits = {}
+    print(f"{args.method} {args.size} on {args.dataset}, epoch {config['epoch']}")
+    for split in asked.split or [name for name in names if name != "train"] or names:
+        samples = data.load_samples(args.dataset, split, args.root)[:args.limit]
+        row = splits[split] = evaluate_split(model, samples, args)
+        print(f"{split:8}  Acc@0.5 {row['acc@0.5']:.4f}  mean IoU {row['mean_iou']:.4f}  {row['expressions']:6} expressions "
+              f"of {row['images']} images in {row['seconds']:.1f} s")
+        if args.figures:
+            Path(args.figures).mkdir(parents=True, exist_ok=True)
+            path = Path(args.figures) / f"{split}.png"
+            train.picture_predictions(model, train.spread(samples), args, path)
+            print(f"{'':8}  {path}")
+    result = {"dataset": args.dataset, "method": args.method, "leaky_pretraining": leaky_pretraining(config),
+              "splits": splits}
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    train.run(main)

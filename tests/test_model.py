@@ -1,0 +1,424 @@
+"""model.py against the reference models, against literal loops, and against what the design promises."""
+import copy
+import math
+
+import pytest
+import torch
+import torchvision
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers.models.detr.modeling_detr import DetrEncoder, DetrSinePositionEmbedding
+
+import losses
+import model as m
+
+
+def tiny(method="m2ist", **options):
+    torch.manual_seed(1)
+    return m.build_model(method, "tiny", "random", **options)
+
+
+def inputs(batch=3, text=9, seed=0):
+    """A batch with padding at different places of pictures and of texts."""
+    g = torch.Generator().manual_seed(seed)
+    images = torch.randn(batch, 3, 64, 64, generator=g)
+    image_padding = torch.zeros(batch, 64, 64, dtype=torch.bool)
+    for i in range(batch):
+        image_padding[i, :8 * i] = True
+    images.masked_fill_(image_padding[:, None], 0)
+    tokens = torch.randint(5, 150, (batch, text), generator=g)
+    token_padding = torch.arange(text) >= torch.tensor([text - 2 * i for i in range(batch)])[:, None]
+    return images, image_padding, tokens.masked_fill(token_padding, 0), token_padding
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The layer
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+@pytest.mark.parametrize("activation, by_hand", [
+    ("relu", lambda v: max(v, 0.0)), ("gelu", lambda v: v * 0.5 * (1 + math.erf(v / math.sqrt(2)))),
+    ("quick_gelu", lambda v: v / (1 + math.exp(-1.702 * v)))])
+def test_transformer_layer_is_the_formula(pre_norm, activation, by_hand):
+    torch.manual_seed(0)
+    layer = m.TransformerLayer(6, heads=2, hidden=5, activation=activation, pre_norm=pre_norm).double()
+    x, position = torch.randn(4, 6).double(), torch.randn(4, 6).double()
+    padding = torch.tensor([False, False, False, True])
+    out, a, g = (t[0] for t in layer(x[None], padding[None], position[None]))
+
+    h = layer.norm1(x) if pre_norm else x
+    q, k, v = layer.q(h + position), layer.k(h + position), layer.v(h)       # positions: queries and keys only
+    expected_a = torch.zeros(4, 6).double()
+    for i in range(4):
+        for head in (slice(0, 3), slice(3, 6)):
+            weights = [math.exp(float((q[i, head] @ k[j, head]).detach()) / math.sqrt(3)) for j in range(3)]     # token 4 is padding
+            for j in range(3):
+                expected_a[i, head] += weights[j] / sum(weights) * v[j, head]
+    expected_a = layer.out(expected_a)
+    assert torch.allclose(a, expected_a, atol=1e-8)
+
+    mid = x + expected_a if pre_norm else layer.norm1(x + expected_a)
+    hidden = layer.fc1(layer.norm2(mid) if pre_norm else mid).detach().apply_(by_hand)
+    assert torch.allclose(g, layer.fc2(hidden), atol=1e-6)
+    assert torch.allclose(out, mid + g if pre_norm else layer.norm2(mid + g), atol=1e-6)
+
+
+def test_attention_map_is_the_weights_that_the_layer_uses():
+    torch.manual_seed(0)
+    layer = m.TransformerLayer(8, heads=1, hidden=4)
+    x, position, padding = torch.randn(2, 5, 8), torch.randn(5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    weights = layer.attention_map(x, padding, position)
+    assert torch.allclose(layer.out((weights[:, None] @ layer.v(x))[:, 0]), layer(x, padding, position)[1][:, 0], atol=1e-5)
+    assert torch.allclose(weights.sum(1), torch.ones(2)) and weights[1, 3:].abs().max() == 0
+
+
+@pytest.mark.parametrize("port, index", [("attention", 1), ("ffn", 2)])
+def test_a_plug_rewrites_its_port_before_the_residual(port, index):
+    class Plug(torch.nn.Module):
+        def forward(self, out, x, context):
+            self.seen = x
+            return 2 * out + context
+
+    torch.manual_seed(0)
+    layer, x, context = m.TransformerLayer(8, heads=2, hidden=4, pre_norm=True), torch.randn(2, 5, 8), torch.randn(2, 1, 8)
+    plain = layer(x)
+    layer.plugs[port] = Plug()
+    changed = layer(x, context=context)
+    assert torch.allclose(changed[index], 2 * plain[index] + context, atol=1e-6)
+    assert torch.allclose(changed[0], layer.plugs[port].seen + changed[index] if port == "ffn"
+                          else x + changed[1] + changed[2], atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parity with transformers and torchvision, on random weights
+
+def compare(ours, theirs, ours_in, theirs_in, real, limit=1e-5):
+    """Equal where `real`, and the same gradients there at the input. Gradients are compared relative to their size."""
+    assert (ours - theirs)[real].abs().max() <= limit
+    weights = torch.randn_like(ours) * real[..., None]
+    mine, = torch.autograd.grad((ours * weights).sum(), ours_in, retain_graph=True)
+    hers, = torch.autograd.grad((theirs * weights).sum(), theirs_in, retain_graph=True)
+    assert (mine - hers).abs().max() <= limit * max(1.0, hers.abs().max().item())
+
+
+def test_bert_equals_transformers(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+                                     intermediate_size=48, max_position_embeddings=20, attn_implementation="eager")
+    bert = transformers.BertModel(config).eval()
+    for p in bert.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    bert.save_pretrained(tmp_path)
+    ours = m.TextEncoder(60, 20, 32, 4, 48, 3, 0.1).eval()
+    m.load_bert(ours, str(tmp_path))
+    tokens, padding = torch.randint(60, (3, 11)), torch.arange(11) >= torch.tensor([[11], [8], [5]])
+    theirs = bert(tokens, attention_mask=(~padding).long(), output_hidden_states=True).hidden_states
+    found = ours(tokens, padding)
+    assert (found.x0 - theirs[0]).abs().max() <= 1e-5
+    compare(found.x, theirs[-1], ours.word.weight, bert.embeddings.word_embeddings.weight, ~padding)
+
+
+HUB_TO_OFFICIAL = {"self_attn.o_proj": "self_attn.out_proj", "mlp.fc1": "linear1", "mlp.fc2": "linear2",
+                   "self_attn_layer_norm": "norm1", "final_layer_norm": "norm2", "fc1": "linear1", "fc2": "linear2"}
+
+
+def official_encoder(encoder):
+    """transformers' DETR encoder in the official names, in-projections in one piece."""
+    state, official = encoder.state_dict(), {}
+    for key, value in state.items():
+        layer, rest = key.split(".", 2)[1:]
+        part, kind = rest.rsplit(".", 1)
+        name = f"transformer.encoder.layers.{layer}."
+        if part == "self_attn.q_proj":
+            official[f"{name}self_attn.in_proj_{kind}"] = torch.cat(
+                [state[key.replace("q_proj", f"{p}_proj")] for p in "qkv"])
+        elif part not in ("self_attn.k_proj", "self_attn.v_proj"):
+            official[f"{name}{HUB_TO_OFFICIAL.get(part, part)}.{kind}"] = value
+    return official
+
+
+def test_detr_encoder_equals_transformers():
+    torch.manual_seed(0)
+    config = transformers.DetrConfig(use_timm_backbone=False, backbone=None, backbone_config=transformers.ResNetConfig(),
+                                     d_model=32, encoder_layers=3, encoder_attention_heads=4, encoder_ffn_dim=48,
+                                     attn_implementation="eager")
+    detr = DetrEncoder(config).eval()
+    for p in detr.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    ours = m.VisionEncoder(torch.nn.Identity(), 5, 32, 4, 48, 3, 0.1).eval()
+    state = {**official_encoder(detr), "input_proj.weight": torch.randn(32, 5, 1, 1), "input_proj.bias": torch.randn(32)}
+    m.import_weights(ours, state, m.DETR_TABLE, m.DETR_IGNORED, "test")
+
+    features, padding = torch.randn(2, 5, 6, 7), torch.zeros(2, 6, 7, dtype=torch.bool)
+    padding[1, :, :2] = padding[1, 4:] = True
+    x0 = ours.projection(features).flatten(2).transpose(1, 2).detach().requires_grad_()
+    positions = DetrSinePositionEmbedding(16, normalize=True)(torch.Size([2, 32, 6, 7]), "cpu", torch.float32, ~padding)
+    positions = positions.flatten(2).transpose(1, 2) if positions.dim() == 4 else positions
+    assert (m.sine_position(padding, 32) - positions).abs().max() <= 1e-5
+    theirs = detr(inputs_embeds=x0, attention_mask=(~padding).flatten(1).long(),
+                  spatial_position_embeddings=positions).last_hidden_state
+    features.requires_grad_()
+    found = ours(features, padding)
+    real = ~padding.flatten(1)
+    found_x = m.run_layers(ours.layers, x0, ~real, m.sine_position(padding, 32)).x
+    compare(found_x, theirs, x0, x0, real)
+    assert (found.x - theirs)[real].abs().max() <= 1e-5         # and the whole encoder leads to the same tokens
+
+
+def test_resnet_body_is_torchvisions():
+    torch.manual_seed(0)
+    net = torchvision.models.resnet50(weights=None, norm_layer=torchvision.ops.FrozenBatchNorm2d).eval()
+    body = m.resnet50_body()
+    body.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith("fc.")})
+    assert len(body.state_dict()) == 265
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.allclose(net.fc(body(x).mean((2, 3))), net(x), atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights in other people's names, at full size
+
+def official_detr():
+    """A full-size random state dict in official DETR naming, with a decoder and heads as the real file has them."""
+    with torch.device("meta"):
+        vision = m.VisionEncoder(m.resnet50_body(), **m.SIZES["base"]["vision"])
+    state = {}
+    for key, value in vision.state_dict().items():
+        value = torch.rand(value.shape)
+        if key.startswith("backbone."):
+            state["backbone.0.body." + key.removeprefix("backbone.")] = value
+        elif key.startswith("projection."):
+            state["input_proj." + key.removeprefix("projection.")] = value
+        else:
+            _, layer, part, kind = key.split(".")
+            name = f"transformer.encoder.layers.{layer}."
+            if part == "q":
+                state[f"{name}self_attn.in_proj_{kind}"] = torch.rand(3 * 256, *value.shape[1:])
+            elif part not in "kv":
+                state[name + {"out": "self_attn.out_proj", "fc1": "linear1", "fc2": "linear2"}.get(part, part) + "." + kind] = value
+    assert len(state) == 339
+    return state | {"transformer.decoder.norm.weight": torch.rand(256), "class_embed.weight": torch.rand(92, 256),
+                    "bbox_embed.layers.0.weight": torch.rand(256, 256), "query_embed.weight": torch.rand(100, 256)}
+
+
+def test_official_detr_file_loads_key_by_key(tmp_path):
+    state, vision = official_detr(), m.build_encoders("base")[0]
+    torch.save({"model": state}, tmp_path / "detr.pth")
+    m.load_detr(vision, tmp_path / "detr.pth")
+    rows = state["transformer.encoder.layers.3.self_attn.in_proj_weight"]
+    for i, part in enumerate("qkv"):
+        assert torch.equal(getattr(vision.layers[3], part).weight, rows[256 * i:256 * (i + 1)])
+    assert torch.equal(vision.backbone.layer4[2].bn3.running_var, state["backbone.0.body.layer4.2.bn3.running_var"])
+    assert torch.equal(vision.layers[0].fc1.bias, state["transformer.encoder.layers.0.linear1.bias"])
+
+    def fails(change, *words):
+        changed = dict(state)
+        change(changed)
+        with pytest.raises(m.InputError) as error:
+            m.import_weights(vision, changed, m.DETR_TABLE, m.DETR_IGNORED, "detr.pth")
+        assert all(word in str(error.value) for word in ("detr.pth", *words)), error.value
+    fails(lambda s: s.pop("input_proj.bias"), "missing", "projection.bias")
+    fails(lambda s: s.update({"segmentation.weight": torch.rand(1)}), "unexpected", "segmentation.weight")
+    fails(lambda s: s.update({"input_proj.weight": torch.rand(256, 512, 1, 1)}), "another shape", "projection.weight")
+    (tmp_path / "bad.pth").write_bytes(b"nothing")
+    for bad in ("bad.pth", "gone.pth"):
+        with pytest.raises(m.InputError, match=bad):
+            m.load_detr(vision, tmp_path / bad)
+
+
+@pytest.fixture(scope="module")
+def bert_folder(tmp_path_factory):
+    """BERT-base with random weights as transformers saves the masked language model, heads and all."""
+    folder = tmp_path_factory.mktemp("bert")
+    transformers.BertForMaskedLM(transformers.BertConfig()).save_pretrained(folder)
+    return folder
+
+
+def test_full_size_bert_folder_loads_key_by_key(bert_folder, tmp_path):
+    text = m.build_encoders("base")[1]
+    m.load_bert(text, str(bert_folder))
+    state = load_file(bert_folder / "model.safetensors")
+    assert torch.equal(text.layers[11].fc2.weight, state["bert.encoder.layer.11.output.dense.weight"])
+    assert torch.equal(text.layers[7].k.bias, state["bert.encoder.layer.7.attention.self.key.bias"])
+
+    # the first BERT files: gamma and beta, and pytorch_model.bin
+    old = {k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v
+           for k, v in state.items()}
+    torch.save(old, tmp_path / "pytorch_model.bin")
+    again = m.build_encoders("base")[1]
+    m.load_bert(again, str(tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(text.state_dict().values(), again.state_dict().values()))
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    state.pop("bert.embeddings.token_type_embeddings.weight")
+    save_file(state, broken / "model.safetensors")
+    with pytest.raises(m.InputError, match="missing: token_type.weight"):
+        m.load_bert(again, str(broken))
+    with pytest.raises(m.InputError, match="text-weights"):
+        m.load_bert(again, str(tmp_path / "nowhere"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counts at full size
+
+def meta(method, **options):
+    with torch.device("meta"):
+        return m.build_model(method, "base", "random", **options)
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+# M²IST Table II has 3.19M, 2.20M and 1.91M, which count the shared projection twice, and dead weights in the latter two.
+@pytest.mark.parametrize("bottleneck, unique", [(128, 2_975_232), (32, 1_794_432), (8, 1_499_232)])
+def test_encoder_tunable_parameters_of_m2ist(bottleneck, unique):
+    model = meta("m2ist", bottleneck=bottleneck)
+    assert m.count_parameters(model)["encoder_tunable"] == unique == count(model.side)
+    shared = sum(count(block.iea.shared_up) for block in model.side.blocks)
+    norms = sum(count(ea.norm) for block in model.side.blocks for ea in (block.vea, block.lea))
+    if bottleneck == 128:        # the paper's figure: shared projections twice, two norms for each VEA and LEA
+        assert unique + shared + norms == 3_185_664
+
+
+def test_counts_of_the_parts():
+    model = meta("frozen")
+    assert count(model.vision) == 31_869_888 and count(model.vision.backbone) == 23_454_912
+    assert count(model.vision.projection) == 524_544 and count(model.vision.layers) == 7_890_432
+    assert count(model.text) == 108_891_648
+    with torch.device("meta"):
+        theirs = transformers.BertModel(transformers.BertConfig())
+    assert count(theirs) == 109_482_240 and count(theirs) - count(theirs.pooler) == count(model.text)
+    assert count(model.grounding) == 8_393_732
+    assert m.count_parameters(model) == {"total": 149_155_268, "trainable": 8_393_732, "encoder_tunable": 0}
+    assert m.count_parameters(meta("full"))["encoder_tunable"] == 31_869_888 + 108_891_648
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is frozen, and who depends on whom
+
+def train_step(model):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    losses.box_loss(model(*inputs()).boxes, torch.rand(3, 4)).backward()
+    optimizer.step()
+
+
+def test_a_step_of_m2ist_changes_what_is_tuned_and_no_bit_of_the_encoders():
+    model = tiny().train()
+    before = copy.deepcopy(model.state_dict())
+    train_step(model)
+    for name, p in model.named_parameters():
+        if name.startswith(("vision.", "text.")):
+            assert not p.requires_grad and p.grad is None
+        else:
+            assert p.grad is not None and p.grad.abs().sum() > 0, f"{name} has no gradient"
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) == name.startswith(("vision.", "text.")), name
+
+
+def test_no_graph_is_built_through_frozen_encoders():
+    """Images that ask for a gradient would carry a graph through the encoder, frozen or not, but for no_grad."""
+    for method, has_graph in (("m2ist", False), ("frozen", False), ("full", True)):
+        model, (images, image_padding, tokens, token_padding) = tiny(method).train(), inputs()
+        images.requires_grad_()
+        seen = []
+        for encoder in (model.vision, model.text):
+            encoder.register_forward_hook(lambda module, args, out: seen.append(out))
+        boxes = model(images, image_padding, tokens, token_padding).boxes
+        boxes.sum().backward()
+        assert [out.x.requires_grad for out in seen] == [has_graph, has_graph]
+        assert all(t.requires_grad == has_graph for out in seen for pair in out.ports for t in pair)
+        assert (images.grad is not None) == has_graph
+
+
+def test_full_trains_every_encoder_parameter_that_a_box_depends_on():
+    model = tiny("full").train()
+    train_step(model)
+    unused = {name for name, p in model.named_parameters() if p.grad is None}
+    assert unused == set()
+
+
+def test_frozen_encoders_stay_in_eval_mode_and_trained_ones_do_not():
+    assert not any(part.training for part in (tiny().train().vision, tiny().train().text))
+    assert tiny().train().grounding.training and tiny().train().side.training
+    assert tiny("full").train().text.training and not tiny("full").eval().text.training
+
+
+@pytest.mark.parametrize("method", ["m2ist", "frozen", "full"])
+def test_a_box_is_the_same_alone_in_a_batch_and_with_longer_padding(method):
+    model, batch = tiny(method).eval(), inputs()
+    with torch.no_grad():
+        together = model(*batch, attention=True)
+        for i in range(3):
+            length = int((~batch[3][i]).sum())
+            for text in (length, 9, 20, 30):                      # trimmed, as in the batch, and far beyond max_tokens
+                tokens, padding = torch.zeros(1, text, dtype=torch.long), torch.ones(1, text, dtype=torch.bool)
+                tokens[0, :length], padding[0, :length] = batch[2][i, :length], False
+                alone = model(batch[0][i:i + 1], batch[1][i:i + 1], tokens, padding, attention=True)
+                assert (alone.boxes - together.boxes[i]).abs().max() <= 1e-5
+                assert (alone.attention - together.attention[i]).abs().max() <= 1e-5
+    assert together.attention.shape == (3, 64)
+    with pytest.raises(ValueError, match="max_tokens"):
+        model.encode_text(torch.ones(1, 30, dtype=torch.long), torch.zeros(1, 30, dtype=torch.bool))
+
+
+def test_what_is_padding_does_not_reach_the_box():
+    """Tokens under padding are not looked at; padded cells of the picture neither."""
+    model, (images, image_padding, tokens, token_padding) = tiny().eval(), inputs()
+    with torch.no_grad():
+        before = model(images, image_padding, tokens, token_padding).boxes
+        other = tokens.masked_fill(token_padding, 77)
+        assert (model(images, image_padding, other, token_padding).boxes - before).abs().max() <= 1e-6
+        vision, text = model.encode_image(images, image_padding), model.encode_text(tokens, token_padding)
+        changed = vision._replace(x=vision.x.masked_fill(vision.padding[..., None], 9.0))
+        assert vision.padding[2].sum() == 16 and (model.ground(changed, text).boxes - before).abs().max() <= 1e-6
+
+
+def test_adapter_options_reach_the_adapters():
+    model = tiny(bottleneck=5, interaction_dim=32, interaction_bottleneck=7, scale=0.5, residual=True, text_layers=[1, 3])
+    block = model.side.blocks[0]
+    assert (block.vea.down.out_features, block.iea.text_down.out_features, block.iea.shared_up.out_features) == (5, 7, 32)
+    assert (block.lea.scale, block.iea.scale, block.vea.residual, block.iea.residual) == (0.5, 0.5, True, True)
+    assert model.side.text_layers == [1, 3]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("nothing", "tiny", "random"), ("method", "m2ist", "nothing")), (("m2ist", "huge", "random"), ("size", "tiny")),
+    (("m2ist", "tiny", "pretrained"), ("tiny", "shapes")), (("m2ist", "base", "shapes"), ("base", "pretrained")),
+    (("m2ist", "tiny", "none"), ("weights", "random"))])
+def test_unknown_arguments_are_named(arguments, words):
+    with pytest.raises(m.InputError) as error:
+        m.build_model(*arguments)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_unknown_option_and_missing_cache_are_named(tmp_path):
+    with pytest.raises(m.InputError, match="bottlenek"):
+        tiny(bottlenek=3)
+    with pytest.raises(m.InputError, match="train.py"):
+        m.build_model("m2ist", "tiny", "shapes", cache=str(tmp_path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+def test_checkpoint_holds_the_tuned_weights_alone_and_rebuilds_the_model(tmp_path):
+    model = tiny(bottleneck=4)
+    arguments = dict(method="m2ist", size="tiny", weights="random", bottleneck=4)
+    m.save_checkpoint(tmp_path / "best.safetensors", model, {"model": arguments})
+    assert set(load_file(tmp_path / "best.safetensors")) == {n for n, p in model.named_parameters() if p.requires_grad}
+    again, config = m.load_checkpoint(tmp_path)
+    assert torch.equal(again(*inputs()).boxes, model.eval()(*inputs()).boxes) and config["model"] == arguments
+
+    def fails(word, **changes):
+        m.save_checkpoint(tmp_path / "x.safetensors", model, {"model": {**arguments, **changes}})
+        with pytest.raises(m.InputError, match=word):
+            m.load_checkpoint(tmp_path / "x.safetensors")
+    fails("another method or size", method="frozen")
+    fails("another method or size", bottleneck=5)
+    model.text.word.weight.data[7] += 1                                                 # other encoders than at training
+    fails("other encoder weights")
+    (tmp_path / "y.safetensors").write_bytes(b"no")
+    for bad, word in (("y.safetensors", "not a checkpoint"), ("gone", "no such checkpoint")):
+        with pytest.raises(m.InputError, match=word):
+            m.load_checkpoint(tmp_path / bad)
