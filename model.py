@@ -440,7 +440,7 @@ SIZES = {
         image_size=64, stride=8, max_tokens=20, text_layers=[3, 4],
         vision=dict(channels=64, dim=64, heads=4, hidden=128, layers=2, dropout=0.0),
         text=dict(vocabulary=256, positions=32, dim=96, heads=4, hidden=192, layers=4, dropout=0.0),
-        grounding=dict(dim=128, heads=8, hidden=256, layers=3, dropout=0.0, pre_norm=True, position_std=0.1),
+        grounding=dict(dim=96, heads=6, hidden=192, layers=3, dropout=0.0, pre_norm=True, position_std=0.1),
         side=dict(bottleneck=32, interaction_dim=64, interaction_bottleneck=32)),
 }
 
@@ -463,7 +463,7 @@ OPTIONS = dict(
     vision_weights=None,          # a file of DETR's weights
     text_weights="bert-base-uncased",
     cache=".cache",               # where the tiny encoders pretrained on `shapes` are kept
-    pretext_steps=1000,           # how long they were pretrained
+    pretext_steps=800,            # how long they were pretrained
 )
 
 

@@ -1,0 +1,270 @@
+"""train.py and evaluate.py as a user meets them: whole runs, interruptions, bad input."""
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+import evaluate
+import losses
+import model as m
+import train
+
+ROOT = Path(__file__).parent.parent
+FAST = ["--size", "tiny", "--weights", "random", "--limit", "60", "--batch-size", "16", "--epochs", "3", "--warmup", "0",
+        "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def dropout(monkeypatch):
+    """With dropout, so that a random number drawn out of turn shows."""
+    monkeypatch.setitem(m.SIZES["tiny"], "grounding", {**m.SIZES["tiny"]["grounding"], "dropout": 0.1})
+
+
+def run(out, *flags):
+    train.main([*FAST, "--out", str(out), *flags])
+    return Path(out)
+
+
+def final(out):
+    return torch.load(out / "last.pt", weights_only=True)["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_writes_what_it_should_and_evaluate_gives_the_same_number(tmp_path, capsys):
+    out = run(tmp_path / "a")
+    assert {p.name for p in out.iterdir()} == {"args.json", "log.jsonl", "last.pt", "best.safetensors", "val.png"}
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [entry["epoch"] for entry in log] == [1, 2, 3]
+    best = max(entry["val_acc@0.5"] for entry in log)
+    result = evaluate.main([str(out), "--json", str(tmp_path / "r.json"), "--figures", str(tmp_path / "figures")])
+    assert result == json.loads((tmp_path / "r.json").read_text())
+    assert result["splits"]["val"]["acc@0.5"] == best and result["dataset"] == "shapes" and result["method"] == "m2ist"
+    assert result["leaky_pretraining"] is False and set(result["splits"]) == {"val", "testA", "testB"}
+    assert set(result["splits"]["val"]) == {"acc@0.5", "mean_iou", "expressions", "images", "seconds"}
+    assert (result["splits"]["val"]["expressions"], result["splits"]["val"]["images"]) == (60, 20)
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == {"val.png", "testA.png", "testB.png"}
+    assert f"Acc@0.5 {best:.4f}" in capsys.readouterr().out
+    one = evaluate.main([str(out / "best.safetensors"), "--split", "val", "--batch-size", "1"])
+    assert one["splits"]["val"]["acc@0.5"] == best and list(one["splits"]) == ["val"]
+
+
+def test_one_seed_gives_one_log_and_another_seed_another(tmp_path):
+    a, b, c = run(tmp_path / "a"), run(tmp_path / "b"), run(tmp_path / "c", "--seed", "1")
+    assert (a / "log.jsonl").read_text() == (b / "log.jsonl").read_text() != (c / "log.jsonl").read_text()
+    assert same(final(a), final(b)) and not same(final(a), final(c))
+
+
+@pytest.mark.parametrize("writes", range(1, 8))
+def test_a_run_that_dies_at_any_write_resumes_to_the_same_weights(tmp_path, monkeypatch, writes):
+    """args.json, then for each epoch best.safetensors (apart), last.pt and log.jsonl: dying before each of them."""
+    whole = run(tmp_path / "whole")
+    real, count = train.save_whole, [0]
+
+    def dies(path, write):
+        count[0] += 1
+        if count[0] == writes:
+            Path(f"{path}.partial").write_bytes(b"half")
+            raise KeyboardInterrupt
+        real(path, write)
+    monkeypatch.setattr(train, "save_whole", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "dead")
+    monkeypatch.setattr(train, "save_whole", real)
+    if writes == 1:                                     # nothing was written: it is no run yet
+        with pytest.raises(m.InputError, match="no run"):
+            train.main(["--out", str(tmp_path / "dead"), "--resume"])
+        return
+    train.main(["--out", str(tmp_path / "dead"), "--resume"])
+    assert same(final(whole), final(tmp_path / "dead"))
+    for name in ("log.jsonl", "best.safetensors"):
+        if name == "log.jsonl":
+            assert (whole / name).read_bytes() == (tmp_path / "dead" / name).read_bytes()
+    assert same(m.load_checkpoint(whole)[0].state_dict(), m.load_checkpoint(tmp_path / "dead")[0].state_dict())
+
+
+def test_a_run_killed_by_sigkill_resumes_to_the_same_weights(tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), *FAST, "--epochs", "40", "--limit", "120"]
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (tmp_path / "killed" / "log.jsonl").exists() and time.time() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = len((tmp_path / "killed" / "log.jsonl").read_text().splitlines())
+    assert 1 <= done < 40
+    subprocess.run([*command, "--out", str(tmp_path / "killed"), "--resume"], check=True, capture_output=True)
+    subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
+    assert same(final(tmp_path / "killed"), final(tmp_path / "whole"))
+    assert (tmp_path / "killed" / "log.jsonl").read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
+
+
+def test_micro_batches_add_up_to_the_batch(tmp_path, monkeypatch):
+    monkeypatch.setitem(m.SIZES["tiny"], "grounding", {**m.SIZES["tiny"]["grounding"], "dropout": 0.0})
+    a, b = run(tmp_path / "a", "--epochs", "1"), run(tmp_path / "b", "--epochs", "1", "--micro-batch", "5")
+    assert max((x - y).abs().max() for x, y in zip(final(a).values(), final(b).values())) < 1e-4
+
+
+def test_rates_and_schedules_follow_the_recipe():
+    args = train.parse_args(["--size", "base", "--dataset", "x.jsonl"])
+    assert (args.epochs, args.batch_size, args.lr, args.lr_encoder, args.weight_decay) == (90, 64, 1e-4, 1e-5, 1e-4)
+    factors = [train.rate_factor(args, epoch * 10, 10) for epoch in (0, 59, 60, 89)]
+    assert factors == [1, 1, 0.1, 0.1]
+    plus = train.parse_args(["--size", "base", "--dataset", "refcoco+"])
+    assert (plus.epochs, plus.lr_drop) == (180, 120)
+    tiny = train.parse_args([])
+    assert (tiny.method, tiny.dataset, tiny.size, tiny.weights) == ("m2ist", "shapes", "tiny", "shapes")
+    assert tiny.epochs * (24_000 // tiny.batch_size) == 3000                         # the steps that its recipe states
+    assert train.rate_factor(tiny, 0, 750) == pytest.approx(1 / 200) and train.rate_factor(tiny, 2999, 750) < 1e-5
+    model = m.build_model("m2ist", "tiny", "random")
+    groups = train.make_optimizer(model, args).param_groups
+    assert [g["lr"] for g in groups] == [1e-4, 1e-5]
+    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    assert {id(p) for p in groups[1]["params"]} == {id(p) for p in model.side.parameters()}
+
+
+def test_accuracy_counts_an_iou_of_one_half_as_right():
+    assert train.scores(torch.tensor([0.5, 0.49, 0.9, 0.0]))["acc@0.5"] == 0.5
+
+
+def test_full_size_with_random_weights_on_the_cpu(tmp_path):
+    """One's own pictures, 640 pixels, both encoders whole; and its checkpoint evaluates."""
+    lines = []
+    for i, (split, sample) in enumerate((s, x) for s in ("train", "val") for x in data.load_samples("shapes", s)[:4]):
+        data.render(sample.image).save(tmp_path / f"{i}.png")
+        lines.append(json.dumps({"image": f"{i}.png", "text": sample.text, "box": sample.box, "split": split}))
+    (tmp_path / "my.jsonl").write_text("\n".join(lines))
+    train.main(["--method", "m2ist", "--dataset", str(tmp_path / "my.jsonl"), "--size", "base", "--weights", "random",
+                "--batch-size", "2", "--limit", "4", "--epochs", "1", "--device", "cpu", "--out", str(tmp_path / "out")])
+    result = evaluate.main([str(tmp_path / "out"), "--device", "cpu"])
+    assert result["splits"]["val"]["expressions"] == 4
+    assert (tmp_path / "out" / "best.safetensors").stat().st_size < 50e6              # 11.4M tuned parameters of 152M
+
+
+def test_a_jsonl_without_val_keeps_the_last_epoch(tmp_path, capsys):
+    data.render(0).save(tmp_path / "a.png")
+    line = json.dumps({"image": "a.png", "text": "it", "box": [1, 2, 30, 40], "split": "train"})
+    (tmp_path / "my.jsonl").write_text("\n".join([line] * 3))
+    out = run(tmp_path / "out", "--dataset", str(tmp_path / "my.jsonl"), "--workers", "1")
+    assert "no split 'val'" in capsys.readouterr().out and m.read_config(out)[1]["epoch"] == 3
+    assert list(evaluate.main([str(out)])["splits"]) == ["train"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tiny encoders' pretraining
+
+def test_pretraining_is_cached_and_repeatable(tmp_path):
+    for folder in ("a", "b"):
+        train.pretrain_encoders(str(tmp_path / folder), 3)
+    a, b = (m.build_model("frozen", "tiny", "shapes", cache=str(tmp_path / f), pretext_steps=3) for f in "ab")
+    assert m.frozen_fingerprint(a) == m.frozen_fingerprint(b)
+    assert m.frozen_fingerprint(a) != m.frozen_fingerprint(m.build_model("frozen", "tiny", "random"))
+    path, = (tmp_path / "a").iterdir()
+    before = path.stat().st_mtime_ns
+    train.pretrain_encoders(str(tmp_path / "a"), 3)
+    assert path.stat().st_mtime_ns == before
+
+
+def test_pretext_says_what_covers_a_cell_and_sees_no_expression():
+    scenes = train.PretextScenes(seed=0)
+    for i in range(50):
+        image, padding, colour, shape, boxes = scenes[i]
+        _, things, _ = data.scene(scenes.first + i)
+        covered = colour < len(data.COLOURS)
+        assert {(list(data.COLOURS)[c], data.SHAPES[s]) for c, s in zip(colour[covered], shape[covered])} == \
+               {(t.colour, t.shape) for t in things}
+        centres = torch.tensor([[(x + 0.5) / 8, (y + 0.5) / 8] for y in range(8) for x in range(8)])
+        x1y1x2y2 = losses.to_corners(boxes)
+        inside = ((centres >= x1y1x2y2[:, :2] - 1e-3) & (centres <= x1y1x2y2[:, 2:] + 1e-3)).all(1)
+        assert inside[covered].all()
+    assert set(data.SHAPES_SPLITS["train"][:2]) == {scenes.first, len(scenes)}          # and of the train split alone
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: exit status 2, one line, no traceback
+
+@pytest.mark.parametrize("flags, words", [
+    (["--method", "magic"], ("method", "magic", "m2ist, ")), (["--dataset", "cocoref"], ("dataset", "cocoref", "shapes")),
+    (["--size", "huge"], ("size", "tiny")), (["--weights", "some"], ("weights", "random")),
+    (["--schedule", "linear"], ("schedule", "cosine")), (["--amp", "fp8"], ("amp", "bf16")),
+    (["--dataset", "gone.jsonl"], ("gone.jsonl", "no such file")), (["--epochs", "0"], ("--epochs", "1 or more")),
+    (["--max-tokens", "99"], ("max_tokens", "32")), (["--interaction-dim", "999"], ("interaction_dim", "999")),
+    (["--text-layers", "1"], ("text layers", "[1]")), (["--text-layers", "3", "9"], ("text layers", "9"))])
+def test_bad_flags(tmp_path, capsys, flags, words):
+    with pytest.raises(SystemExit) as stop:
+        train.run(lambda: run(tmp_path / "out", *flags))
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.splitlines()[-1].startswith("error: ") and "Traceback" not in said
+    assert all(word in said for word in words), said
+
+
+def test_a_folder_that_holds_a_run_is_never_overwritten(tmp_path):
+    out = run(tmp_path / "a", "--epochs", "1")
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    with pytest.raises(m.InputError, match="--resume"):
+        run(out)
+    for flags, word in ((["--lr", "0.5"], "--lr is 0.5"), (["--method", "frozen"], "--method is frozen"),
+                        (["--size", "base"], "--size is base")):
+        with pytest.raises(m.InputError, match=word):
+            train.main(["--out", str(out), "--resume", *flags])
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    with pytest.raises(m.InputError, match="no run"):
+        train.main(["--out", str(tmp_path / "new"), "--resume"])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(losses, "box_loss", lambda pred, *_, **__: pred.sum() * float("nan"))
+    with pytest.raises(m.InputError, match="epoch 1, step 1, samples"):
+        run(tmp_path / "a")
+
+
+def test_the_command_line_exits_with_2_and_evaluate_names_a_bad_checkpoint(tmp_path):
+    for script, flags, word in (("train.py", ["--method", "magic"], "magic"),
+                                ("evaluate.py", [str(tmp_path / "gone")], "no such checkpoint")):
+        done = subprocess.run([sys.executable, str(ROOT / script), *flags], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and word in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_evaluate_names_an_unknown_split(tmp_path):
+    out = run(tmp_path / "a", "--epochs", "1")
+    with pytest.raises(m.InputError, match="val, testA, testB"):
+        evaluate.main([str(out), "--split", "test"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The documents
+
+def test_every_flag_has_help_a_default_and_its_source():
+    for action in train.build_parser()._actions:
+        if action.dest in ("help", "resume"):
+            continue
+        assert "default: " in action.help, action.dest
+        if action.dest not in ("method", "size", "weights", "vision_weights"):
+            assert re.search(r"Section|Table|released code|ours", action.help), action.dest
+
+
+def test_deviations_are_registered_both_ways():
+    code = "".join((ROOT / f).read_text() for f in ("losses.py", "adapters.py", "model.py", "data.py", "train.py", "evaluate.py"))
+    readme = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| (D\d+) \|", readme, re.M)
+    assert rows == [f"D{i}" for i in range(1, len(rows) + 1)]
+    assert set(rows) == set(re.findall(r"\[(D\d+)\]", code))
+
+
+def test_the_readme_has_the_commands_that_ci_runs():
+    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci/run").read_text()
+    assert "python -m pytest -q tests" in readme and "python -m pytest -q tests" in ci
+    assert "pip install -r requirements.txt && python train.py\n" in readme
+    assert "python -m pytest" not in re.sub(r"python -m pytest -q tests", "", ci)
