@@ -115,6 +115,9 @@ class SideNetworks(nn.Module):
 
         s_0 = x_0        s_l = s_{l-1} + IEA_l(a_l) + EA_l(g_l)        returns s_L
 
+    a_l and g_l are read before the residual and its LayerNorm. [D9] The released code reads text after them, and sends
+    the adapters' output through BERT's own norms, which undo s.
+
     layers: how many pairs. text_layers: the text layers (from 1) that are paired with vision layers 1 .. layers, in
     that order; the paper's best is 7-12 with 1-6 (Table VIII c; [D6] the released code pairs 1-6 with 1-6).
     options: those of M3ISA.

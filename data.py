@@ -12,6 +12,7 @@ Boxes: in a Sample (x1, y1, x2, y2) in pixels of the stored image; in a batch (c
 import functools
 import json
 import math
+import os
 import random
 import zlib
 from pathlib import Path
@@ -358,6 +359,7 @@ class Tokenizer:
     """
 
     def __init__(self, weights, text_weights, max_tokens):
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")          # its threads do not survive DataLoader's fork
         from transformers import AutoTokenizer, BertTokenizer
         self.max_tokens = max_tokens
         if weights == "pretrained":
@@ -422,20 +424,19 @@ def collate(items, pad):
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 
-TRUE, PREDICTED = (30, 160, 60), (220, 40, 40)
+TRUE, PREDICTED, WARM = (0, 130, 40), (220, 0, 90), (255, 140, 0)
 
 
 def draw(picture, caption, boxes, attention=None, side=256):
     """A tile: the picture at `side` pixels, boxes [(box in its pixels, colour), ...], a caption below, and attention,
-    a (rows, columns) array over the letterboxed square, as a warm veil."""
+    a (rows, columns) array over the letterboxed square, as warmth."""
     scale = side / max(picture.size)
     w, h, left, top = placement(*picture.size, side)
     view = picture.resize((w, h), Image.Resampling.BICUBIC)
     if attention is not None:
         heat = Image.fromarray(np.uint8(255 * attention / attention.max()))
         heat = heat.resize((side, side), Image.Resampling.BICUBIC).crop((left, top, left + w, top + h))
-        veil = Image.merge("RGB", [heat, heat.point(lambda v: v // 3), heat.point(lambda v: 255 - v)])
-        view = Image.blend(view, veil, 0.45)
+        view = Image.composite(Image.new("RGB", view.size, WARM), view, heat.point(lambda v: v * 3 // 4))
     pen, font = ImageDraw.Draw(view), ImageFont.load_default(13)
     for box, colour in boxes:
         pen.rectangle([v * scale for v in box], outline=colour, width=3)

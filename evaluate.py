@@ -52,7 +52,8 @@ def main(argv=None):
     asked = parse_args(argv)
     model, config = load_checkpoint(asked.checkpoint)
     # The flags of the training, with what was asked here in their place.
-    args = argparse.Namespace(**{**config["args"], **{k: v for k, v in vars(asked).items() if v is not None}})
+    said = {flag: value for flag, value in vars(asked).items() if value is not None}
+    args = argparse.Namespace(**{**vars(asked), **config["args"], **said})
     model.to(args.device)
     names = data.split_names(args.dataset, args.root)
     splits = {}

@@ -39,6 +39,7 @@ class InputError(ValueError):
     def __init__(self, message):
         # A DataLoader worker re-raises an error with its whole traceback as the message; the last line is ours.
         marker = f"{type(self).__name__}: "
+        message = str(message)
         super().__init__(message.rsplit(marker, 1)[-1].strip() if "Traceback" in message else message)
 
 
@@ -206,7 +207,8 @@ class VisionEncoder(nn.Module):
 class TextEncoder(nn.Module):
     """BERT, M²IST Section III-A b. tokens, padding: (B, T) -> Encoded of T tokens. Post-norm, GELU.
 
-    The pooler is left out: nothing here reads it. Every token is of type 0, whose embedding BERT adds all the same.
+    The pooler is left out: nothing here reads it. Every token is of type 0, whose embedding BERT adds all the same;
+    [D8] the released code has lost it.
     """
 
     def __init__(self, vocabulary, positions, dim, heads, hidden, layers, dropout):
@@ -446,7 +448,7 @@ SIZES = {
 
 # A method says whether the encoders are trained and whether side networks stand beside them.
 METHODS = {
-    "full": dict(tune_encoders=True, side=False),       # Table I, full fine-tuning
+    "full": dict(tune_encoders=True, side=False),       # Table I, full fine-tuning [D10]
     "frozen": dict(tune_encoders=False, side=False),    # Table V (a)
     "m2ist": dict(tune_encoders=False, side=True),      # Tables I and V (f)
 }
@@ -506,6 +508,19 @@ def load_encoders(vision, text, size, weights, options):
             encoder.load_state_dict({k.removeprefix(name + "."): v for k, v in state.items() if k.startswith(name)})
 
 
+def build_side(spec, dims, options, choose):
+    text_layers = choose("text_layers", spec["text_layers"])
+    for layer in text_layers:
+        if not 1 <= layer <= spec["text"]["layers"]:
+            raise InputError(f"text layer {layer} of text_layers {text_layers} is none of 1 .. {spec['text']['layers']}")
+    widths = {name: choose(name, default) for name, default in spec["side"].items()}
+    try:
+        return SideNetworks(**dims, layers=spec["vision"]["layers"], text_layers=text_layers, scale=options["scale"],
+                            residual=options["residual"], **widths)
+    except ValueError as error:
+        raise InputError(error) from None
+
+
 def build_model(method, size="base", weights="pretrained", **options):
     """A grounding model, ready to train: what a method does not tune has requires_grad False.
 
@@ -531,12 +546,7 @@ def build_model(method, size="base", weights="pretrained", **options):
                          f"{spec['text']['positions']} positions")
     grounding = GroundingEncoder(**dims, vision_tokens=(spec["image_size"] // spec["stride"]) ** 2,
                                  max_tokens=max_tokens, **spec["grounding"])
-    side = None
-    if plugged["side"]:
-        widths = {name: choose(name, default) for name, default in spec["side"].items()}
-        side = SideNetworks(**dims, layers=spec["vision"]["layers"], scale=options["scale"],
-                            text_layers=choose("text_layers", spec["text_layers"]), residual=options["residual"],
-                            **widths)
+    side = build_side(spec, dims, options, choose) if plugged["side"] else None
     for encoder in (vision, text):
         encoder.requires_grad_(plugged["tune_encoders"])
     return DetrBert(vision, text, grounding, side).train()
@@ -545,7 +555,7 @@ def build_model(method, size="base", weights="pretrained", **options):
 def count_parameters(model):
     """{"total", "trainable", "encoder_tunable"}: numbers of parameters, each tensor once.
 
-    encoder_tunable: those trained in or beside the encoders, which is what the paper's "Params." counts.
+    encoder_tunable: those trained in or beside the encoders, which is what the paper's "Params." counts [D11].
     """
     head = {id(p) for p in model.grounding.parameters()}
     trainable = [p for p in model.parameters() if p.requires_grad]

@@ -21,6 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+import transformers
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -121,6 +122,8 @@ def complete(args):
     args.micro_batch = args.micro_batch or args.batch_size
     if args.workers is None:
         args.workers = 0 if args.dataset == "shapes" else 2
+    if "cuda" in args.device and not torch.cuda.is_available():
+        raise InputError(f"--device {args.device}: torch finds no CUDA device here; take --device cpu")
     args.out = args.out or f"runs/{Path(args.dataset).stem}-{args.method}-{args.seed}"
     for flag in ("epochs", "batch_size", "micro_batch", "lr_drop", "limit", "pretext_steps", "max_tokens"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
@@ -138,11 +141,12 @@ def parse_args(argv=None):
         return complete(args)
     out = complete(argparse.Namespace(**vars(args))).out
     path = Path(out) / "args.json"
-    if not path.exists():
-        raise InputError(f"--resume: there is no run in {out} (no args.json); give its folder by --out")
+    if not path.exists():            # killed before its first write, or never started
+        print(f"--resume: nothing to go on with in {out} yet, starting a new run")
+        return complete(argparse.Namespace(**{**vars(args), "resume": False}))
     saved = json.loads(path.read_text())["args"]
     parser.set_defaults(**saved)
-    args = parser.parse_args(argv)
+    args = complete(parser.parse_args(argv))
     args.out, args.resume = out, True
     for key, value in vars(args).items():
         if key not in MAY_CHANGE and value != saved.get(key):
@@ -352,7 +356,7 @@ def spread(samples, count=12):
 
 @torch.no_grad()
 def picture_predictions(model, samples, args, path):
-    """Save a sheet: each sample with its expression, the true box (green), the predicted one (red), [REG]'s attention."""
+    """Save a sheet: each sample with its expression, the true box (green), the predicted one (magenta), [REG]'s attention."""
     model.eval()
     tiles = []
     for sample, batch in zip(samples, make_loader(samples, argparse.Namespace(**{**vars(args), "batch_size": 1}), False)):
@@ -374,21 +378,19 @@ def save_whole(path, write):
     partial.replace(path)
 
 
-def start(args, model):
-    """Make the --out folder, or pick up what is in it. Returns the state of last.pt, or None."""
+def refuse_to_overwrite(args):
     out = Path(args.out)
-    if not args.resume and out.exists() and any(out.iterdir()):
+    if not args.resume and out.exists() and any(path.suffix != ".partial" for path in out.iterdir()):
         raise InputError(f"--out {out} already holds a run: give another --out, or --resume to go on with it")
-    out.mkdir(parents=True, exist_ok=True)
-    if not args.resume:
-        about = {"args": vars(args), "parameters": count_parameters(model),
-                 "environment": {"torch": torch.__version__, "torchvision": torchvision.__version__,
-                                 "device": torch.cuda.get_device_name(args.device) if "cuda" in args.device else "cpu"}}
-        save_whole(out / "args.json", lambda path: path.write_text(json.dumps(about, indent=1)))
-    last = out / "last.pt"
-    if not last.exists():
-        return None
-    return torch.load(last, map_location="cpu", weights_only=True)
+
+
+def write_args(args):
+    """Make the --out folder and say in it what is run, and on what."""
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    about = {"args": vars(args), "environment": {
+        "torch": torch.__version__, "torchvision": torchvision.__version__, "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name(args.device) if "cuda" in args.device else "cpu"}}
+    save_whole(Path(args.out) / "args.json", lambda path: path.write_text(json.dumps(about, indent=1)))
 
 
 def fit(model, args, train_samples, val_samples):
@@ -396,9 +398,9 @@ def fit(model, args, train_samples, val_samples):
     out, log = Path(args.out), Path(args.out) / "log.jsonl"
     optimizer = make_optimizer(model, args)
     scaler = torch.amp.GradScaler(enabled=args.amp == "fp16")
-    state = start(args, model)
     epoch, best, lines = 0, -1.0, []
-    if state:
+    if (out / "last.pt").exists():
+        state = torch.load(out / "last.pt", map_location="cpu", weights_only=True)
         epoch, best, lines = state["epoch"], state["best"], state["log"]
         load_tuned(model, state["model"], out / "last.pt")
         optimizer.load_state_dict(state["optimizer"])
@@ -429,6 +431,7 @@ def fit(model, args, train_samples, val_samples):
 def main(argv=None):
     began = time.time()
     args = parse_args(argv)
+    refuse_to_overwrite(args)
     splits = data.split_names(args.dataset, args.root)
     train_samples = data.load_samples(args.dataset, "train", args.root)[:args.limit]
     val_samples = data.load_samples(args.dataset, "val", args.root)[:args.limit] if "val" in splits else []
@@ -440,6 +443,8 @@ def main(argv=None):
     model = build_model(**model_arguments(args)).to(args.device)
     print(f"{args.method} {args.size} on {args.dataset}: {len(train_samples)} expressions to train on, "
           f"{len(val_samples)} to validate; parameters {count_parameters(model)}")
+    if not args.resume:
+        write_args(args)
     fit(model, args, train_samples, val_samples)
     model, config = load_checkpoint(args.out)
     picture_predictions(model.to(args.device), spread(val_samples or train_samples), args, Path(args.out) / "val.png")
