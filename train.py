@@ -418,14 +418,15 @@ def fit(model, args, train_samples, val_samples):
                 line |= {f"val_{name}": value for name, value in scores(ious).items()}
             lines.append(line)
             tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in line.items()))
-            # Without val the last epoch is the best. The order below lets a killed run lose nothing but its epoch.
+            # Without val the last epoch is the best. last.pt comes last: whatever a killed run wrote before it is
+            # written once more, the same, when the epoch is done again.
             if line.get("val_acc@0.5", best) >= best:
                 best = line.get("val_acc@0.5", best)
                 save_checkpoint(out / "best.safetensors", model, {"model": model_arguments(args), "args": vars(args), **line})
+            save_whole(log, lambda path: path.write_text("".join(json.dumps(entry) + "\n" for entry in lines)))
             state = {"epoch": epoch, "best": best, "log": lines, "model": tuned_state(model),
                      "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
             save_whole(out / "last.pt", lambda path: torch.save(state, path))
-            save_whole(log, lambda path: path.write_text("".join(json.dumps(entry) + "\n" for entry in lines)))
 
 
 def main(argv=None):
