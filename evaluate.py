@@ -16,7 +16,6 @@ import torch
 
 import data
 import train
-from model import load_checkpoint
 
 
 def parse_args(argv=None):
@@ -50,7 +49,7 @@ def evaluate_split(model, samples, args):
 
 def main(argv=None):
     asked = parse_args(argv)
-    model, config = load_checkpoint(asked.checkpoint)
+    model, config = train.load_checkpoint(asked.checkpoint)
     # The flags of the training, with what was asked here in their place.
     said = {flag: value for flag, value in vars(asked).items() if value is not None}
     args = argparse.Namespace(**{**vars(asked), **config["args"], **said})

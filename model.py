@@ -13,8 +13,6 @@ Symbols (paper = here): z_0 = images   f_v, f_l = Tokens.x of the encoders   C_p
 Conventions: padding masks are bool, True = padding; layers count from 1; boxes are (cx, cy, w, h) in [0, 1].
 """
 import argparse
-import hashlib
-import json
 import math
 import re
 import zlib
@@ -26,8 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torchvision.ops import FrozenBatchNorm2d
 
 from adapters import SideNetworks
@@ -562,61 +559,3 @@ def count_parameters(model):
     return {"total": sum(p.numel() for p in model.parameters()),
             "trainable": sum(p.numel() for p in trainable),
             "encoder_tunable": sum(p.numel() for p in trainable if id(p) not in head)}
-
-
-def frozen_fingerprint(model):
-    """A hash of everything that a checkpoint of the tuned weights does not hold, to tell whether it is the same again."""
-    digest = hashlib.sha256()
-    tuned = {name for name, p in model.named_parameters() if p.requires_grad}
-    for name, value in model.state_dict().items():
-        if name not in tuned:
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: the tuned weights alone, and in their metadata what rebuilds the rest
-
-def tuned_state(model):
-    return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def load_tuned(model, state, source):
-    """Put tuned weights back, every key checked."""
-    wanted = tuned_state(model)
-    bad = sorted(set(wanted) ^ set(state)) or [k for k in wanted if wanted[k].shape != state[k].shape]
-    if bad:
-        raise InputError(f"{source}: is of another method or size; {len(bad)} weights do not fit, {bad[0]} among them")
-    model.load_state_dict(state, strict=False)          # strict=False: the frozen rest is not in it, as checked above
-
-
-def save_checkpoint(path, model, config):
-    """Write the tuned weights and `config`, whose "model" are build_model's arguments. Whole, or not at all."""
-    config = {**config, "frozen": frozen_fingerprint(model)}
-    partial = Path(f"{path}.partial")
-    save_file(tuned_state(model), partial, metadata={"config": json.dumps(config)})
-    partial.replace(path)
-
-
-def read_config(path):
-    """The config of a checkpoint: a file, or the --out folder of a run, of which best.safetensors is taken."""
-    path = Path(path) / "best.safetensors" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint; give the --out folder of a finished epoch, or its best.safetensors")
-    try:
-        with safe_open(path, "pt") as file:
-            return path, json.loads(file.metadata()["config"])
-    except Exception:
-        raise InputError(f"{path}: not a checkpoint of this project (best.safetensors of an --out folder)") from None
-
-
-def load_checkpoint(path):
-    """A checkpoint -> (model in eval mode, config). The encoders behind it must be the ones it was trained on."""
-    path, config = read_config(path)
-    model = build_model(**config["model"])
-    load_tuned(model, load_file(path), path)
-    if frozen_fingerprint(model) != config["frozen"]:
-        raise InputError(f"{path}: was trained on other encoder weights than these ({config['model']['weights']}); "
-                         f"its boxes would be meaningless")
-    return model.eval(), config

@@ -10,6 +10,7 @@ weights of the best epoch on val, for evaluate.py) and val.png (a look at what w
 """
 import argparse
 import functools
+import hashlib
 import json
 import math
 import os
@@ -22,14 +23,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 import transformers
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
 import losses
-from model import (METHODS, OPTIONS, SIZES, InputError, build_encoders, build_model, count_parameters, load_checkpoint,
-                   load_tuned, one_of, save_checkpoint, shapes_weights, tuned_state)
+from model import (METHODS, OPTIONS, SIZES, InputError, build_encoders, build_model, count_parameters, one_of,
+                   shapes_weights)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
@@ -256,10 +258,71 @@ def pretrain_encoders(cache, steps, batch=64, lr=2e-3, seed=0):
             schedule.step()
             bar.set_postfix(loss=f"{loss.item():.3f}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    save_file({f"{name}.{key}": value for name, encoder in encoders.items() for key, value in encoder.state_dict().items()},
-              partial)
+    state = {f"{name}.{key}": value for name, encoder in encoders.items() for key, value in encoder.state_dict().items()}
+    save_whole(path, lambda partial: save_file(state, partial))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: the tuned weights alone, and in their metadata what rebuilds the rest
+
+def save_whole(path, write):
+    """Call write(a path beside `path`), then rename: killed at any time, what stood at `path` before still stands."""
+    partial = Path(f"{path}.{os.getpid()}.partial")
+    write(partial)
     partial.replace(path)
+
+
+def frozen_fingerprint(model):
+    """A hash of everything that a checkpoint of the tuned weights does not hold, to tell whether it is the same again."""
+    digest = hashlib.sha256()
+    tuned = {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, value in model.state_dict().items():
+        if name not in tuned:
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def tuned_state(model):
+    return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_tuned(model, state, source):
+    """Put tuned weights back, every key checked."""
+    wanted = tuned_state(model)
+    bad = sorted(set(wanted) ^ set(state)) or [k for k in wanted if wanted[k].shape != state[k].shape]
+    if bad:
+        raise InputError(f"{source}: is of another method or size; {len(bad)} weights do not fit, {bad[0]} among them")
+    model.load_state_dict(state, strict=False)          # strict=False: the frozen rest is not in it, as checked above
+
+
+def save_checkpoint(path, model, config):
+    """Write the tuned weights and `config`, whose "model" are build_model's arguments. Whole, or not at all."""
+    config = {**config, "frozen": frozen_fingerprint(model)}
+    save_whole(path, lambda partial: save_file(tuned_state(model), partial, metadata={"config": json.dumps(config)}))
+
+
+def read_config(path):
+    """The config of a checkpoint: a file, or the --out folder of a run, of which best.safetensors is taken."""
+    path = Path(path) / "best.safetensors" if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint; give the --out folder of a finished epoch, or its best.safetensors")
+    try:
+        with safe_open(path, "pt") as file:
+            return path, json.loads(file.metadata()["config"])
+    except Exception:
+        raise InputError(f"{path}: not a checkpoint of this project (best.safetensors of an --out folder)") from None
+
+
+def load_checkpoint(path):
+    """A checkpoint -> (model in eval mode, config). The encoders behind it must be the ones it was trained on."""
+    path, config = read_config(path)
+    model = build_model(**config["model"])
+    load_tuned(model, load_file(path), path)
+    if frozen_fingerprint(model) != config["frozen"]:
+        raise InputError(f"{path}: was trained on other encoder weights than these ({config['model']['weights']}); "
+                         f"its boxes would be meaningless")
+    return model.eval(), config
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,10 +333,15 @@ def model_arguments(args):
     return {key: getattr(args, key) for key in ("method", "size", "weights", *OPTIONS)}
 
 
+@functools.lru_cache
+def make_tokenizer(weights, text_weights, max_tokens):
+    return data.Tokenizer(weights, text_weights, max_tokens)
+
+
 def make_loader(samples, args, train, epoch=0):
     """Batches of a dataset. In training the order and the transforms are drawn from the seed and the epoch alone."""
     spec = SIZES[args.size]
-    tokenizer = data.Tokenizer(args.weights, args.text_weights, args.max_tokens or spec["max_tokens"])
+    tokenizer = make_tokenizer(args.weights, args.text_weights, args.max_tokens or spec["max_tokens"])
     dataset = data.GroundingDataset(samples, spec["image_size"], tokenizer, train, (args.seed, epoch))
     order = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
     return DataLoader(dataset, args.batch_size, shuffle=train, generator=order, num_workers=args.workers,
@@ -371,13 +439,6 @@ def picture_predictions(model, samples, args, path):
     data.contact_sheet(tiles).save(path)
 
 
-def save_whole(path, write):
-    """Call write(a path beside `path`), then rename: killed at any time, what stood at `path` before still stands."""
-    partial = Path(f"{path}.partial")
-    write(partial)
-    partial.replace(path)
-
-
 def refuse_to_overwrite(args):
     out = Path(args.out)
     if not args.resume and out.exists() and any(path.suffix != ".partial" for path in out.iterdir()):
@@ -438,12 +499,14 @@ def main(argv=None):
     val_samples = data.load_samples(args.dataset, "val", args.root)[:args.limit] if "val" in splits else []
     if not val_samples:
         print(f"{args.dataset} has no split 'val': the last epoch is kept as the best")
-    if args.weights == "shapes":
+    with torch.device("meta"):                          # what is wrong with the flags shows now, not after pretraining
+        counts = count_parameters(build_model(**{**model_arguments(args), "weights": "random"}))
+    print(f"{args.method} {args.size} on {args.dataset}: {len(train_samples)} expressions to train on, "
+          f"{len(val_samples)} to validate; parameters {counts}")
+    if args.weights == "shapes" and args.size == "tiny":
         pretrain_encoders(args.cache, args.pretext_steps)
     torch.manual_seed(args.seed)
     model = build_model(**model_arguments(args)).to(args.device)
-    print(f"{args.method} {args.size} on {args.dataset}: {len(train_samples)} expressions to train on, "
-          f"{len(val_samples)} to validate; parameters {count_parameters(model)}")
     if not args.resume:
         write_args(args)
     fit(model, args, train_samples, val_samples)

@@ -397,28 +397,3 @@ def test_unknown_option_and_missing_cache_are_named(tmp_path):
         tiny(bottlenek=3)
     with pytest.raises(m.InputError, match="train.py"):
         m.build_model("m2ist", "tiny", "shapes", cache=str(tmp_path))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-
-def test_checkpoint_holds_the_tuned_weights_alone_and_rebuilds_the_model(tmp_path):
-    model = tiny(bottleneck=4)
-    arguments = dict(method="m2ist", size="tiny", weights="random", bottleneck=4)
-    m.save_checkpoint(tmp_path / "best.safetensors", model, {"model": arguments})
-    assert set(load_file(tmp_path / "best.safetensors")) == {n for n, p in model.named_parameters() if p.requires_grad}
-    again, config = m.load_checkpoint(tmp_path)
-    assert torch.equal(again(*inputs()).boxes, model.eval()(*inputs()).boxes) and config["model"] == arguments
-
-    def fails(word, **changes):
-        m.save_checkpoint(tmp_path / "x.safetensors", model, {"model": {**arguments, **changes}})
-        with pytest.raises(m.InputError, match=word):
-            m.load_checkpoint(tmp_path / "x.safetensors")
-    fails("another method or size", method="frozen")
-    fails("another method or size", bottleneck=5)
-    model.text.word.weight.data[7] += 1                                                 # other encoders than at training
-    fails("other encoder weights")
-    (tmp_path / "y.safetensors").write_bytes(b"no")
-    for bad, word in (("y.safetensors", "not a checkpoint"), ("gone", "no such checkpoint")):
-        with pytest.raises(m.InputError, match=word):
-            m.load_checkpoint(tmp_path / bad)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from safetensors.torch import load_file
 
 import data
 import evaluate
@@ -65,16 +65,16 @@ def test_one_seed_gives_one_log_and_another_seed_another(tmp_path):
     assert same(final(a), final(b)) and not same(final(a), final(c))
 
 
-@pytest.mark.parametrize("writes", range(1, 8))
+@pytest.mark.parametrize("writes", range(1, 11))
 def test_a_run_that_dies_at_any_write_resumes_to_the_same_weights(tmp_path, monkeypatch, writes):
-    """args.json, then for each epoch best.safetensors (apart), log.jsonl and last.pt: dying before each of them."""
+    """args.json, then for each epoch best.safetensors, log.jsonl and last.pt: dying before each of these writes."""
     whole = run(tmp_path / "whole")
     real, count = train.save_whole, [0]
 
     def dies(path, write):
         count[0] += 1
         if count[0] == writes:
-            Path(f"{path}.partial").write_bytes(b"half")
+            Path(f"{path}.1.partial").write_bytes(b"half")
             raise KeyboardInterrupt
         real(path, write)
     monkeypatch.setattr(train, "save_whole", dies)
@@ -85,7 +85,7 @@ def test_a_run_that_dies_at_any_write_resumes_to_the_same_weights(tmp_path, monk
     train.main([*flags, "--out", str(tmp_path / "dead"), "--resume"])
     assert same(final(whole), final(tmp_path / "dead"))
     assert (whole / "log.jsonl").read_bytes() == (tmp_path / "dead" / "log.jsonl").read_bytes()
-    assert same(m.load_checkpoint(whole)[0].state_dict(), m.load_checkpoint(tmp_path / "dead")[0].state_dict())
+    assert same(train.load_checkpoint(whole)[0].state_dict(), train.load_checkpoint(tmp_path / "dead")[0].state_dict())
 
 
 def test_a_run_killed_by_sigkill_resumes_to_the_same_weights(tmp_path):
@@ -152,8 +152,35 @@ def test_a_jsonl_without_val_keeps_the_last_epoch(tmp_path, capsys):
     line = json.dumps({"image": "a.png", "text": "it", "box": [1, 2, 30, 40], "split": "train"})
     (tmp_path / "my.jsonl").write_text("\n".join([line] * 3))
     out = run(tmp_path / "out", "--dataset", str(tmp_path / "my.jsonl"), "--workers", "1")
-    assert "no split 'val'" in capsys.readouterr().out and m.read_config(out)[1]["epoch"] == 3
+    assert "no split 'val'" in capsys.readouterr().out and train.read_config(out)[1]["epoch"] == 3
     assert list(evaluate.main([str(out)])["splits"]) == ["train"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+def test_checkpoint_holds_the_tuned_weights_alone_and_rebuilds_the_model(tmp_path):
+    torch.manual_seed(1)
+    model = m.build_model("m2ist", "tiny", "random", bottleneck=4)
+    batch = torch.randn(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.bool), torch.ones(2, 5, dtype=torch.long), torch.zeros(2, 5, dtype=torch.bool)
+    arguments = dict(method="m2ist", size="tiny", weights="random", bottleneck=4)
+    train.save_checkpoint(tmp_path / "best.safetensors", model, {"model": arguments})
+    assert set(load_file(tmp_path / "best.safetensors")) == {n for n, p in model.named_parameters() if p.requires_grad}
+    again, config = train.load_checkpoint(tmp_path)
+    assert torch.equal(again(*batch).boxes, model.eval()(*batch).boxes) and config["model"] == arguments
+
+    def fails(word, **changes):
+        train.save_checkpoint(tmp_path / "x.safetensors", model, {"model": {**arguments, **changes}})
+        with pytest.raises(m.InputError, match=word):
+            train.load_checkpoint(tmp_path / "x.safetensors")
+    fails("another method or size", method="frozen")
+    fails("another method or size", bottleneck=5)
+    model.text.word.weight.data[7] += 1                                                 # other encoders than at training
+    fails("other encoder weights")
+    (tmp_path / "y.safetensors").write_bytes(b"no")
+    for bad, word in (("y.safetensors", "not a checkpoint"), ("gone", "no such checkpoint")):
+        with pytest.raises(m.InputError, match=word):
+            train.load_checkpoint(tmp_path / bad)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,8 +190,8 @@ def test_pretraining_is_cached_and_repeatable(tmp_path):
     for folder in ("a", "b"):
         train.pretrain_encoders(str(tmp_path / folder), 3)
     a, b = (m.build_model("frozen", "tiny", "shapes", cache=str(tmp_path / f), pretext_steps=3) for f in "ab")
-    assert m.frozen_fingerprint(a) == m.frozen_fingerprint(b)
-    assert m.frozen_fingerprint(a) != m.frozen_fingerprint(m.build_model("frozen", "tiny", "random"))
+    assert train.frozen_fingerprint(a) == train.frozen_fingerprint(b)
+    assert train.frozen_fingerprint(a) != train.frozen_fingerprint(m.build_model("frozen", "tiny", "random"))
     path, = (tmp_path / "a").iterdir()
     before = path.stat().st_mtime_ns
     train.pretrain_encoders(str(tmp_path / "a"), 3)
