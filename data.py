@@ -45,7 +45,7 @@ WIDTH, HEIGHTS = 128, (96, 128)                       # of a picture; letterboxi
 CLEAR = 10                                            # pixels by which a place must differ before words may rest on it
 
 # split: first scene number, scenes, objects in a scene, and the residues of the scene's checksum that belong to it.
-# The checksum is of the scene's content and each residue has one split, so no picture can be in two of them.
+# The checksum is of the scene's content, thing by thing, and each residue has one split, so no scene can be in two.
 SHAPES_SPLITS = {
     "train": (0, 8000, (2, 5), (3, 4, 5, 6, 7)),
     "val": (10_000_000, 400, (2, 5), (0,)),
@@ -233,14 +233,14 @@ def jsonl_samples(path, root=None):
     Image paths are relative to `root`, which is the file's own folder where it is not given.
     """
     folder = Path(root) if root else path.parent
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
-            item = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}: not JSON ({error})") from None
+            item = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: not JSON in UTF-8 ({error})") from None
         if not isinstance(item, dict):
             raise InputError(f"{where}: not an object with the keys image, text, box, split")
         missing = [key for key in ("image", "text", "box", "split") if key not in item]
@@ -248,7 +248,7 @@ def jsonl_samples(path, root=None):
             raise InputError(f"{where}: lacks {', '.join(missing)}")
         box = item["box"]
         if not (isinstance(box, list) and len(box) == 4
-                and all(type(v) in (int, float) and math.isfinite(v) for v in box)):
+                and all(type(v) in (int, float) and abs(v) < 1e9 for v in box)):           # NaN is not < 1e9 either
             raise InputError(f"{where}: box is {box}, not four numbers [x1, y1, x2, y2]")
         if box[2] <= box[0] or box[3] <= box[1]:
             raise InputError(f"{where}: box {box} has no area; it is [x1, y1, x2, y2] in pixels, x2 > x1 and y2 > y1")

@@ -16,16 +16,17 @@ import torch
 
 import data
 import train
+from model import InputError
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="the --out folder of a run, or its best.safetensors")
-    parser.add_argument("--dataset", help="another dataset than the one that the checkpoint was trained on")
+    parser.add_argument("--dataset", help="shapes, or a FILE.jsonl (default: that of the training)")
     parser.add_argument("--root", help="folder that image paths start from (default: that of the training)")
-    parser.add_argument("--split", action="append", help="only this split; may be given more than once")
-    parser.add_argument("--json", help="file to write the results to")
-    parser.add_argument("--figures", help="folder for a sheet of predictions of each split")
+    parser.add_argument("--split", action="append", help="only this split; may be given more than once (default: all but train)")
+    parser.add_argument("--json", help="file to write the results to (default: none)")
+    parser.add_argument("--figures", help="folder for a sheet of predictions of each split (default: none)")
     parser.add_argument("--batch-size", type=int, default=64, help="samples at once (default: 64)")
     parser.add_argument("--workers", type=int, help="processes that load pictures (default: as in training)")
     parser.add_argument("--limit", type=int, help="only the first N expressions of each split (default: as in training)")
@@ -47,12 +48,26 @@ def evaluate_split(model, samples, args):
             "seconds": time.time() - began}
 
 
+def make_folders(asked):
+    """Where --json and --figures go, before minutes are spent on what could not be written."""
+    for flag, folder in (("--json", asked.json and Path(asked.json).parent), ("--figures", asked.figures)):
+        try:
+            if folder:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{flag}: cannot make the folder {folder} ({error.strerror})") from None
+
+
 def main(argv=None):
     asked = parse_args(argv)
+    train.check(asked)
+    make_folders(asked)
     model, config = train.load_checkpoint(asked.checkpoint)
     # The flags of the training, with what was asked here in their place.
     said = {flag: value for flag, value in vars(asked).items() if value is not None}
     args = argparse.Namespace(**{**vars(asked), **config["args"], **said})
+    if asked.dataset:
+        args.root = asked.root                            # the training's folder is not another dataset's
     model.to(args.device)
     names = data.split_names(args.dataset, args.root)
     splits = {}
@@ -63,7 +78,6 @@ def main(argv=None):
         print(f"{split:8}  Acc@0.5 {row['acc@0.5']:.4f}  mean IoU {row['mean_iou']:.4f}  {row['expressions']:6} expressions "
               f"of {row['images']} images in {row['seconds']:.1f} s")
         if args.figures:
-            Path(args.figures).mkdir(parents=True, exist_ok=True)
             path = Path(args.figures) / f"{split}.png"
             train.picture_predictions(model, train.spread(samples), args, path)
             print(f"{'':8}  {path}")

@@ -22,7 +22,7 @@ def iou_and_giou(a, b):
     """IoU and generalised IoU of each pair of boxes.
 
     a, b: (..., 4) as (cx, cy, w, h). Returns two float32 tensors (...): IoU in [0, 1], GIoU in [-1, 1].
-    Boxes with no area give finite values (and finite gradients). Source: Rezatofighi et al., CVPR 2019.
+    Any box in [0, 1], one with no area too, gives finite values and finite gradients. Source: Rezatofighi et al., CVPR 2019.
     """
     a, b = to_corners(a.float()), to_corners(b.float())
     area_a = (a[..., 2:] - a[..., :2]).prod(-1)

@@ -38,11 +38,12 @@ from model import (METHODS, OPTIONS, SIZES, InputError, build_encoders, build_mo
 
 # What --epochs, --lr and so on are where the command line does not say.
 RECIPES = {
-    # M²IST Section IV-B c: AdamW, one drop by 10; the batch of Table I. RefCOCO+ trains twice as long.
+    # M²IST Section IV-B c: AdamW, one drop by 10; the batch of Table I. RefCOCO+ trains twice as long. [D12] 1e-5 is the
+    # paper's rate for M³ISA; for encoders trained in full it gives none, and they take the same.
     "base": dict(epochs=90, batch_size=64, lr=1e-4, lr_encoder=1e-5, schedule="step", lr_drop=60, warmup=0),
     "base refcoco+": dict(epochs=180, batch_size=64, lr=1e-4, lr_encoder=1e-5, schedule="step", lr_drop=120, warmup=0),
-    # Ours, found on `shapes`: 3,000 steps in all, so larger rates, a warm-up and a smooth end. Encoders that are
-    # trained in full take a tenth of the rate, as in the paper; adapters, which start from nothing, take all of it.
+    # Ours, found on `shapes`: 3,000 steps in all, so larger rates, a warm-up and a smooth end. Adapters, which start
+    # from nothing, take the whole rate; encoders that are trained in full a tenth of it.
     "tiny": dict(epochs=4, batch_size=32, lr=1e-3, lr_encoder=1e-3, schedule="cosine", lr_drop=3, warmup=200),
     "tiny full": dict(epochs=4, batch_size=32, lr=1e-3, lr_encoder=1e-4, schedule="cosine", lr_drop=3, warmup=200),
 }
@@ -50,14 +51,14 @@ RECIPES = {
 
 def recipe_help(key, source):
     """`source` and the default of each recipe, for --help."""
-    return f"({source}; default: " + ", ".join(f"{name} {recipe[key]}" for name, recipe in RECIPES.items()) + ")"
+    return f"({source}; tiny ours; default: " + ", ".join(f"{name} {recipe[key]}" for name, recipe in RECIPES.items()) + ")"
 
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     what = parser.add_argument_group("what").add_argument
-    what("--method", default="m2ist", help=f"{', '.join(METHODS)} (default: m2ist)")
+    what("--method", default="m2ist", help=f"{', '.join(METHODS)} (Tables I, V a; default: m2ist)")
     what("--dataset", default="shapes", help="shapes, or the path of a FILE.jsonl (ours; default: shapes)")
     what("--root", help="folder that image paths start from (ours; default: that of the .jsonl)")
     what("--size", help=f"{', '.join(SIZES)} (default: tiny for shapes, which is ours, else base, the paper's)")
@@ -66,7 +67,7 @@ def build_parser():
     what("--seed", type=int, default=0, help="of new weights, order and transforms (ours; default: 0)")
 
     encoders = parser.add_argument_group("encoders").add_argument
-    encoders("--vision-weights", help="file of DETR R-50, official or TransVG's (default: DETR's official file)")
+    encoders("--vision-weights", help="file of DETR R-50, official or TransVG's (Section IV-B a; default: DETR's official file)")
     encoders("--text-weights", default=OPTIONS["text_weights"],
              help="hub name or folder of a BERT (Section IV-B a; default: bert-base-uncased)")
     encoders("--max-tokens", type=int,
@@ -105,7 +106,7 @@ def build_parser():
     machine("--amp", default="off", help="off, bf16, fp16: mixed precision (released code; default: off)")
     machine("--workers", type=int, help="processes that load pictures (ours; default: 0 for shapes, else 2)")
     machine("--limit", type=int, help="only the first N expressions of each split (ours; default: all)")
-    machine("--resume", action="store_true", help="go on with the run in --out, with the flags it was started with")
+    machine("--resume", action="store_true", help="go on with the run in --out, with the flags it was started with (ours; default: no)")
     return parser
 
 
@@ -124,13 +125,27 @@ def complete(args):
     args.micro_batch = args.micro_batch or args.batch_size
     if args.workers is None:
         args.workers = 0 if args.dataset == "shapes" else 2
-    if "cuda" in args.device and not torch.cuda.is_available():
-        raise InputError(f"--device {args.device}: torch finds no CUDA device here; take --device cpu")
     args.out = args.out or f"runs/{Path(args.dataset).stem}-{args.method}-{args.seed}"
-    for flag in ("epochs", "batch_size", "micro_batch", "lr_drop", "limit", "pretext_steps", "max_tokens"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise InputError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be 1 or more")
+    check(args)
     return args
+
+
+LEAST = {             # flags and the least that makes sense; 3 tokens are [CLS], a word and [SEP]
+    **dict.fromkeys(("epochs", "batch_size", "micro_batch", "lr_drop", "limit", "pretext_steps", "bottleneck",
+                     "interaction_dim", "interaction_bottleneck"), 1),
+    **dict.fromkeys(("workers", "warmup", "lr", "lr_encoder", "weight_decay", "giou"), 0), "max_tokens": 3}
+
+
+def check(args):
+    """What can be refused before anything is loaded; evaluate.py has some of the same flags."""
+    for flag, least in LEAST.items():
+        value = getattr(args, flag, None)
+        if value is not None and not value >= least:
+            raise InputError(f"--{flag.replace('_', '-')} is {value}; it must be {least} or more")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"--device {args.device} cannot be used here ({str(error).splitlines()[0]}); take --device cpu") from None
 
 
 MAY_CHANGE = ("device", "workers", "resume", "out", "cache")         # what a resumed run need not share with its start
@@ -146,7 +161,10 @@ def parse_args(argv=None):
     if not path.exists():            # killed before its first write, or never started
         print(f"--resume: nothing to go on with in {out} yet, starting a new run")
         return complete(argparse.Namespace(**{**vars(args), "resume": False}))
-    saved = json.loads(path.read_text())["args"]
+    try:
+        saved = json.loads(path.read_text())["args"]
+    except (ValueError, KeyError):
+        raise InputError(f"{path}: not what train.py writes; start a new run by another --out") from None
     parser.set_defaults(**saved)
     args = complete(parser.parse_args(argv))
     args.out, args.resume = out, True
@@ -309,7 +327,8 @@ def read_config(path):
         raise InputError(f"{path}: no such checkpoint; give the --out folder of a finished epoch, or its best.safetensors")
     try:
         with safe_open(path, "pt") as file:
-            return path, json.loads(file.metadata()["config"])
+            config = json.loads(file.metadata()["config"])
+        return path, {key: config[key] for key in ("model", "frozen", "args", "epoch")} | config
     except Exception:
         raise InputError(f"{path}: not a checkpoint of this project (best.safetensors of an --out folder)") from None
 
@@ -441,6 +460,9 @@ def picture_predictions(model, samples, args, path):
 
 def refuse_to_overwrite(args):
     out = Path(args.out)
+    for path in (out, *out.parents):
+        if path.exists() and not path.is_dir():
+            raise InputError(f"--out {out}: {path} is a file, not a folder")
     if not args.resume and out.exists() and any(path.suffix != ".partial" for path in out.iterdir()):
         raise InputError(f"--out {out} already holds a run: give another --out, or --resume to go on with it")
 
@@ -454,6 +476,19 @@ def write_args(args):
     save_whole(Path(args.out) / "args.json", lambda path: path.write_text(json.dumps(about, indent=1)))
 
 
+def read_last(path, model):
+    """last.pt, whose tuned weights go into the model; its encoders must be the ones that the run began with."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        frozen = state["frozen"]
+    except Exception:
+        raise InputError(f"{path}: damaged, or not what train.py writes; start a new run by another --out") from None
+    load_tuned(model, state["model"], path)
+    if frozen != frozen_fingerprint(model):
+        raise InputError(f"{path}: the run began with other encoder weights than these; give it the same files again")
+    return state
+
+
 def fit(model, args, train_samples, val_samples):
     """The training loop: epochs, each followed by an evaluation on val and by writing everything down."""
     out, log = Path(args.out), Path(args.out) / "log.jsonl"
@@ -461,13 +496,12 @@ def fit(model, args, train_samples, val_samples):
     scaler = torch.amp.GradScaler(enabled=args.amp == "fp16")
     epoch, best, lines = 0, -1.0, []
     if (out / "last.pt").exists():
-        state = torch.load(out / "last.pt", map_location="cpu", weights_only=True)
+        state = read_last(out / "last.pt", model)
         epoch, best, lines = state["epoch"], state["best"], state["log"]
-        load_tuned(model, state["model"], out / "last.pt")
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         print(f"resumed after epoch {epoch}")
-    steps = len(make_loader(train_samples, args, True))
+    frozen, steps = frozen_fingerprint(model), len(make_loader(train_samples, args, True))
     with tqdm(total=args.epochs * steps, initial=epoch * steps, desc=args.method, unit="step") as bar:
         for epoch in range(epoch + 1, args.epochs + 1):
             torch.manual_seed(args.seed * 100_003 + epoch)             # dropout: an epoch is the same, resumed or not
@@ -485,7 +519,7 @@ def fit(model, args, train_samples, val_samples):
                 best = line.get("val_acc@0.5", best)
                 save_checkpoint(out / "best.safetensors", model, {"model": model_arguments(args), "args": vars(args), **line})
             save_whole(log, lambda path: path.write_text("".join(json.dumps(entry) + "\n" for entry in lines)))
-            state = {"epoch": epoch, "best": best, "log": lines, "model": tuned_state(model),
+            state = {"epoch": epoch, "best": best, "log": lines, "model": tuned_state(model), "frozen": frozen,
                      "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
             save_whole(out / "last.pt", lambda path: torch.save(state, path))
 
