@@ -415,7 +415,8 @@ def load_bert(text, weights):
             raise InputError(f"cannot find {weights} as a folder or on the hub ({str(error).splitlines()[0]}): give a "
                              f"folder by --text-weights, or take --weights random or --size tiny") from None
     if path is None:
-        raise InputError(f"{weights}: holds no model.safetensors and no pytorch_model.bin")
+        raise InputError(f"{weights}: no model.safetensors and no pytorch_model.bin in a folder of this name, nor on the hub "
+                         f"(or no connection to it): give a folder by --text-weights, or take --weights random or --size tiny")
     names = {"gamma": "weight", "beta": "bias"}                # what the first BERT files call a LayerNorm's parameters
     state = {re.sub(r"(gamma|beta)$", lambda m: names[m[0]], key.removeprefix("bert.")): value
              for key, value in read_state(path).items()}
