@@ -314,7 +314,7 @@ class DetrBert(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Weights of others. A table is [(pattern of their key, our key), ...]; {} in a pattern stands for a layer's number.
+# Weights of others. A table is [(regular expression of their key, our key), ...].
 
 DETR_URL = "https://dl.fbaipublicfiles.com/detr/detr-r50-e632da11.pth"
 
