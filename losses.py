@@ -1,10 +1,15 @@
 """Losses of both papers, each readable alone: this file imports nothing of the project.
 
-    M²IST Eq. (6)     box_loss      smooth L1 and GIoU on the box
+    M²IST Eq. (6), HiVG Eq. (14)     box_loss            smooth L1 and GIoU on the box
+    HiVG Eqs. (9)-(11)               contrastive_loss    expressions and pictures of a batch find each other
+    HiVG Eqs. (12)-(13)              region_text_loss    the cells of the box answer to the expression
+    HiVG Eq. (15)                    total_loss          their sum
 
 Boxes are (cx, cy, w, h) in [0, 1] of the padded square image. Everything is computed in float32, whatever precision
 the model runs in: areas of small boxes are products of small numbers, and half precision rounds them to zero.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -46,3 +51,66 @@ def box_loss(pred, target, l1=1.0, giou=1.0):
     smooth_l1 = F.smooth_l1_loss(pred, target, reduction="none").sum(-1).mean()
     # M²IST Eq. (6), second term. [D2] λ is never given; the released code adds the two with weight 1.
     return l1 * smooth_l1 + giou * (1 - iou_and_giou(pred, target)[1]).mean()
+
+
+def contrastive_loss(text, image, temperature):
+    """L_CLC, HiVG Eqs. (9)-(11): each expression finds its picture in the batch, and each picture its expression.
+
+    text, image: (N, C) embeddings, row i of both from pair i; they are normalised here. temperature: τ, CLIP's own
+    (0.01 after its pretraining). All other pairs count as negatives, as in the paper, a picture that occurs twice too.
+    """
+    text, image = F.normalize(text.float(), dim=-1), F.normalize(image.float(), dim=-1)
+    logits = text @ image.T / temperature                                # (N, N): row = text, column = picture
+    pair = torch.arange(len(logits), device=logits.device)
+    t2i, i2t = F.cross_entropy(logits, pair), F.cross_entropy(logits.T, pair)      # HiVG Eqs. (9) and (10)
+    return (t2i + i2t) / 2                                                         # HiVG Eq. (11)
+
+
+def box_mask(boxes, side):
+    """m_d of HiVG Eq. (13): which cells of a side x side grid lie in the box. (B, 4) -> (B, side * side) bool, row by row.
+
+    A cell is in if its centre is. [D17] Nearest downsampling, the paper's word, would look at a cell's corner. A box
+    that holds no centre takes the cell that holds the box's own centre, so that no target is without a positive.
+    """
+    x1, y1, x2, y2 = to_corners(boxes.float()).unbind(-1)
+    centres = (torch.arange(side, device=boxes.device) + 0.5) / side
+    columns = (centres >= x1[:, None]) & (centres <= x2[:, None])        # (B, side)
+    rows = (centres >= y1[:, None]) & (centres <= y2[:, None])
+    mask = (rows[:, :, None] & columns[:, None, :]).flatten(1)
+    cell = (boxes[:, :2].float() * side).long().clamp(0, side - 1)       # (B, 2): column, row
+    nearest = F.one_hot(cell[:, 1] * side + cell[:, 0], side * side).bool()
+    return torch.where(mask.any(1, keepdim=True), mask, nearest)
+
+
+def region_text_loss(scores, mask, padding, focal=20.0, dice=2.0):
+    """L_RTCC, HiVG Eqs. (12)-(13): the cells of the box answer to the text, the others do not.
+
+    scores: (B, N), <t_eos, MLP(v_i)> before the sigmoid of Eq. (12), which is in here for its logarithm's sake.
+    mask: (B, N) bool, from box_mask. padding: (B, N) bool; padded cells count for nothing. [D18]
+    focal, dice: λ_focal and λ_dice. Focal loss with α 0.25 and γ 2 (Lin et al., ICCV 2017), the mean over a picture's
+    cells; dice with 1 added above and below (Milletari et al., 3DV 2016).
+    """
+    scores, target, real = scores.float(), mask.float(), (~padding).float()
+    s = scores.sigmoid()                                                 # HiVG Eq. (12)
+    right = torch.where(mask, s, 1 - s)
+    cross_entropy = F.binary_cross_entropy_with_logits(scores, target, reduction="none")
+    by_cell = torch.where(mask, 0.25, 0.75) * (1 - right) ** 2 * cross_entropy
+    focal_loss = (by_cell * real).sum(1) / real.sum(1)
+    overlap = (s * target * real).sum(1)
+    dice_loss = 1 - (2 * overlap + 1) / ((s * real).sum(1) + (target * real).sum(1) + 1)
+    return (focal * focal_loss + dice * dice_loss).mean()                # HiVG Eq. (13)
+
+
+def total_loss(found, boxes, l1, giou, contrast=0.0, focal=0.0, dice=0.0):
+    """L_total, HiVG Eq. (15), each part with its coefficient; with the last three 0 it is M²IST Eq. (6).
+
+    found: a Grounding (model.py): .boxes, and for the constraints .text, .image, .temperature, .scores, .padding.
+    boxes: (B, 4), the true ones. HiVG's Table 8: l1 2, giou 2, focal 20, dice 2.
+    """
+    loss = box_loss(found.boxes, boxes, l1, giou)                                          # HiVG Eq. (14)
+    if contrast:
+        loss = loss + contrast * contrastive_loss(found.text, found.image, found.temperature)
+    if focal or dice:
+        mask = box_mask(boxes, math.isqrt(found.scores.shape[1]))
+        loss = loss + region_text_loss(found.scores, mask, found.padding, focal, dice)
+    return loss
