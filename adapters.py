@@ -143,3 +143,41 @@ class SideNetworks(nn.Module):
         for block, layer in zip(self.blocks, self.text_layers):
             s = s + block.text(*ports[layer - 1])
         return s
+
+
+class CrossModalBridge(nn.Module):
+    """MACB, HiVG Section 3.2 and Fig. 7: lets a layer of the vision encoder see the text, of all its layers at once.
+
+    Stands at the attention port of a CLIP vision layer. Symbols (paper = here): n = text_layers, L_l <= max_tokens,
+    H_v, H_l = vision_dim, text_dim, f_l^i = texts[i - 1], w_l = weights, W_proj = projection, f_v^sa = what `semantic`
+    returns. heads: those of the cross-attention.
+    """
+
+    def __init__(self, vision_dim, text_dim, text_layers, max_tokens, heads):
+        super().__init__()
+        self.heads = heads
+        # [D13] One weight for each layer, place and channel, the same for all samples. 0 is "as CLIP has it"; the paper
+        # names no start, and the released code's N(0, 1) hides the features at first.
+        self.weights = nn.Parameter(torch.zeros(text_layers, max_tokens, text_dim))
+        self.projection = nn.Linear(text_layers * text_dim, vision_dim)
+        self.norm = nn.LayerNorm(vision_dim)
+        self.q, self.k, self.v, self.out = (nn.Linear(vision_dim, vision_dim) for _ in range(4))
+        self.fc1, self.fc2 = nn.Linear(vision_dim, 4 * vision_dim), nn.Linear(4 * vision_dim, vision_dim)
+
+    def select(self, texts):
+        """n features (B, L_l, H_l) -> *f_l^ml (B, L_l, H_v)."""
+        calibrated = [w[:f.shape[1]] * f + f for w, f in zip(self.weights, texts, strict=True)]     # HiVG Eq. (3)
+        return self.projection(torch.cat(calibrated, dim=-1))                                       # HiVG Eq. (4)
+
+    def semantic(self, vision, texts, padding):
+        """vision (B, N, H_v), texts: n times (B, L_l, H_l), padding (B, L_l) -> f_v^sa (B, N, H_v)."""
+        split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(1, 2)      # a true transpose: see [D14]
+        text = self.select(texts)
+        found = F.scaled_dot_product_attention(split(self.q(self.norm(vision))), split(self.k(text)), split(self.v(text)),
+                                               attn_mask=~padding[:, None, None, :])
+        h = self.fc1(self.out(found.transpose(1, 2).flatten(2)))
+        return self.fc2(h * torch.sigmoid(1.702 * h))                            # QuickGELU, as in CLIP's own layers
+
+    def forward(self, out, x, context):
+        """At the attention port: out = attention's output, x = what the layer was given, context = (texts, padding)."""
+        return out + self.semantic(x + out, *context)         # HiVG Section 3.2: "back to the block as residuals"

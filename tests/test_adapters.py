@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from adapters import ExpertAdapter, InteractionAdapter, SideNetworks
+from adapters import CrossModalBridge, ExpertAdapter, InteractionAdapter, SideNetworks
 
 
 def by_hand(x, linear):
@@ -94,3 +94,70 @@ def test_init_is_kaiming_normal_with_zero_biases():
     for linear in (m for m in side.modules() if isinstance(m, nn.Linear)):
         assert linear.weight.std().item() == pytest.approx(math.sqrt(2 / linear.in_features), rel=0.03)
         assert linear.bias.abs().max() == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# HiVG's bridge
+
+def bridge(n=3, places=5):
+    torch.manual_seed(0)
+    module = CrossModalBridge(vision_dim=4, text_dim=3, text_layers=n, max_tokens=places, heads=2)
+    disturb(module)
+    nn.init.normal_(module.weights)
+    return module
+
+
+def test_bridge_selects_the_text_by_equations_3_and_4():
+    module = bridge()
+    texts = [torch.randn(2, 4, 3) for _ in range(3)]                   # four of five places: a trimmed batch
+    found = module.select(texts)
+    for b in range(2):
+        for place in range(4):
+            row = []
+            for i in range(3):
+                for channel in range(3):
+                    w, f = module.weights[i, place, channel].item(), texts[i][b, place, channel].item()
+                    row.append(w * f + f)                                                            # Eq. (3)
+            assert found[b, place].tolist() == pytest.approx(by_hand(row, module.projection), abs=1e-5)     # Eq. (4)
+
+
+def test_bridge_is_section_3_2_by_a_literal_loop():
+    """LayerNorm, multi-head cross-attention over what is not padding, FFN; added to what attention put out."""
+    module, texts = bridge(), [torch.randn(2, 4, 3) for _ in range(3)]
+    padding = torch.tensor([[False, False, False, True], [False, False, False, False]])
+    out, x = torch.randn(2, 6, 4), torch.randn(2, 6, 4)
+    found = module(out, x, (texts, padding))
+    text = module.select(texts)
+    for b in range(2):
+        k, v = ([by_hand(row, linear) for row in text[b].tolist()] for linear in (module.k, module.v))
+        for token in range(6):
+            q = by_hand(layer_norm((x + out)[b, token].tolist(), module.norm), module.q)
+            attended = []
+            for head in (slice(0, 2), slice(2, 4)):
+                real = [j for j in range(4) if not padding[b, j]]
+                scores = [math.exp(sum(p * r for p, r in zip(q[head], k[j][head])) / math.sqrt(2)) for j in real]
+                attended += [sum(score * v[j][channel] for score, j in zip(scores, real)) / sum(scores)
+                             for channel in range(4)[head]]
+            hidden = [h / (1 + math.exp(-1.702 * h)) for h in by_hand(by_hand(attended, module.out), module.fc1)]
+            expected = [o + f for o, f in zip(out[b, token].tolist(), by_hand(hidden, module.fc2))]
+            assert found[b, token].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_bridge_starts_from_the_text_as_it_is_and_its_weights_have_every_axis():
+    module = CrossModalBridge(4, 3, text_layers=2, max_tokens=5, heads=2)
+    assert module.weights.shape == (2, 5, 3) and not module.weights.any()
+    texts = [torch.randn(1, 5, 3), torch.randn(1, 5, 3)]
+    assert torch.allclose(module.select(texts), module.projection(torch.cat(texts, -1)))
+    with pytest.raises(ValueError):
+        module.select(texts[:1])                                       # as many layers as it was built for
+
+
+def test_a_sample_of_the_bridge_knows_nothing_of_its_neighbours():
+    module, texts = bridge(), [torch.randn(3, 5, 3) for _ in range(3)]
+    padding = torch.arange(5) >= torch.tensor([[5], [3], [2]])
+    out, x = torch.randn(3, 6, 4), torch.randn(3, 6, 4)
+    together = module(out, x, (texts, padding))
+    for b in range(3):
+        length = int((~padding[b]).sum())
+        alone = module(out[b:b + 1], x[b:b + 1], ([t[b:b + 1, :length] for t in texts], padding[b:b + 1, :length]))
+        assert (alone[0] - together[b]).abs().max() <= 1e-6
