@@ -24,7 +24,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from model import InputError, one_of
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # ImageNet's, which DETR was trained with
+# Mean and standard deviation of the pixels that an encoder was pretrained on: ImageNet's for DETR, and CLIP's own,
+# which [D22] the released HiVG does not take.
+PIXELS = {"detr": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+          "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))}
 
 
 class Sample(NamedTuple):
@@ -320,17 +323,17 @@ def placement(width, height, size, rng=None):
     return w, h, rng.randint(0, size - w), rng.randint(0, size - h)
 
 
-def letterbox(picture, size, rng=None):
-    """An RGB picture -> (image (3, size, size) normalised, padding (size, size) bool, (w, h, left, top)).
+def letterbox(picture, size, rng=None, pixels=PIXELS["detr"]):
+    """An RGB picture -> (image (3, size, size) normalised by `pixels`, padding (size, size) bool, (w, h, left, top)).
 
     Padding is 0 after normalisation: the mean colour.
     """
     w, h, left, top = placement(*picture.size, size, rng)
-    pixels = np.asarray(picture.resize((w, h), Image.Resampling.BILINEAR), dtype=np.float32) / 255
-    pixels = (pixels - np.float32(MEAN)) / np.float32(STD)
+    values = np.asarray(picture.resize((w, h), Image.Resampling.BILINEAR), dtype=np.float32) / 255
+    values = (values - np.float32(pixels[0])) / np.float32(pixels[1])
     image = torch.zeros(3, size, size)
     padding = torch.ones(size, size, dtype=torch.bool)
-    image[:, top:top + h, left:left + w] = torch.from_numpy(pixels).permute(2, 0, 1)
+    image[:, top:top + h, left:left + w] = torch.from_numpy(values).permute(2, 0, 1)
     padding[top:top + h, left:left + w] = False
     return image, padding, (w, h, left, top)
 
@@ -390,8 +393,8 @@ class GroundingDataset(torch.utils.data.Dataset):
     """Samples as tensors. size: the square's side in pixels. train: put the picture at a random place of its square,
     drawn from seed and index alone, so that neither workers nor a resumed run change what is seen."""
 
-    def __init__(self, samples, size, tokenizer, train=False, seed=0):
-        self.samples, self.size, self.tokenizer, self.train, self.seed = samples, size, tokenizer, train, seed
+    def __init__(self, samples, size, tokenizer, train=False, seed=0, pixels=PIXELS["detr"]):
+        self.samples, self.size, self.tokenizer, self.train, self.seed, self.pixels = samples, size, tokenizer, train, seed, pixels
 
     def __len__(self):
         return len(self.samples)
@@ -400,7 +403,7 @@ class GroundingDataset(torch.utils.data.Dataset):
         sample = self.samples[i]
         picture = load_picture(sample.image)
         rng = seeded(self.seed, i) if self.train else None
-        image, padding, place = letterbox(picture, self.size, rng)
+        image, padding, place = letterbox(picture, self.size, rng, self.pixels)
         box = to_square(sample.box, picture.size, place, self.size)
         if box[2] <= 0 or box[3] <= 0:
             raise InputError(f"{sample.image}: box {list(sample.box)} of {sample.text!r} lies outside the picture, which "

@@ -27,7 +27,8 @@ import torchvision
 from safetensors.torch import load_file
 from torchvision.ops import FrozenBatchNorm2d
 
-from adapters import SideNetworks
+import hilora
+from adapters import CrossModalBridge, SideNetworks
 
 
 class InputError(ValueError):
@@ -43,11 +44,12 @@ class InputError(ValueError):
 # ---------------------------------------------------------------------------------------------------------------------
 # One layer for every encoder
 
-ACTIVATIONS = {
-    "relu": F.relu,                                           # DETR, both grounding encoders
-    "gelu": F.gelu,                                           # BERT
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),     # CLIP
-}
+class QuickGELU(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "quick_gelu": QuickGELU()}       # DETR and grounding encoders, BERT, CLIP
 
 
 class TransformerLayer(nn.Module):
@@ -60,12 +62,13 @@ class TransformerLayer(nn.Module):
     an inserted module writes them: `plugs["attention"]` or `plugs["ffn"]`, called as plug(out, x, context) with the
     sublayer's output, the residual stream that entered the sublayer and the layer's context, gives the new output.
 
-    x, position: (B, N, C). padding: (B, N). Returns x, a, g, each (B, N, C).
+    x, position: (B, N, C). padding: (B, N), not with causal. Returns x, a, g, each (B, N, C).
     """
 
-    def __init__(self, dim, heads, hidden, activation="relu", pre_norm=False, dropout=0.0, ffn_dropout=0.0, eps=1e-5):
+    def __init__(self, dim, heads, hidden, activation="relu", pre_norm=False, dropout=0.0, ffn_dropout=0.0, eps=1e-5,
+                 causal=False):
         super().__init__()
-        self.heads, self.activation, self.pre_norm = heads, ACTIVATIONS[activation], pre_norm
+        self.heads, self.activation, self.pre_norm, self.causal = heads, ACTIVATIONS[activation], pre_norm, causal
         self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))     # apart, so that LoRA finds them
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps), nn.LayerNorm(dim, eps)
@@ -102,7 +105,8 @@ class TransformerLayer(nn.Module):
         q, k = self.queries_keys(h, position)
         mask = None if padding is None else ~padding[:, None, None, :]      # True = may be looked at; over the keys
         dropout = self.dropout.p if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, self.split(self.v(h)), attn_mask=mask, dropout_p=dropout)
+        out = F.scaled_dot_product_attention(q, k, self.split(self.v(h)), attn_mask=mask, dropout_p=dropout,
+                                             is_causal=self.causal)
         return self.out(out.transpose(1, 2).flatten(2))
 
     def attention_map(self, x, padding, position, query=0):
@@ -118,26 +122,35 @@ class TransformerLayer(nn.Module):
 # The encoders
 
 class Tokens(NamedTuple):
-    """Encoded image or text: x (B, N, C) and padding (B, N)."""
+    """What is grounded, image or text: x (B, N, C), padding (B, N); of CLIP also the states of its layers and the
+    embedding (B, C) that CLIP itself compares."""
     x: torch.Tensor
     padding: torch.Tensor
+    states: list = ()
+    embedding: Optional[torch.Tensor] = None
 
 
 class Encoded(NamedTuple):
-    """What an encoder gives to read: x0 (B, N, C), what entered its layers; ports, [(a_1, g_1), ...], one pair for each
-    layer; x, what left the last layer; padding (B, N)."""
+    """What an encoder gives to read: x0 (B, N, C), what entered its layers; ports, [(a_1, g_1), ...], and states,
+    [x_1, ...], what left each layer, shallow first; padding (B, N)."""
     x0: torch.Tensor
     ports: list
-    x: torch.Tensor
+    states: list
     padding: torch.Tensor
 
+    @property
+    def x(self):
+        return self.states[-1]
 
-def run_layers(layers, x, padding, position=None):
-    x0, ports = x, []
+
+def run_layers(layers, x, padding, position=None, context=None, mask=True):
+    """mask: whether padding is kept from being looked at."""
+    x0, ports, states = x, [], []
     for layer in layers:
-        x, a, g = layer(x, padding, position)
+        x, a, g = layer(x, padding if mask else None, position, context)
         ports.append((a, g))
-    return Encoded(x0, ports, x, padding)
+        states.append(x)
+    return Encoded(x0, ports, states, padding)
 
 
 def resnet50_body():
@@ -223,27 +236,106 @@ class TextEncoder(nn.Module):
         return run_layers(self.layers, self.dropout(self.norm(x)), padding)
 
 
+class ClipVision(nn.Module):
+    """CLIP's ViT, HiVG Section 3.1. images (B, 3, S, S), padding (B, S, S) -> Encoded of 1 + Nv tokens, [CLS] first.
+
+    context: what the bridges in its layers, if any, are given. As in CLIP every patch is looked at, padded ones too.
+    """
+
+    def __init__(self, image_size, patch, dim, heads, hidden, layers, embedding):
+        super().__init__()
+        self.patches = nn.Conv2d(3, dim, patch, stride=patch, bias=False)
+        self.cls = nn.Parameter(dim ** -0.5 * torch.randn(dim))
+        side = image_size // patch
+        # Where a patch lies must be in the tokens' values. CLIP has learned that from very many pictures; what starts from
+        # nothing here starts from 2-D sines.
+        self.position = nn.Parameter(F.pad(sine_position(torch.zeros(1, side, side, dtype=torch.bool), dim)[0], (0, 0, 1, 0)))
+        self.pre_norm, self.norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.layers = nn.ModuleList(TransformerLayer(dim, heads, hidden, "quick_gelu", True) for _ in range(layers))
+        self.projection = nn.Linear(dim, embedding, bias=False)
+
+    def forward(self, images, padding, context=None):
+        x = torch.cat([self.cls.expand(len(images), 1, -1), self.patches(images).flatten(2).transpose(1, 2)], dim=1)
+        # A patch is padding if no pixel of it is of the picture; [CLS] never is.
+        real = F.max_pool2d((~padding)[:, None].float(), self.patches.stride).flatten(1).bool()
+        padding = F.pad(~real, (1, 0))
+        return run_layers(self.layers, self.pre_norm(x + self.position), padding, context=context, mask=False)
+
+    def embed(self, x):
+        return self.projection(self.norm(x))
+
+
+class ClipText(nn.Module):
+    """CLIP's text tower, HiVG Section 3.1. tokens, padding (B, T) -> Encoded. Causal: no token sees what follows it, so
+    padding, which is last, is seen by none. states[-1] has not passed the final norm; `embed` does that."""
+
+    def __init__(self, vocabulary, positions, dim, heads, hidden, layers, embedding):
+        super().__init__()
+        self.word = nn.Embedding(vocabulary, dim)
+        self.position = nn.Parameter(0.01 * torch.randn(positions, dim))
+        self.layers = nn.ModuleList(TransformerLayer(dim, heads, hidden, "quick_gelu", True, causal=True)
+                                    for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.projection = nn.Linear(dim, embedding, bias=False)
+
+    def forward(self, tokens, padding):
+        return run_layers(self.layers, self.word(tokens) + self.position[:tokens.shape[1]], padding, mask=False)
+
+    def embed(self, x):
+        return self.projection(self.norm(x))
+
+
+class Clip(nn.Module):
+    """Both towers and the temperature, as pretrained together."""
+
+    def __init__(self, vision, text):
+        super().__init__()
+        self.vision, self.text = ClipVision(**vision), ClipText(**text)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))      # where CLIP's pretraining starts it
+
+    @property
+    def temperature(self):
+        return (-self.logit_scale).exp()            # τ of HiVG Eqs. (9) and (10)
+
+    def encode_text(self, tokens, padding):
+        encoded = self.text(tokens, padding)
+        x = self.text.embed(encoded.x)
+        last = (~padding).sum(1) - 1                                             # where [EOS] stands
+        return Tokens(x, padding, encoded.states, x[torch.arange(len(x), device=x.device), last])
+
+    def encode_image(self, images, padding, context=None):
+        encoded = self.vision(images, padding, context)
+        return Tokens(encoded.x, encoded.padding, encoded.states, self.vision.embed(encoded.x[:, 0]))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Grounding
 
 class Grounding(NamedTuple):
-    """boxes (B, 4) as (cx, cy, w, h) in [0, 1]; attention (B, Nv), how [REG] looks at the image, where asked for."""
+    """boxes (B, 4) as (cx, cy, w, h) in [0, 1]; attention (B, Nv), how [REG] looks at the image, where asked for; and
+    what HiVG's constraints compare: scores and padding (B, Nv), in training; text, image (B, C) and temperature, CLIP's."""
     boxes: torch.Tensor
     attention: Optional[torch.Tensor] = None
+    scores: Optional[torch.Tensor] = None
+    padding: Optional[torch.Tensor] = None
+    text: Optional[torch.Tensor] = None
+    image: Optional[torch.Tensor] = None
+    temperature: Optional[torch.Tensor] = None
 
 
 class GroundingEncoder(nn.Module):
-    """The V-L encoder and its box head, M²IST Section III-A c.
+    """The V-L encoder of M²IST (Section III-A c), the grounding encoder of HiVG (Section 3.1), and the box head.
 
     vision: Tokens of width vision_dim. text: Tokens of width text_dim, at most max_tokens of them. Returns Grounding.
-    The sequence is [REG], text, vision; learned positions are added to queries and keys in every layer.
+    The sequence is [REG], text, vision, or with `clip` [REG], [CLS], vision, text, HiVG Eq. (2). Learned positions are
+    added to queries and keys in every layer. region_hidden: width of the MLP of HiVG Eq. (12), if there is to be one.
     """
 
     def __init__(self, vision_dim, text_dim, vision_tokens, max_tokens, dim, heads, hidden, layers, dropout,
-                 pre_norm=False, position_std=1.0):
+                 pre_norm=False, position_std=1.0, clip=False, region_hidden=None):
         super().__init__()
-        self.max_tokens = max_tokens
-        self.vision_projection = nn.Linear(vision_dim, dim)
+        self.max_tokens, self.clip = max_tokens, clip
+        self.vision_projection = nn.Linear(vision_dim, dim)          # W_mvp of HiVG Eq. (1)
         self.text_projection = nn.Linear(text_dim, dim)
         self.reg = nn.Parameter(torch.randn(1, dim))
         self.position = nn.Parameter(position_std * torch.randn(1 + max_tokens + vision_tokens, dim))
@@ -251,18 +343,42 @@ class GroundingEncoder(nn.Module):
                                     for _ in range(layers))
         self.norm = nn.LayerNorm(dim) if pre_norm else nn.Identity()       # post-norm layers end in one of their own
         self.head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 4))
+        self.region = region_hidden and nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, region_hidden), QuickGELU(),
+                                                      nn.Linear(region_hidden, dim))
+
+    def sequence(self, vision, text):
+        """(B, 1 + T + Nv, C), its padding, its positions, and where in it the picture's cells are."""
+        reg, T, Nv = self.reg.expand(len(text.x), 1, -1), text.x.shape[1], vision.x.shape[1]
+        parts = [self.text_projection(text.x), self.vision_projection(vision.x)]
+        padding = [text.padding, vision.padding]
+        # Text may be trimmed to the longest of its batch; every token keeps its position.
+        if self.clip:
+            parts, padding, cells = parts[::-1], padding[::-1], slice(2, 1 + Nv)
+            position = self.position[:1 + Nv + T]
+        else:
+            position, cells = torch.cat([self.position[:1 + T], self.position[1 + self.max_tokens:]]), slice(1 + T, None)
+        return torch.cat([reg, *parts], 1), torch.cat([padding[0].new_zeros(len(reg), 1), *padding], 1), position, cells
 
     def forward(self, vision, text, attention=False):
-        reg = self.reg.expand(len(text.x), 1, -1)
-        x = torch.cat([reg, self.text_projection(text.x), self.vision_projection(vision.x)], dim=1)    # (B, 1+T+Nv, C)
-        padding = torch.cat([text.padding.new_zeros(len(x), 1), text.padding, vision.padding], dim=1)
-        # Text may be trimmed to the longest of its batch; the vision positions stay where they are.
-        position = torch.cat([self.position[:1 + text.x.shape[1]], self.position[1 + self.max_tokens:]])
+        x, padding, position, cells = self.sequence(vision, text)
         for layer in self.layers[:-1]:
             x = layer(x, padding, position)[0]
-        looks = self.layers[-1].attention_map(x, padding, position)[:, 1 + text.x.shape[1]:] if attention else None
-        x = self.layers[-1](x, padding, position)[0]
-        return Grounding(self.head(self.norm(x[:, 0])).float().sigmoid(), looks)        # the head reads [REG] alone
+        looks = self.layers[-1].attention_map(x, padding, position)[:, cells] if attention else None
+        x = self.norm(self.layers[-1](x, padding, position)[0])
+        found = Grounding(self.head(x[:, 0]).float().sigmoid(), looks)                  # the head reads [REG] alone
+        if self.region is None or not self.training:
+            return found
+        eos = vision.x.shape[1] + (~text.padding).sum(1)                                # [EOS] ends its text
+        t = F.normalize(x[torch.arange(len(x), device=x.device), eos], dim=-1)          # [D19] of the two, t alone is
+        scores = (self.region(x[:, cells]) @ t[..., None])[..., 0]                      # HiVG Eq. (12) before σ
+        return found._replace(scores=scores, padding=padding[:, cells])
+
+
+def trimmed(tokens, padding, limit):
+    """Tokens and padding (B, T), cut to `limit`; what is cut may be nothing but padding."""
+    if not padding[:, limit:].all():
+        raise ValueError(f"a text has more than max_tokens = {limit} tokens")
+    return tokens[:, :limit], padding[:, :limit]
 
 
 class DetrBert(nn.Module):
@@ -293,12 +409,8 @@ class DetrBert(nn.Module):
 
     def encode_text(self, tokens, token_padding):
         """tokens, token_padding (B, T) -> Tokens (B, T, C_l). T beyond max_tokens may hold nothing but padding."""
-        limit = self.grounding.max_tokens
-        if tokens.shape[1] > limit:
-            if not token_padding[:, limit:].all():
-                raise ValueError(f"a text has more than max_tokens = {limit} tokens")
-            tokens, token_padding = tokens[:, :limit], token_padding[:, :limit]
-        return self._encode(self.text, self.side and self.side.text, tokens, token_padding)
+        return self._encode(self.text, self.side and self.side.text,
+                            *trimmed(tokens, token_padding, self.grounding.max_tokens))
 
     def _encode(self, encoder, side, inputs, padding):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):       # the memory that M²IST saves
@@ -311,6 +423,44 @@ class DetrBert(nn.Module):
 
     def forward(self, images, image_padding, tokens, token_padding, attention=False):
         return self.ground(self.encode_image(images, image_padding), self.encode_text(tokens, token_padding), attention)
+
+
+class ClipGrounding(nn.Module):
+    """Every method on CLIP, HiVG Section 3.1: the two towers, bridges within the vision tower, the grounding encoder.
+
+    levels: the vision layers whose features are grounded, m of them. bridges: {vision layer: CrossModalBridge}.
+    text_layers: the text layers that the bridges are given, n of them. CLIP itself is frozen; LoRA is for `begin_stage`.
+    """
+
+    def __init__(self, clip, grounding, levels, bridges, text_layers):
+        super().__init__()
+        self.clip, self.grounding, self.levels, self.text_layers = clip, grounding, levels, text_layers
+        for layer, bridge in bridges.items():
+            clip.vision.layers[layer - 1].plugs["attention"] = bridge
+
+    def begin_stage(self, stage, stages, rank, alpha, deep_to_shallow=False):
+        """HiLoRA's stage of the vision tower, in `stages` groups, and of the text tower, which is one (Section 4.1)."""
+        vision = list(self.clip.vision.layers)
+        hilora.add_stage(vision[::-1] if deep_to_shallow else vision, stage, stages, rank, alpha)
+        hilora.add_stage(self.clip.text.layers, stage, 1, rank, alpha)
+
+    def encode_text(self, tokens, token_padding):
+        """tokens, token_padding (B, T) -> Tokens (B, T, H_g): the last layer, by CLIP's own projection."""
+        return self.clip.encode_text(*trimmed(tokens, token_padding, self.grounding.max_tokens))
+
+    def encode_image(self, images, image_padding, text):
+        """images (B, 3, S, S), image_padding (B, S, S), text from encode_text -> Tokens (B, 1 + Nv, m H_v)."""
+        context = [text.states[layer - 1] for layer in self.text_layers], text.padding
+        image = self.clip.encode_image(images, image_padding, context)
+        return image._replace(x=torch.cat([image.states[level - 1] for level in self.levels], -1))    # HiVG Eq. (1)
+
+    def ground(self, vision, text, attention=False):
+        return self.grounding(vision, text, attention)._replace(text=text.embedding, image=vision.embedding,
+                                                                temperature=self.clip.temperature)
+
+    def forward(self, images, image_padding, tokens, token_padding, attention=False):
+        text = self.encode_text(tokens, token_padding)
+        return self.ground(self.encode_image(images, image_padding, text), text, attention)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -341,6 +491,22 @@ BERT_TABLE = [                                                                  
     (r"encoder\.layer\.(\d+)\.output\.LayerNorm\.(.+)", r"layers.\1.norm2.\2"),
 ]
 BERT_IGNORED = r"cls\.|pooler\.|embeddings\.position_ids"             # heads of its pretraining; a buffer of old files
+
+CLIP_TABLE = [                                                                             # transformers' CLIPModel
+    (r"(text|vision)_model\.encoder\.layers\.(\d+)\.self_attn\.(q|k|v|out)_proj\.(.+)", r"\1.layers.\2.\3.\4"),
+    (r"(text|vision)_model\.encoder\.layers\.(\d+)\.(?:mlp\.|layer_)(fc|norm)([12])\.(.+)", r"\1.layers.\2.\3\4.\5"),
+    (r"text_model\.embeddings\.token_embedding\.(.+)", r"text.word.\1"),
+    (r"(text|vision)_model\.embeddings\.position_embedding\.weight", r"\1.position"),
+    (r"vision_model\.embeddings\.class_embedding", r"vision.cls"),
+    (r"vision_model\.embeddings\.patch_embedding\.(.+)", r"vision.patches.\1"),
+    (r"vision_model\.pre_layrnorm\.(.+)", r"vision.pre_norm.\1"),                           # their spelling
+    (r"vision_model\.post_layernorm\.(.+)", r"vision.norm.\1"),
+    (r"visual_projection\.(.+)", r"vision.projection.\1"),
+    (r"text_model\.final_layer_norm\.(.+)", r"text.norm.\1"),
+    (r"text_projection\.(.+)", r"text.projection.\1"),
+    (r"(logit_scale)", r"\1"),
+]
+CLIP_IGNORED = r".*\.position_ids"
 
 
 def rename(key, table):
@@ -404,64 +570,108 @@ def load_detr(vision, weights=None):
     import_weights(vision, state, DETR_TABLE, DETR_IGNORED, weights or DETR_URL)
 
 
-def load_bert(text, weights):
-    """BERT as transformers saves it: a hub name, or a folder."""
+def hub_file(weights, flag):
+    """The file of weights in a folder, or under a name on the hub, as transformers saves them."""
     from transformers.utils import cached_file
+    way_out = f"give a folder by {flag}, or take --weights random or --size tiny"
     path = None
     for name in ("model.safetensors", "pytorch_model.bin"):
         try:
             path = path or cached_file(weights, name, _raise_exceptions_for_missing_entries=False)
         except OSError as error:
-            raise InputError(f"cannot find {weights} as a folder or on the hub ({str(error).splitlines()[0]}): give a "
-                             f"folder by --text-weights, or take --weights random or --size tiny") from None
+            raise InputError(f"cannot find {weights} as a folder or on the hub ({str(error).splitlines()[0]}): {way_out}") from None
     if path is None:
         raise InputError(f"{weights}: no model.safetensors and no pytorch_model.bin in a folder of this name, nor on the hub "
-                         f"(or no connection to it): give a folder by --text-weights, or take --weights random or --size tiny")
+                         f"(or no connection to it): {way_out}")
+    return path
+
+
+def load_bert(text, weights):
+    """BERT as transformers saves it: a hub name, or a folder."""
+    path = hub_file(weights, "--text-weights")
     names = {"gamma": "weight", "beta": "bias"}                # what the first BERT files call a LayerNorm's parameters
     state = {re.sub(r"(gamma|beta)$", lambda m: names[m[0]], key.removeprefix("bert.")): value
              for key, value in read_state(path).items()}
     import_weights(text, state, BERT_TABLE, BERT_IGNORED, path)
 
 
+def load_clip(clip, weights):
+    """CLIP as transformers saves it: a hub name, or a folder. Files in half precision are loaded as float32."""
+    path = hub_file(weights, "--clip-weights")
+    import_weights(clip, read_state(path), CLIP_TABLE, CLIP_IGNORED, path)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Building a model
 
-SIZES = {
-    # Section III-A and IV-B; dropout and heads as released.
-    "base": dict(
-        image_size=640, stride=32, max_tokens=20, text_layers=[7, 8, 9, 10, 11, 12],
-        vision=dict(channels=2048, dim=256, heads=8, hidden=2048, layers=6, dropout=0.1),
-        text=dict(vocabulary=30522, positions=512, dim=768, heads=12, hidden=3072, layers=12, dropout=0.1),
-        grounding=dict(dim=256, heads=8, hidden=2048, layers=6, dropout=0.1),
-        side=dict(bottleneck=128, interaction_dim=256, interaction_bottleneck=128)),
-    # Ours: the same classes, small enough to learn `shapes` on two cores in minutes. Pre-norm, as HiVG's grounding
-    # encoder, and small positions: with post-norm and N(0, 1) it takes several times as many steps to leave the mean box.
-    "tiny": dict(
-        image_size=64, stride=8, max_tokens=20, text_layers=[3, 4],
-        vision=dict(channels=64, dim=64, heads=4, hidden=128, layers=2, dropout=0.0),
-        text=dict(vocabulary=256, positions=32, dim=96, heads=4, hidden=192, layers=4, dropout=0.0),
-        grounding=dict(dim=96, heads=6, hidden=192, layers=3, dropout=0.0, pre_norm=True, position_std=0.1),
-        side=dict(bottleneck=32, interaction_dim=64, interaction_bottleneck=32)),
+SIZES = {       # size: family: everything about the architecture
+    "base": {
+        # M²IST Section III-A and IV-B; dropout and heads as released.
+        "detr": dict(
+            image_size=640, stride=32, max_tokens=20, text_layers=[7, 8, 9, 10, 11, 12],
+            vision=dict(channels=2048, dim=256, heads=8, hidden=2048, layers=6, dropout=0.1),
+            text=dict(vocabulary=30522, positions=512, dim=768, heads=12, hidden=3072, layers=12, dropout=0.1),
+            grounding=dict(dim=256, heads=8, hidden=2048, layers=6, dropout=0.1),
+            side=dict(bottleneck=128, interaction_dim=256, interaction_bottleneck=128)),
+        # HiVG Section 4.1 and Table 7; hidden widths of the grounding encoder and of the region MLP as released.
+        "clip": dict(
+            image_size=224, stride=16, max_tokens=77, weights="openai/clip-vit-base-patch16",
+            vision_layers=[1, 4, 8, 12], bridge_layers=[4, 8, 12],
+            vision=dict(dim=768, heads=12, hidden=3072, layers=12, embedding=512),
+            text=dict(vocabulary=49408, positions=77, dim=512, heads=8, hidden=2048, layers=12, embedding=512),
+            grounding=dict(dim=512, heads=8, hidden=2048, layers=6, dropout=0.1, pre_norm=True, region_hidden=3072)),
+    },
+    "large": {
+        "clip": dict(
+            image_size=224, stride=14, max_tokens=77, weights="openai/clip-vit-large-patch14",
+            vision_layers=[6, 12, 18, 24], bridge_layers=[6, 12, 18, 24],
+            vision=dict(dim=1024, heads=16, hidden=4096, layers=24, embedding=768),
+            text=dict(vocabulary=49408, positions=77, dim=768, heads=12, hidden=3072, layers=12, embedding=768),
+            grounding=dict(dim=768, heads=8, hidden=2048, layers=6, dropout=0.1, pre_norm=True, region_hidden=3072)),
+    },
+    "tiny": {
+        # Ours: the same classes, small enough to learn `shapes` on two cores in minutes. Pre-norm, as HiVG's grounding
+        # encoder, and small positions: with post-norm and N(0, 1) it takes several times as long to leave the mean box.
+        "detr": dict(
+            image_size=64, stride=8, max_tokens=20, text_layers=[3, 4],
+            vision=dict(channels=64, dim=64, heads=4, hidden=128, layers=2, dropout=0.0),
+            text=dict(vocabulary=256, positions=32, dim=96, heads=4, hidden=192, layers=4, dropout=0.0),
+            grounding=dict(dim=96, heads=6, hidden=192, layers=3, dropout=0.0, pre_norm=True, position_std=0.1),
+            side=dict(bottleneck=32, interaction_dim=64, interaction_bottleneck=32)),
+        "clip": dict(
+            image_size=64, stride=8, max_tokens=20,
+            vision_layers=[1, 2, 4, 6], bridge_layers=[2, 4, 6],
+            vision=dict(dim=64, heads=4, hidden=128, layers=6, embedding=64),
+            text=dict(vocabulary=256, positions=32, dim=64, heads=4, hidden=128, layers=3, embedding=64),
+            grounding=dict(dim=96, heads=6, hidden=192, layers=3, dropout=0.0, pre_norm=True, position_std=0.1,
+                           region_hidden=96)),
+    },
 }
 
-# A method says whether the encoders are trained and whether side networks stand beside them.
+# What a method puts in or beside the encoders of its family.
 METHODS = {
-    "full": dict(tune_encoders=True, side=False),       # Table I, full fine-tuning [D10]
-    "frozen": dict(tune_encoders=False, side=False),    # Table V (a)
-    "m2ist": dict(tune_encoders=False, side=True),      # Tables I and V (f)
+    "full": dict(family="detr", tune_encoders=True, side=False),       # Table I, full fine-tuning [D10]
+    "frozen": dict(family="detr", tune_encoders=False, side=False),    # Table V (a)
+    "m2ist": dict(family="detr", tune_encoders=False, side=True),      # Tables I and V (f)
+    "clip-frozen": dict(family="clip", hivg=False),                    # HiVG Fig. 4 (d), original CLIP
+    "clip-lora": dict(family="clip", hivg=False),                      # ... CLIP with vanilla LoRA, which begin_stage adds
+    "hivg": dict(family="clip", hivg=True),
 }
 
 # What a model may be built with, beside method, size and weights: name -> default (None: the size's own).
 OPTIONS = dict(
     max_tokens=None,              # text tokens with [CLS] and [SEP]
-    bottleneck=None,              # C_d of VEA and LEA (Table II)
+    bottleneck=None,              # M²IST: C_d of VEA and LEA (Table II)
     interaction_dim=None,         # C_i (Table IX)
     interaction_bottleneck=None,  # C_d of IEA
     scale=0.1,                    # s, Section IV-B b
     residual=False,               # adapters add their own input, [D4]
-    text_layers=None,             # text layers paired with vision layers 1, 2, ... (Table VIII)
+    text_layers=None,             # M²IST: those paired with vision layers 1, 2, ... (Table VIII); HiVG: the bridges' (Table 10)
+    vision_layers=None,           # HiVG: whose features are grounded (Table 11)
+    bridge_layers=None,           # HiVG: vision layers with a bridge; [] is none (Table 3)
     vision_weights=None,          # a file of DETR's weights
     text_weights="bert-base-uncased",
+    clip_weights=None,            # hub name or folder of a CLIP
     cache=".cache",               # where the tiny encoders pretrained on `shapes` are kept
     pretext_steps=800,            # how long they were pretrained
 )
@@ -472,82 +682,120 @@ def one_of(name, value, valid):
         raise InputError(f"unknown {name} {value!r}: choose one of {', '.join(valid)}")
 
 
-def shapes_weights(cache, pretext_steps):
+def architecture(method, size):
+    """The part of SIZES that a method of a size is built from."""
+    one_of("method", method, METHODS)
+    family = METHODS[method]["family"]
+    one_of(f"size of {method}", size, [name for name in SIZES if family in SIZES[name]])
+    return SIZES[size][family]
+
+
+def shapes_weights(cache, pretext_steps, family="detr"):
     """Path of the pretrained tiny encoders; another architecture or another length of pretraining is another file."""
-    return Path(cache) / f"tiny-{pretext_steps}-{zlib.crc32(repr(SIZES['tiny']).encode()):08x}.safetensors"
+    return Path(cache) / f"{family}-{pretext_steps}-{zlib.crc32(repr(SIZES['tiny'][family]).encode()):08x}.safetensors"
 
 
-def build_encoders(size):
-    """(VisionEncoder, TextEncoder) of a size, with random weights that are the same every time.
+def build_encoders(spec):
+    """{name: module} of an architecture: vision and text, or clip. The random weights are the same every time.
 
     They are seeded apart from everything else, so that a checkpoint of the tuned weights alone can be rebuilt.
     """
-    spec = SIZES[size]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        if "side" not in spec:
+            return {"clip": Clip(dict(image_size=spec["image_size"], patch=spec["stride"], **spec["vision"]), spec["text"])}
         backbone = resnet50_body() if spec["stride"] == 32 else SmallStem(spec["vision"]["channels"])
-        return VisionEncoder(backbone, **spec["vision"]), TextEncoder(**spec["text"])
+        return {"vision": VisionEncoder(backbone, **spec["vision"]), "text": TextEncoder(**spec["text"])}
 
 
-def load_encoders(vision, text, size, weights, options):
+def load_encoders(encoders, spec, size, weights, options):
     if weights == "pretrained":
         if size == "tiny":
             raise InputError("the tiny encoders have no published weights: take --weights shapes or random")
-        load_detr(vision, options["vision_weights"])
-        load_bert(text, options["text_weights"])
+        if "clip" in encoders:
+            load_clip(encoders["clip"], options["clip_weights"] or spec["weights"])
+        else:
+            load_detr(encoders["vision"], options["vision_weights"])
+            load_bert(encoders["text"], options["text_weights"])
     elif weights == "shapes":
         if size != "tiny":
             raise InputError(f"--weights shapes are those of --size tiny; --size {size} takes pretrained or random")
-        path = shapes_weights(options["cache"], options["pretext_steps"])
+        path = shapes_weights(options["cache"], options["pretext_steps"], "clip" if "clip" in encoders else "detr")
         if not path.exists():
             raise InputError(f"{path}: the tiny encoders are not pretrained yet; `python train.py` does it")
         state = load_file(path)
-        for name, encoder in (("vision", vision), ("text", text)):
-            encoder.load_state_dict({k.removeprefix(name + "."): v for k, v in state.items() if k.startswith(name)})
+        for name, encoder in encoders.items():
+            encoder.load_state_dict({k.removeprefix(name + "."): v for k, v in state.items() if k.startswith(name + ".")})
 
 
-def build_side(spec, dims, options, choose):
-    text_layers = choose("text_layers", spec["text_layers"])
-    for layer in text_layers:
-        if not 1 <= layer <= spec["text"]["layers"]:
-            raise InputError(f"text layer {layer} of text_layers {text_layers} is none of 1 .. {spec['text']['layers']}")
-    widths = {name: choose(name, default) for name, default in spec["side"].items()}
-    try:
-        return SideNetworks(**dims, layers=spec["vision"]["layers"], text_layers=text_layers, scale=options["scale"],
-                            residual=options["residual"], **widths)
-    except ValueError as error:
-        raise InputError(error) from None
+def check_layers(name, layers, count):
+    """Layers that the user chose, each once, of an encoder with `count`."""
+    if not all(1 <= layer <= count for layer in layers) or len(set(layers)) < len(layers):
+        raise InputError(f"--{name.replace('_', '-')} {' '.join(map(str, layers))}: they must differ and lie in 1 .. {count}")
+    return layers
+
+
+def assemble_clip(encoders, spec, plugged, options, choose):
+    """ClipGrounding of an architecture: with HiVG's bridges and levels, or the last layer of plain CLIP."""
+    clip, vision, text = encoders["clip"], spec["vision"], spec["text"]
+    last = [vision["layers"]]
+    levels = choose("vision_layers", spec["vision_layers"] if plugged["hivg"] else last)
+    bridged = choose("bridge_layers", spec["bridge_layers"] if plugged["hivg"] else [])
+    text_layers = choose("text_layers", list(range(1, text["layers"] + 1)))
+    check_layers("vision_layers", levels, vision["layers"])
+    check_layers("bridge_layers", bridged, vision["layers"])
+    check_layers("text_layers", text_layers, text["layers"])
+    if not levels or not text_layers:
+        raise InputError("--vision-layers and --text-layers need a layer or more")
+    max_tokens = choose("max_tokens", spec["max_tokens"])
+    bridges = {layer: CrossModalBridge(vision["dim"], text["dim"], len(text_layers), max_tokens, vision["heads"])
+               for layer in bridged}
+    grounding = GroundingEncoder(
+        len(levels) * vision["dim"], text["embedding"], 1 + (spec["image_size"] // spec["stride"]) ** 2, max_tokens,
+        clip=True, **{**spec["grounding"], "region_hidden": spec["grounding"]["region_hidden"] if plugged["hivg"] else None})
+    clip.requires_grad_(False)                                       # before the bridges, which are to be trained
+    return ClipGrounding(clip, grounding, levels, bridges, text_layers)
+
+
+def assemble_detr(encoders, spec, plugged, options, choose):
+    """DetrBert of an architecture, with side networks if the method has them."""
+    dims = dict(vision_dim=spec["vision"]["dim"], text_dim=spec["text"]["dim"])
+    grounding = GroundingEncoder(**dims, vision_tokens=(spec["image_size"] // spec["stride"]) ** 2,
+                                 max_tokens=choose("max_tokens", spec["max_tokens"]), **spec["grounding"])
+    side = None
+    if plugged["side"]:
+        text_layers = check_layers("text_layers", choose("text_layers", spec["text_layers"]), spec["text"]["layers"])
+        widths = {name: choose(name, default) for name, default in spec["side"].items()}
+        try:
+            side = SideNetworks(**dims, layers=spec["vision"]["layers"], text_layers=text_layers, scale=options["scale"],
+                                residual=options["residual"], **widths)
+        except ValueError as error:
+            raise InputError(error) from None
+    for encoder in encoders.values():
+        encoder.requires_grad_(plugged["tune_encoders"])
+    return DetrBert(**encoders, grounding=grounding, side=side)
 
 
 def build_model(method, size="base", weights="pretrained", **options):
     """A grounding model, ready to train: what a method does not tune has requires_grad False.
 
-    method: one of METHODS. size: base (the paper's), tiny (for `shapes`). weights: pretrained | random | shapes.
-    options: see OPTIONS. Built under torch.device("meta") with random weights it costs no memory.
+    method: one of METHODS. size: base (the papers'), large (HiVG-L), tiny (for `shapes`). weights: pretrained | random |
+    shapes. options: see OPTIONS. Built under torch.device("meta") with random weights it costs no memory.
     Raises InputError for anything unknown, and for weights that cannot be had or do not fit.
     """
-    one_of("method", method, METHODS)
-    one_of("size", size, SIZES)
+    spec, plugged = architecture(method, size), METHODS[method]
     one_of("weights", weights, ("pretrained", "random", "shapes"))
     for name in options:
         one_of("option", name, OPTIONS)
-    spec, plugged = SIZES[size], METHODS[method]
     options = {**OPTIONS, **options}
     choose = lambda name, default: default if options[name] is None else options[name]
-
-    vision, text = build_encoders(size)
-    load_encoders(vision, text, size, weights, options)
-    dims = dict(vision_dim=spec["vision"]["dim"], text_dim=spec["text"]["dim"])
-    max_tokens = choose("max_tokens", spec["max_tokens"])
-    if max_tokens > spec["text"]["positions"]:
-        raise InputError(f"max_tokens is {max_tokens}; the text encoder of size {size} has "
+    if choose("max_tokens", 0) > spec["text"]["positions"]:
+        raise InputError(f"max_tokens is {options['max_tokens']}; the text encoder of size {size} has "
                          f"{spec['text']['positions']} positions")
-    grounding = GroundingEncoder(**dims, vision_tokens=(spec["image_size"] // spec["stride"]) ** 2,
-                                 max_tokens=max_tokens, **spec["grounding"])
-    side = build_side(spec, dims, options, choose) if plugged["side"] else None
-    for encoder in (vision, text):
-        encoder.requires_grad_(plugged["tune_encoders"])
-    return DetrBert(vision, text, grounding, side).train()
+    encoders = build_encoders(spec)
+    load_encoders(encoders, spec, size, weights, options)
+    assemble = assemble_clip if plugged["family"] == "clip" else assemble_detr
+    return assemble(encoders, spec, plugged, options, choose).train()
 
 
 def count_parameters(model):

@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -30,35 +31,50 @@ from tqdm import tqdm
 
 import data
 import losses
-from model import (METHODS, OPTIONS, SIZES, InputError, build_encoders, build_model, count_parameters, one_of,
+import hilora
+from model import (METHODS, OPTIONS, SIZES, InputError, architecture, build_encoders, build_model, count_parameters, one_of,
                    shapes_weights)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
-# What --epochs, --lr and so on are where the command line does not say.
+# What flags are where the command line does not say: all rows whose words are among the run's family (detr or clip),
+# size, method and dataset, a later row before an earlier one.
 RECIPES = {
+    "detr": dict(l1=1.0, giou=1.0, contrast=0.0, focal=0.0, dice=0.0, stages=0, stage_epochs=0, stage_lr=[]),
     # M²IST Section IV-B c: AdamW, one drop by 10; the batch of Table I. RefCOCO+ trains twice as long. [D12] 1e-5 is the
     # paper's rate for M³ISA; for encoders trained in full it gives none, and they take the same.
-    "base": dict(epochs=90, batch_size=64, lr=1e-4, lr_encoder=1e-5, schedule="step", lr_drop=60, warmup=0),
-    "base refcoco+": dict(epochs=180, batch_size=64, lr=1e-4, lr_encoder=1e-5, schedule="step", lr_drop=120, warmup=0),
+    "detr base": dict(epochs=90, batch_size=64, lr=1e-4, lr_encoder=1e-5, schedule="step", lr_drop=60, warmup=0),
+    "detr base refcoco+": dict(epochs=180, lr_drop=120),
     # Ours, found on `shapes`: 3,000 steps in all, so larger rates, a warm-up and a smooth end. Adapters, which start
     # from nothing, take the whole rate; encoders that are trained in full a tenth of it.
-    "tiny": dict(epochs=4, batch_size=32, lr=1e-3, lr_encoder=1e-3, schedule="cosine", lr_drop=3, warmup=200),
-    "tiny full": dict(epochs=4, batch_size=32, lr=1e-3, lr_encoder=1e-4, schedule="cosine", lr_drop=3, warmup=200),
+    "detr tiny": dict(epochs=4, batch_size=32, lr=1e-3, lr_encoder=1e-3, schedule="cosine", lr_drop=3, warmup=200),
+    "tiny full": dict(lr_encoder=1e-4),
+    # HiVG Section 4.1 and Table 8. [D21] The section's batch is 60, the table's 80.
+    "clip": dict(l1=2.0, giou=2.0, contrast=1.0, focal=20.0, dice=2.0, epochs=50, lr=2.5e-4, lr_encoder=2.5e-4,
+                 schedule="cosine", lr_drop=50, warmup=0),
+    "clip base": dict(batch_size=80, stages=3, stage_epochs=20, stage_lr=[1e-4, 0.5e-4, 0.25e-4]),
+    "clip large": dict(batch_size=32, stages=4, stage_epochs=15, stage_lr=[1e-4, 0.75e-4, 0.5e-4, 0.25e-4]),
+    "clip tiny": dict(epochs=3, batch_size=32, lr=1e-3, lr_encoder=1e-3, warmup=200, stages=3, stage_epochs=1,
+                      stage_lr=[1e-3, 5e-4, 2.5e-4]),
+    # HiVG Fig. 4 (d): the box loss alone; vanilla LoRA is one round, here as long as all of HiLoRA's.
+    "clip-frozen": dict(contrast=0.0, focal=0.0, dice=0.0, stages=0),
+    "base clip-lora": dict(contrast=0.0, focal=0.0, dice=0.0, stages=1, stage_epochs=60),
+    "large clip-lora": dict(contrast=0.0, focal=0.0, dice=0.0, stages=1, stage_epochs=60),
+    "tiny clip-lora": dict(contrast=0.0, focal=0.0, dice=0.0, stages=1, stage_epochs=3),
 }
 
 
 def recipe_help(key, source):
     """`source` and the default of each recipe, for --help."""
-    return f"({source}; tiny ours; default: " + ", ".join(f"{name} {recipe[key]}" for name, recipe in RECIPES.items()) + ")"
+    return f"({source}; tiny ours; default: " + ", ".join(f"{name} {row[key]}" for name, row in RECIPES.items() if key in row) + ")"
 
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     what = parser.add_argument_group("what").add_argument
-    what("--method", default="m2ist", help=f"{', '.join(METHODS)} (Tables I, V a; default: m2ist)")
+    what("--method", default="m2ist", help=f"{', '.join(METHODS)} (M²IST Tables I, V a; HiVG Fig. 4 d; default: m2ist)")
     what("--dataset", default="shapes", help="shapes, or the path of a FILE.jsonl (ours; default: shapes)")
     what("--root", help="folder that image paths start from (ours; default: that of the .jsonl)")
     what("--size", help=f"{', '.join(SIZES)} (default: tiny for shapes, which is ours, else base, the paper's)")
@@ -70,8 +86,9 @@ def build_parser():
     encoders("--vision-weights", help="file of DETR R-50, official or TransVG's (Section IV-B a; default: DETR's official file)")
     encoders("--text-weights", default=OPTIONS["text_weights"],
              help="hub name or folder of a BERT (Section IV-B a; default: bert-base-uncased)")
-    encoders("--max-tokens", type=int,
-             help="text tokens with [CLS] and [SEP] (released code, which takes 40 for RefCOCOg; default: 20)")
+    encoders("--clip-weights", help="hub name or folder of a CLIP (HiVG Section 4.1; default: OpenAI's ViT-B/16, large ViT-L/14)")
+    encoders("--max-tokens", type=int, help="text tokens with the first and the last (released code, M²IST's takes 40 for "
+             "RefCOCOg; HiVG Appendix B; default: M²IST 20, HiVG 77)")
     encoders("--cache", default=OPTIONS["cache"], help="folder of the pretrained tiny encoders (ours; default: .cache)")
     encoders("--pretext-steps", type=int, default=OPTIONS["pretext_steps"],
              help=f"steps of the tiny encoders' pretraining (ours; default: {OPTIONS['pretext_steps']})")
@@ -84,7 +101,22 @@ def build_parser():
     adapters("--residual", action="store_true",
              help="adapters add their own input, Eqs. (1), (4), (5) to the letter (released code; default: no)")
     adapters("--text-layers", type=int, nargs="+",
-             help="text layers paired with vision layers 1, 2, ... (Table VIII c; default: 7 8 9 10 11 12, tiny 3 4)")
+             help="M²IST: paired with vision layers 1, 2, ... (Table VIII c); HiVG: what bridges see (Table 10; default: M²IST "
+                  "7 8 9 10 11 12, tiny 3 4; HiVG all)")
+
+    clip = parser.add_argument_group("HiVG").add_argument
+    clip("--vision-layers", type=int, nargs="+", help="whose features are grounded (HiVG Section 4.1; default: 1 4 8 12, large "
+         "6 12 18 24, tiny 1 2 4 6; clip-frozen and clip-lora the last)")
+    clip("--bridge-layers", type=int, nargs="*", help="vision layers with a cross-modal bridge, none if left empty (HiVG "
+         "Section 4.1; default: 4 8 12, large 6 12 18 24, tiny 2 4 6)")
+    clip("--stages", type=int, help="G, LoRA's stages and layer groups; 0 is no LoRA " + recipe_help("stages", "HiVG Section 4.1"))
+    clip("--stage-epochs", type=int, help="of each stage, after --epochs of warm-up " + recipe_help("stage_epochs", "HiVG Table 8"))
+    clip("--stage-lr", type=float, nargs="+",
+         help="of each stage, the last one repeated for more " + recipe_help("stage_lr", "HiVG Table 8"))
+    clip("--rank", type=int, default=32, help="r of LoRA (HiVG Table 8; default: 32)")
+    clip("--alpha", type=float, default=16.0, help="α of LoRA (HiVG Table 8; default: 16)")
+    clip("--deep-to-shallow", action="store_true", help="stages of the vision tower start at its last layers (HiVG Table 5; "
+         "default: no)")
 
     training = parser.add_argument_group("training").add_argument
     training("--epochs", type=int, help=recipe_help("epochs", "Section IV-B c"))
@@ -98,7 +130,11 @@ def build_parser():
     training("--lr-drop", type=int, help="epochs before the step " + recipe_help("lr_drop", "Section IV-B c"))
     training("--warmup", type=int, help="steps of linear warm-up " + recipe_help("warmup", "released code"))
     training("--weight-decay", type=float, default=1e-4, help="of AdamW (Section IV-B c; default: 1e-4)")
-    training("--giou", type=float, default=1.0, help="λ of Eq. (6) (released code, the paper is silent; default: 1)")
+    training("--l1", type=float, help="weight of smooth L1 " + recipe_help("l1", "HiVG Table 8, M²IST Eq. 6"))
+    training("--giou", type=float, help="λ of Eq. (6) " + recipe_help("giou", "M²IST's released code, HiVG Table 8"))
+    training("--contrast", type=float, help="weight of HiVG Eq. (11), 0 is off " + recipe_help("contrast", "HiVG Eq. 15, Section 4.1"))
+    training("--focal", type=float, help="λ_focal of HiVG Eq. (13) " + recipe_help("focal", "HiVG Table 8"))
+    training("--dice", type=float, help="λ_dice of HiVG Eq. (13) " + recipe_help("dice", "HiVG Table 8"))
 
     machine = parser.add_argument_group("machine").add_argument
     machine("--device", default="cuda" if torch.cuda.is_available() else "cpu",
@@ -112,17 +148,20 @@ def build_parser():
 
 def complete(args):
     """Fill in what the command line left open, and refuse what cannot be."""
-    one_of("method", args.method, METHODS)
     args.size = args.size or ("tiny" if args.dataset == "shapes" else "base")
-    one_of("size", args.size, SIZES)
+    spec = architecture(args.method, args.size)
     args.weights = args.weights or ("shapes" if args.size == "tiny" else "pretrained")
-    recipe = RECIPES.get(f"{args.size} {args.dataset}") or RECIPES.get(f"{args.size} {args.method}") or RECIPES[args.size]
+    run, recipe = {METHODS[args.method]["family"], args.size, args.method, args.dataset}, {}
+    for words, row in RECIPES.items():
+        if run.issuperset(words.split()):
+            recipe |= row
     for key, value in recipe.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     one_of("schedule", args.schedule, ("step", "cosine"))
     one_of("amp", args.amp, ("off", "bf16", "fp16"))
     args.micro_batch = args.micro_batch or args.batch_size
+    args.pretext_steps = args.pretext_steps or spec.get("pretext_steps", OPTIONS["pretext_steps"])
     if args.workers is None:
         args.workers = 0 if args.dataset == "shapes" else 2
     args.out = args.out or f"runs/{Path(args.dataset).stem}-{args.method}-{args.seed}"
@@ -132,8 +171,9 @@ def complete(args):
 
 LEAST = {             # flags and the least that makes sense; 3 tokens are [CLS], a word and [SEP]
     **dict.fromkeys(("epochs", "batch_size", "micro_batch", "lr_drop", "limit", "pretext_steps", "bottleneck",
-                     "interaction_dim", "interaction_bottleneck"), 1),
-    **dict.fromkeys(("workers", "warmup", "lr", "lr_encoder", "weight_decay", "giou"), 0), "max_tokens": 3}
+                     "interaction_dim", "interaction_bottleneck", "rank"), 1),
+    **dict.fromkeys(("workers", "warmup", "lr", "lr_encoder", "weight_decay", "l1", "giou", "contrast", "focal", "dice",
+                     "stages", "stage_epochs"), 0), "max_tokens": 3}
 
 
 def check(args):
@@ -179,6 +219,9 @@ def parse_args(argv=None):
 # The tiny encoders' pretraining: what is where in a picture, and masked words. No (expression, box) pair is seen:
 # the pictures come without expressions and the expressions without pictures.
 
+TINY = SIZES["tiny"]["detr"]
+
+
 class PretextScenes(torch.utils.data.Dataset):
     """Pictures of `shapes`' train split, with what covers each cell of the encoder's grid.
 
@@ -188,7 +231,7 @@ class PretextScenes(torch.utils.data.Dataset):
 
     def __init__(self, seed):
         self.first, self.count, _, _ = data.SHAPES_SPLITS["train"]
-        self.seed, self.size, self.stride = seed, SIZES["tiny"]["image_size"], SIZES["tiny"]["stride"]
+        self.seed, self.size, self.stride = seed, TINY["image_size"], TINY["stride"]
 
     def __len__(self):
         return self.count
@@ -219,7 +262,7 @@ class PretextVision(nn.Module):
     def __init__(self, encoder):
         super().__init__()
         self.encoder, self.parts = encoder, [len(data.COLOURS) + 1, len(data.SHAPES), 4]
-        self.head = nn.Linear(SIZES["tiny"]["vision"]["dim"], sum(self.parts)).requires_grad_(False)
+        self.head = nn.Linear(TINY["vision"]["dim"], sum(self.parts)).requires_grad_(False)
 
     def batches(self, steps, batch, seed):
         scenes = PretextScenes(seed)
@@ -238,8 +281,8 @@ class PretextText(nn.Module):
 
     def __init__(self, encoder):
         super().__init__()
-        self.encoder, self.tokenizer = encoder, data.Tokenizer("shapes", None, SIZES["tiny"]["max_tokens"])
-        self.head = nn.Linear(SIZES["tiny"]["text"]["dim"], SIZES["tiny"]["text"]["vocabulary"])
+        self.encoder, self.tokenizer = encoder, data.Tokenizer("shapes", None, TINY["max_tokens"])
+        self.head = nn.Linear(TINY["text"]["dim"], TINY["text"]["vocabulary"])
 
     def batches(self, steps, batch, seed):
         texts = [torch.tensor(self.tokenizer(sample.text)) for sample in data.load_samples("shapes", "train")]
@@ -256,15 +299,42 @@ class PretextText(nn.Module):
         return F.cross_entropy(out[real], tokens[real])
 
 
-def pretrain_encoders(cache, steps, batch=64, lr=2e-3, seed=0):
+class PretextClip(nn.Module):
+    """Picture-caption contrast, HiVG Eqs. (9)-(11), as CLIP itself is pretrained: crops of the train split's pictures, and
+    captions that list what is in them and whereabouts."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder, self.tokenizer = encoder, data.Tokenizer("shapes", None, SIZES["tiny"]["clip"]["max_tokens"])
+
+    def batches(self, steps, batch, seed):
+        first, count, _, _ = data.SHAPES_SPLITS["train"]
+        size, rng = SIZES["tiny"]["clip"]["image_size"], data.seeded("captions", seed)
+        for _ in range(steps):
+            items = []
+            while len(items) < batch:
+                picture, caption = data.captioned_crop(first + rng.randrange(count), rng)
+                if caption:
+                    items.append((*data.letterbox(picture, size, rng, data.PIXELS["clip"])[:2], self.tokenizer(caption), [0] * 4, 0))
+            yield [data.collate(items, self.tokenizer.pad)[key] for key in ("images", "image_padding", "tokens", "token_padding")]
+
+    def forward(self, images, image_padding, tokens, token_padding):
+        text, image = self.encoder.encode_text(tokens, token_padding), self.encoder.encode_image(images, image_padding)
+        return losses.contrastive_loss(text.embedding, image.embedding, self.encoder.temperature)
+
+
+PRETEXTS = {"vision": PretextVision, "text": PretextText, "clip": PretextClip}
+
+
+def pretrain_encoders(cache, steps, family, batch=64, lr=2e-3, seed=0):
     """Pretrain the tiny encoders on the CPU and keep them in the cache, unless they are there already."""
-    path = shapes_weights(cache, steps)
+    path = shapes_weights(cache, steps, family)
     if path.exists():
         return
-    encoders = dict(zip(("vision", "text"), build_encoders("tiny")))
-    for name, task in (("vision", PretextVision), ("text", PretextText)):
+    encoders = build_encoders(SIZES["tiny"][family])
+    for name, encoder in encoders.items():
         torch.manual_seed(seed)
-        task = task(encoders[name].train())
+        task = PRETEXTS[name](encoder.train())
         optimizer = torch.optim.AdamW(task.parameters(), lr)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
         bar = tqdm(task.batches(steps, batch, seed), f"pretraining the tiny {name} encoder", steps)
@@ -290,25 +360,33 @@ def save_whole(path, write):
     partial.replace(path)
 
 
-def frozen_fingerprint(model):
-    """A hash of everything that a checkpoint of the tuned weights does not hold, to tell whether it is the same again."""
+def frozen_fingerprint(model, held):
+    """A hash of everything that a checkpoint with the names `held` does not hold, to tell whether it is the same again."""
     digest = hashlib.sha256()
-    tuned = {name for name, p in model.named_parameters() if p.requires_grad}
     for name, value in model.state_dict().items():
-        if name not in tuned:
+        if name not in held:
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
-def tuned_state(model):
-    return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+def tuned_state(model, merged=False):
+    """{name: tensor} of what training has changed: what has a gradient, and the weights that LoRA's pairs are for or
+    were merged into. merged: with the pairs of the stage that is on merged, as the model without them needs it."""
+    state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    for name, module in model.named_modules():
+        if isinstance(module, hilora.LoRALinear) and merged:
+            del state[f"{name}.A"], state[f"{name}.B"]
+        if isinstance(module, hilora.LoRALinear) or hasattr(module, "hilora_merged"):
+            state[f"{name}.weight"] = module.merged() if merged and hasattr(module, "merged") else module.weight.detach()
+    return {name: value.cpu().contiguous() for name, value in state.items()}
 
 
 def load_tuned(model, state, source):
-    """Put tuned weights back, every key checked."""
-    wanted = tuned_state(model)
-    bad = sorted(set(wanted) ^ set(state)) or [k for k in wanted if wanted[k].shape != state[k].shape]
+    """Put tuned weights back, every key checked: all that have a gradient, and none that the model has not."""
+    wanted = model.state_dict()
+    bad = sorted({name for name, p in model.named_parameters() if p.requires_grad} - set(state)) or sorted(set(state) - set(wanted)) \
+        or [name for name in state if wanted[name].shape != state[name].shape]
     if bad:
         raise InputError(f"{source}: is of another method or size; {len(bad)} weights do not fit, {bad[0]} among them")
     model.load_state_dict(state, strict=False)          # strict=False: the frozen rest is not in it, as checked above
@@ -316,8 +394,8 @@ def load_tuned(model, state, source):
 
 def save_checkpoint(path, model, config):
     """Write the tuned weights and `config`, whose "model" are build_model's arguments. Whole, or not at all."""
-    config = {**config, "frozen": frozen_fingerprint(model)}
-    save_whole(path, lambda partial: save_file(tuned_state(model), partial, metadata={"config": json.dumps(config)}))
+    config = {**config, "frozen": frozen_fingerprint(model, tuned_state(model))}
+    save_whole(path, lambda partial: save_file(tuned_state(model, merged=True), partial, metadata={"config": json.dumps(config)}))
 
 
 def read_config(path):
@@ -337,8 +415,9 @@ def load_checkpoint(path):
     """A checkpoint -> (model in eval mode, config). The encoders behind it must be the ones it was trained on."""
     path, config = read_config(path)
     model = build_model(**config["model"])
-    load_tuned(model, load_file(path), path)
-    if frozen_fingerprint(model) != config["frozen"]:
+    state = load_file(path)
+    load_tuned(model, state, path)
+    if frozen_fingerprint(model, state) != config["frozen"]:
         raise InputError(f"{path}: was trained on other encoder weights than these ({config['model']['weights']}); "
                          f"its boxes would be meaningless")
     return model.eval(), config
@@ -359,28 +438,48 @@ def make_tokenizer(weights, text_weights, max_tokens):
 
 def make_loader(samples, args, train, epoch=0):
     """Batches of a dataset. In training the order and the transforms are drawn from the seed and the epoch alone."""
-    spec = SIZES[args.size]
-    tokenizer = make_tokenizer(args.weights, args.text_weights, args.max_tokens or spec["max_tokens"])
-    dataset = data.GroundingDataset(samples, spec["image_size"], tokenizer, train, (args.seed, epoch))
+    spec, family = architecture(args.method, args.size), METHODS[args.method]["family"]
+    name = args.text_weights if family == "detr" else args.clip_weights or spec.get("weights")
+    tokenizer = make_tokenizer(args.weights, name, args.max_tokens or spec["max_tokens"])
+    dataset = data.GroundingDataset(samples, spec["image_size"], tokenizer, train, (args.seed, epoch), data.PIXELS[family])
     order = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
     return DataLoader(dataset, args.batch_size, shuffle=train, generator=order, num_workers=args.workers,
                       collate_fn=functools.partial(data.collate, pad=tokenizer.pad),
                       drop_last=train and len(samples) >= args.batch_size)
 
 
-def make_optimizer(model, args):
+class Phase(NamedTuple):
+    """A part of the training with rates and an optimizer of its own: epochs first + 1 .. last, LoRA's stage, 0 for none."""
+    name: str
+    stage: int
+    first: int
+    last: int
+    lr: float
+    lr_encoder: float
+
+
+def plan(args):
+    """The phases of a run: --epochs without LoRA, then its stages (HiVG Section 4.1)."""
+    phases = [Phase("warm-up" if args.stages else "training", 0, 0, args.epochs, args.lr, args.lr_encoder)]
+    for stage in range(1, args.stages + 1):
+        lr, before = args.stage_lr[min(stage, len(args.stage_lr)) - 1], phases[-1].last
+        phases.append(Phase(f"stage {stage}", stage, before, before + args.stage_epochs, lr, lr))
+    return phases
+
+
+def make_optimizer(model, args, phase):
     """AdamW with two rates: the grounding encoder's, and that of whatever is tuned in or beside the encoders."""
     tuned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [dict(params=[p for n, p in tuned if n.startswith("grounding.")], lr=args.lr, peak=args.lr),
-              dict(params=[p for n, p in tuned if not n.startswith("grounding.")], lr=args.lr_encoder, peak=args.lr_encoder)]
+    head, rest = ([p for name, p in tuned if name.startswith("grounding.") is wanted] for wanted in (True, False))
+    groups = [dict(params=head, lr=phase.lr, peak=phase.lr), dict(params=rest, lr=phase.lr_encoder, peak=phase.lr_encoder)]
     return torch.optim.AdamW(groups, weight_decay=args.weight_decay)
 
 
-def rate_factor(args, step, steps):
-    """What the learning rates are multiplied by at a step (from 0), of `steps` in an epoch."""
+def rate_factor(args, step, steps, epochs):
+    """What the learning rates are multiplied by at a step (from 0) of a phase of `epochs` epochs of `steps` steps."""
     warm = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
     if args.schedule == "cosine":
-        return warm * 0.5 * (1 + math.cos(math.pi * step / (args.epochs * steps)))
+        return warm * 0.5 * (1 + math.cos(math.pi * step / (epochs * steps)))
     return warm * (0.1 if step // steps >= args.lr_drop else 1.0)
 
 
@@ -389,12 +488,13 @@ def autocast(args):
     return torch.autocast(torch.device(args.device).type, dtype, enabled=dtype is not None)
 
 
-def train_epoch(model, loader, optimizer, scaler, args, epoch, bar):
+def train_epoch(model, loader, optimizer, scaler, args, epoch, phase, bar):
     """One pass over the training data. Returns the mean loss and the accuracy on the way."""
+    weights = dict(l1=args.l1, giou=args.giou, contrast=args.contrast, focal=args.focal, dice=args.dice)
     model.train()
     total = right = seen = 0
     for i, batch in enumerate(loader):
-        factor = rate_factor(args, (epoch - 1) * len(loader) + i, len(loader))
+        factor = rate_factor(args, (epoch - 1 - phase.first) * len(loader) + i, len(loader), phase.last - phase.first)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         optimizer.zero_grad(set_to_none=True)
@@ -402,11 +502,11 @@ def train_epoch(model, loader, optimizer, scaler, args, epoch, bar):
         for part in zip(*(v.split(args.micro_batch) for v in batch.values())):
             images, image_padding, tokens, token_padding, boxes, _ = (v.to(args.device, non_blocking=True) for v in part)
             with autocast(args):
-                pred = model(images, image_padding, tokens, token_padding).boxes
-            part_loss = losses.box_loss(pred, boxes, giou=args.giou) * len(boxes) / size
+                found = model(images, image_padding, tokens, token_padding)
+            part_loss = losses.total_loss(found, boxes, **weights) * len(boxes) / size
             scaler.scale(part_loss).backward()
             loss += part_loss.item()
-            right += (losses.iou_and_giou(pred.detach(), boxes)[0] >= 0.5).sum().item()
+            right += (losses.iou_and_giou(found.boxes.detach(), boxes)[0] >= 0.5).sum().item()
         if not math.isfinite(loss):
             raise InputError(f"the loss is {loss} at epoch {epoch}, step {i + 1}, samples {batch['index'].tolist()}: take a "
                              f"smaller --lr, or --amp off; {args.out}/last.pt holds the last whole epoch")
@@ -452,7 +552,7 @@ def picture_predictions(model, samples, args, path):
             found = model(*inputs, attention=True)
         iou = losses.iou_and_giou(found.boxes.cpu(), batch["boxes"])[0].item()
         picture, cells = data.load_picture(sample.image), math.isqrt(found.attention.shape[1])
-        box = data.from_square(found.boxes[0].cpu(), picture.size, SIZES[args.size]["image_size"])
+        box = data.from_square(found.boxes[0].cpu(), picture.size, batch["images"].shape[-1])
         tiles.append(data.draw(picture, f"{sample.text} (IoU {iou:.2f})", [(sample.box, data.TRUE), (box, data.PREDICTED)],
                                found.attention[0].float().cpu().reshape(cells, cells).numpy()))
     data.contact_sheet(tiles).save(path)
@@ -476,52 +576,85 @@ def write_args(args):
     save_whole(Path(args.out) / "args.json", lambda path: path.write_text(json.dumps(about, indent=1)))
 
 
-def read_last(path, model):
-    """last.pt, whose tuned weights go into the model; its encoders must be the ones that the run began with."""
+def read_last(path):
+    """last.pt of an earlier start of the run, or what a new run begins with."""
+    if not path.exists():
+        return {"epoch": 0, "best": -1.0, "log": []}
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        frozen = state["frozen"]
+        return {key: state[key] for key in ("epoch", "best", "log", "model", "frozen", "optimizer", "scaler")}
     except Exception:
         raise InputError(f"{path}: damaged, or not what train.py writes; start a new run by another --out") from None
-    load_tuned(model, state["model"], path)
-    if frozen != frozen_fingerprint(model):
-        raise InputError(f"{path}: the run began with other encoder weights than these; give it the same files again")
-    return state
+
+
+def begin_phase(model, phase, args, state):
+    """Bring the model to the beginning of a phase, or to where in it the run stopped -> its optimizer.
+
+    A phase that is over is gone through all the same: its pairs are still 0 here, and merging them opens the next stage.
+    """
+    if state["epoch"] == phase.first and "model" in state:
+        load_tuned(model, state["model"], "last.pt")
+    if phase.stage:
+        torch.manual_seed(args.seed * 100_003 + 50_000 + phase.stage)                 # A, the same whenever it is drawn
+        model.begin_stage(phase.stage, args.stages, args.rank, args.alpha, args.deep_to_shallow)
+    optimizer = make_optimizer(model, args, phase)
+    if phase.first < state["epoch"] < phase.last:
+        load_tuned(model, state["model"], "last.pt")
+        optimizer.load_state_dict(state["optimizer"])
+    return optimizer
+
+
+def end_phase(model, phase, best, lines):
+    """Merge, and go on with the weights that were best on val so far, be they of an earlier phase."""
+    if phase.stage:
+        hilora.merge(model)
+    load_tuned(model, load_file(best), best)
+    here, before = ([line.get("val_acc@0.5", 0) for line in lines if (line["epoch"] > phase.first) is wanted]
+                    for wanted in (True, False))
+    if before and max(here) < max(before):
+        tqdm.write(f"{phase.name} ends worse on val ({max(here):.4f}) than it began ({max(before):.4f}): "
+                   f"the weights that it began with are kept")
 
 
 def fit(model, args, train_samples, val_samples):
-    """The training loop: epochs, each followed by an evaluation on val and by writing everything down."""
-    out, log = Path(args.out), Path(args.out) / "log.jsonl"
-    optimizer = make_optimizer(model, args)
+    """The training loop: phases of epochs, each epoch followed by an evaluation on val and by writing everything down."""
+    out, phases, state = Path(args.out), plan(args), read_last(Path(args.out) / "last.pt")
+    best, lines = state["best"], state["log"]
     scaler = torch.amp.GradScaler(enabled=args.amp == "fp16")
-    epoch, best, lines = 0, -1.0, []
-    if (out / "last.pt").exists():
-        state = read_last(out / "last.pt", model)
-        epoch, best, lines = state["epoch"], state["best"], state["log"]
-        optimizer.load_state_dict(state["optimizer"])
+    steps = len(make_loader(train_samples, args, True))
+    if state["epoch"]:
+        if state["frozen"] != frozen_fingerprint(model, state["model"]):
+            raise InputError(f"{out}/last.pt: the run began with other encoder weights than these; give it the same files again")
         scaler.load_state_dict(state["scaler"])
-        print(f"resumed after epoch {epoch}")
-    frozen, steps = frozen_fingerprint(model), len(make_loader(train_samples, args, True))
-    with tqdm(total=args.epochs * steps, initial=epoch * steps, desc=args.method, unit="step") as bar:
-        for epoch in range(epoch + 1, args.epochs + 1):
-            torch.manual_seed(args.seed * 100_003 + epoch)             # dropout: an epoch is the same, resumed or not
-            loss, accuracy = train_epoch(model, make_loader(train_samples, args, True, epoch), optimizer, scaler, args,
-                                         epoch, bar)
-            line = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "train_loss": loss, "train_acc@0.5": accuracy}
-            if val_samples:
-                ious = predict(model, make_loader(val_samples, args, False), args)[2]
-                line |= {f"val_{name}": value for name, value in scores(ious).items()}
-            lines.append(line)
-            tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in line.items()))
-            # Without val the last epoch is the best. last.pt comes last: whatever a killed run wrote before it is
-            # written once more, the same, when the epoch is done again.
-            if line.get("val_acc@0.5", best) >= best:
-                best = line.get("val_acc@0.5", best)
-                save_checkpoint(out / "best.safetensors", model, {"model": model_arguments(args), "args": vars(args), **line})
-            save_whole(log, lambda path: path.write_text("".join(json.dumps(entry) + "\n" for entry in lines)))
-            state = {"epoch": epoch, "best": best, "log": lines, "model": tuned_state(model), "frozen": frozen,
-                     "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            save_whole(out / "last.pt", lambda path: torch.save(state, path))
+        print(f"resumed after epoch {state['epoch']}")
+    with tqdm(total=phases[-1].last * steps, initial=state["epoch"] * steps, desc=args.method, unit="step") as bar:
+        for phase in phases:
+            optimizer = begin_phase(model, phase, args, state)
+            if phase.last <= state["epoch"]:
+                hilora.merge(model) if phase.stage else None
+            for epoch in range(max(phase.first, state["epoch"]) + 1, phase.last + 1):
+                torch.manual_seed(args.seed * 100_003 + epoch)         # dropout: an epoch is the same, resumed or not
+                loss, accuracy = train_epoch(model, make_loader(train_samples, args, True, epoch), optimizer, scaler, args,
+                                             epoch, phase, bar)
+                line = {"epoch": epoch, "phase": phase.name, "lr": optimizer.param_groups[0]["lr"], "train_loss": loss,
+                        "train_acc@0.5": accuracy}
+                if val_samples:
+                    ious = predict(model, make_loader(val_samples, args, False), args)[2]
+                    line |= {f"val_{name}": value for name, value in scores(ious).items()}
+                lines.append(line)
+                tqdm.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
+                # Without val the last epoch is the best. last.pt comes last: whatever a killed run wrote before it is
+                # written once more, the same, when the epoch is done again.
+                if line.get("val_acc@0.5", best) >= best:
+                    best = line.get("val_acc@0.5", best)
+                    save_checkpoint(out / "best.safetensors", model, {"model": model_arguments(args), "args": vars(args), **line})
+                save_whole(out / "log.jsonl", lambda path: path.write_text("".join(json.dumps(x) + "\n" for x in lines)))
+                if epoch == phase.last:
+                    end_phase(model, phase, out / "best.safetensors", lines)
+                tuned = tuned_state(model)
+                now = {"epoch": epoch, "best": best, "log": lines, "model": tuned, "frozen": frozen_fingerprint(model, tuned),
+                       "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                save_whole(out / "last.pt", lambda path: torch.save(now, path))
 
 
 def main(argv=None):
@@ -538,7 +671,7 @@ def main(argv=None):
     print(f"{args.method} {args.size} on {args.dataset}: {len(train_samples)} expressions to train on, "
           f"{len(val_samples)} to validate; parameters {counts}")
     if args.weights == "shapes" and args.size == "tiny":
-        pretrain_encoders(args.cache, args.pretext_steps)
+        pretrain_encoders(args.cache, args.pretext_steps, METHODS[args.method]["family"])
     torch.manual_seed(args.seed)
     model = build_model(**model_arguments(args)).to(args.device)
     if not args.resume:
@@ -546,7 +679,7 @@ def main(argv=None):
     fit(model, args, train_samples, val_samples)
     model, config = load_checkpoint(args.out)
     picture_predictions(model.to(args.device), spread(val_samples or train_samples), args, Path(args.out) / "val.png")
-    print(f"best epoch {config['epoch']} of {args.epochs}"
+    print(f"best epoch {config['epoch']} of {plan(args)[-1].last}"
           + (f": Acc@0.5 {config['val_acc@0.5']:.4f} on val" if val_samples else "")
           + f"; {(time.time() - began) / 60:.1f} minutes; look at {args.out}/val.png; python evaluate.py {args.out}")
 

@@ -137,7 +137,7 @@ def test_letterbox_keeps_the_picture_and_its_box(size, seed):
     assert max(w, h) == 64 and (~padding).sum() == w * h
     assert image[:, padding].abs().max() == 0 if padding.any() else True
     resized = np.asarray(picture.resize((w, h), Image.Resampling.BILINEAR)) / 255
-    back = image[:, top:top + h, left:left + w].permute(1, 2, 0).numpy() * data.STD + data.MEAN
+    back = image[:, top:top + h, left:left + w].permute(1, 2, 0).numpy() * np.array(data.PIXELS["detr"][1]) + data.PIXELS["detr"][0]
     assert np.abs(back - resized).max() < 1e-5
     box = (0.1 * size[0], 0.2 * size[1], 0.7 * size[0], 0.9 * size[1])
     cx, cy, bw, bh = data.to_square(box, picture.size, place, 64)

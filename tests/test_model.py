@@ -9,8 +9,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers.models.detr.modeling_detr import DetrEncoder, DetrSinePositionEmbedding
 
+import hilora
 import losses
 import model as m
+from adapters import CrossModalBridge
 
 
 def tiny(method="m2ist", **options):
@@ -117,6 +119,60 @@ def test_bert_equals_transformers(tmp_path):
     compare(found.x, theirs[-1], ours.word.weight, bert.embeddings.word_embeddings.weight, ~padding)
 
 
+def random_clip(tmp_path, **vision):
+    """transformers' CLIP with random weights, saved to tmp_path, and ours of the same shape loaded from there."""
+    torch.manual_seed(0)
+    both = dict(num_attention_heads=4, num_hidden_layers=3, intermediate_size=48, projection_dim=20)
+    theirs = transformers.CLIPModel(transformers.CLIPConfig(
+        text_config=dict(vocab_size=60, hidden_size=24, max_position_embeddings=16, eos_token_id=59, bos_token_id=1, pad_token_id=0, **both),
+        vision_config=dict(hidden_size=32, image_size=32, patch_size=8, **both), projection_dim=20)).eval()
+    for name, p in theirs.named_parameters():
+        if name != "logit_scale":
+            torch.nn.init.normal_(p, std=0.3)
+    theirs.save_pretrained(tmp_path)
+    ours = m.Clip(dict(image_size=32, patch=8, dim=32, heads=4, hidden=48, layers=3, embedding=20),
+                  dict(vocabulary=60, positions=16, dim=24, heads=4, hidden=48, layers=3, embedding=20)).eval()
+    m.load_clip(ours, str(tmp_path))
+    return theirs, ours
+
+
+def test_clip_equals_transformers_layer_by_layer_and_projected(tmp_path):
+    theirs, ours = random_clip(tmp_path)
+    images, tokens = torch.randn(3, 3, 32, 32), torch.randint(2, 59, (3, 9))
+    padding = torch.arange(9) >= torch.tensor([[9], [6], [4]])
+    tokens[torch.arange(3), (~padding).sum(1) - 1] = 59                                  # [EOS]
+    tokens.masked_fill_(padding, 0)
+    out = theirs(input_ids=tokens, pixel_values=images, attention_mask=(~padding).long(), output_hidden_states=True)
+    image, text = ours.encode_image(images, torch.zeros(3, 32, 32, dtype=torch.bool)), ours.encode_text(tokens, padding)
+    for mine, hers, real in ((image, out.vision_model_output, slice(None)), (text, out.text_model_output, ~padding)):
+        assert len(mine.states) == len(hers.hidden_states) - 1 == 3
+        for layer, state in enumerate(mine.states, 1):
+            assert (state - hers.hidden_states[layer])[real].abs().max() <= 1e-5 * max(1, state.abs().max().item())
+    for mine, hers in ((image.embedding, out.image_embeds), (text.embedding, out.text_embeds)):
+        assert (torch.nn.functional.normalize(mine, dim=-1) - hers).abs().max() <= 1e-5
+    assert ours.temperature.item() == pytest.approx(1 / theirs.logit_scale.exp().item(), rel=1e-5)
+    mine = losses.contrastive_loss(text.embedding, image.embedding, ours.temperature)
+    hers = theirs(input_ids=tokens, pixel_values=images, attention_mask=(~padding).long(), return_loss=True).loss
+    assert mine.item() == pytest.approx(hers.item(), rel=1e-4)                           # Eqs. (9)-(11) are CLIP's own loss
+
+
+def test_clip_text_is_causal_and_its_padding_seen_by_none(tmp_path):
+    _, ours = random_clip(tmp_path)
+    tokens, padding = torch.randint(2, 59, (1, 9)), torch.zeros(1, 9, dtype=torch.bool)
+    first = ours.encode_text(tokens, padding).states[-1][:, :5]
+    tokens[:, 5:] = 3
+    padding[:, 5:] = True
+    assert torch.equal(ours.encode_text(tokens, padding).states[-1][:, :5], first)
+
+
+def test_a_patch_is_padding_if_no_pixel_of_it_is_of_the_picture():
+    vision = m.ClipVision(32, 8, 16, 2, 16, 1, 8)
+    padding = torch.zeros(1, 32, 32, dtype=torch.bool)
+    padding[:, :9] = padding[:, :, 24:] = True               # a row of patches and one pixel row more; a column of patches
+    found = vision(torch.randn(1, 3, 32, 32), padding).padding
+    assert not found[0, 0] and found[0, 1:].view(4, 4).tolist() == [[True] * 4] + [[False] * 3 + [True]] * 3
+
+
 HUB_TO_OFFICIAL = {"self_attn.o_proj": "self_attn.out_proj", "mlp.fc1": "linear1", "mlp.fc2": "linear2",
                    "self_attn_layer_norm": "norm1", "final_layer_norm": "norm2", "fc1": "linear1", "fc2": "linear2"}
 
@@ -177,10 +233,14 @@ def test_resnet_body_is_torchvisions():
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights in other people's names, at full size
 
+def encoders(family="detr", size="base"):
+    return m.build_encoders(m.SIZES[size][family])
+
+
 def official_detr():
     """A full-size random state dict in official DETR naming, with a decoder and heads as the real file has them."""
     with torch.device("meta"):
-        vision = m.VisionEncoder(m.resnet50_body(), **m.SIZES["base"]["vision"])
+        vision = m.VisionEncoder(m.resnet50_body(), **m.SIZES["base"]["detr"]["vision"])
     state = {}
     for key, value in vision.state_dict().items():
         value = torch.rand(value.shape)
@@ -201,7 +261,7 @@ def official_detr():
 
 
 def test_official_detr_file_loads_key_by_key(tmp_path):
-    state, vision = official_detr(), m.build_encoders("base")[0]
+    state, vision = official_detr(), encoders()["vision"]
     torch.save({"model": state}, tmp_path / "detr.pth")
     m.load_detr(vision, tmp_path / "detr.pth")
     rows = state["transformer.encoder.layers.3.self_attn.in_proj_weight"]
@@ -234,7 +294,7 @@ def bert_folder(tmp_path_factory):
 
 
 def test_full_size_bert_folder_loads_key_by_key(bert_folder, tmp_path):
-    text = m.build_encoders("base")[1]
+    text = encoders()["text"]
     m.load_bert(text, str(bert_folder))
     state = load_file(bert_folder / "model.safetensors")
     assert torch.equal(text.layers[11].fc2.weight, state["bert.encoder.layer.11.output.dense.weight"])
@@ -244,7 +304,7 @@ def test_full_size_bert_folder_loads_key_by_key(bert_folder, tmp_path):
     old = {k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v
            for k, v in state.items()}
     torch.save(old, tmp_path / "pytorch_model.bin")
-    again = m.build_encoders("base")[1]
+    again = encoders()["text"]
     m.load_bert(again, str(tmp_path))
     assert all(torch.equal(a, b) for a, b in zip(text.state_dict().values(), again.state_dict().values()))
 
@@ -261,9 +321,9 @@ def test_full_size_bert_folder_loads_key_by_key(bert_folder, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Counts at full size
 
-def meta(method, **options):
+def meta(method, size="base", **options):
     with torch.device("meta"):
-        return m.build_model(method, "base", "random", **options)
+        return m.build_model(method, size, "random", **options)
 
 
 def count(module):
@@ -292,6 +352,127 @@ def test_counts_of_the_parts():
     assert count(model.grounding) == 8_393_732
     assert m.count_parameters(model) == {"total": 149_155_268, "trainable": 8_393_732, "encoder_tunable": 0}
     assert m.count_parameters(meta("full"))["encoder_tunable"] == 31_869_888 + 108_891_648
+
+
+def bridges(model):
+    return [layer.plugs["attention"] for layer in model.clip.vision.layers if "attention" in layer.plugs]
+
+
+def lora_counts(model, stages):
+    """(pairs in the vision tower, pairs in the text tower) at each stage."""
+    found = []
+    for stage in range(1, stages + 1):
+        model.begin_stage(stage, stages, 32, 16)
+        found.append(tuple(sum(pair.A.numel() + pair.B.numel() for _, _, pair in hilora.find_pairs(tower))
+                           for tower in (model.clip.vision, model.clip.text)))
+        hilora.merge(model)
+    return found
+
+
+# HiVG Table 7 has 206M / 41M. CLIP, three bridges, the grounding encoder and its head are 205,899,781: 206M, leaving out
+# perceiver, projections, positions and the region MLP. Bridges and LoRA's last stage are 40,768,512: 41M. [D23]
+def test_counts_of_hivg_base():
+    model = meta("hivg")
+    one, three = count(bridges(model)[0]), sum(map(count, bridges(model)))
+    assert (one, three) == (12_278_784, 36_836_352) and count(model.clip) - three == 149_620_737
+    bridge = bridges(model)[0]
+    assert count(bridge.norm) == 1_536 and sum(count(getattr(bridge, name)) for name in ("q", "k", "v", "out")) == 2_362_368
+    assert count(bridge.fc1) + count(bridge.fc2) == 4_722_432 and count(bridge.projection) == 4_719_360
+    assert bridge.weights.numel() == 473_088
+    grounding = model.grounding
+    assert count(grounding.layers) + count(grounding.norm) == 18_915_328
+    assert (count(grounding.vision_projection), count(grounding.text_projection), count(grounding.head)) == (1_573_376, 262_656, 527_364)
+    assert count(grounding.region) == 3_149_312 + 1_024 and grounding.position.shape == (275, 512)
+    assert 149_620_737 + three + 18_915_328 + 527_364 == 205_899_781
+    assert m.count_parameters(model) == {"total": 211_027_461, "trainable": 61_406_724, "encoder_tunable": 36_836_352}
+    assert lora_counts(model, 3) == [(786_432, 1_572_864), (1_572_864, 1_572_864), (2_359_296, 1_572_864)]
+    assert three + 2_359_296 + 1_572_864 == 40_768_512
+    assert m.count_parameters(model)["total"] == 211_027_461                                   # nothing is left of LoRA
+
+
+# HiVG Table 7 has 468M / 52M, which four bridges of twelve text layers alone exceed: not to be derived.
+def test_counts_of_hivg_large():
+    model = meta("hivg", "large")
+    one, four = count(bridges(model)[0]), sum(map(count, bridges(model)))
+    assert (one, four) == (22_742_016, 90_968_064) and count(model.clip) - four == 427_616_513
+    assert count(model.grounding.layers) + count(model.grounding.norm) == 33_085_440
+    assert model.grounding.position.shape == (335, 768)
+    assert m.count_parameters(model) == {"total": 561_573_381, "trainable": 133_956_868, "encoder_tunable": 90_968_064}
+    assert lora_counts(model, 4) == [(6_291_456 * j // 4, 2_359_296) for j in (1, 2, 3, 4)]
+    share = 100 * (6_291_456 + 2_359_296) / (427_616_513 + 6_291_456 + 2_359_296)
+    assert round(share, 2) == 1.98                                                             # as Appendix B has it
+
+
+def test_plain_clip_has_no_bridge_and_no_region_mlp():
+    for method in ("clip-frozen", "clip-lora"):
+        model = meta(method)
+        assert bridges(model) == [] and model.levels == [12] and model.grounding.region is None
+        assert m.count_parameters(model)["encoder_tunable"] == 0
+    assert len(bridges(meta("hivg"))) == 3 and bridges(meta("hivg", bridge_layers=[])) == []
+    released = meta("hivg", bridge_layers=[1, 4, 8, 12], text_layers=[12])
+    assert [count(bridge) for bridge in bridges(released)] == [7_519_744] * 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# HiVG's forward, by its equations
+
+def test_hivg_reads_the_levels_of_equation_1_and_puts_the_sequence_of_equation_2():
+    model = tiny("hivg", vision_layers=[2, 5], text_layers=[1, 3], bridge_layers=[3]).eval()
+    images, image_padding, tokens, token_padding = inputs()
+    text = model.encode_text(tokens, token_padding)
+    vision = model.encode_image(images, image_padding, text)
+    run = model.clip.vision(images, image_padding, ([text.states[0], text.states[2]], token_padding))
+    assert torch.equal(vision.x, torch.cat([run.states[1], run.states[4]], dim=-1))
+    x, padding, position, cells = model.grounding.sequence(vision, text)
+    by_hand = lambda rows, linear: rows.double() @ linear.weight.double().T + linear.bias.double()
+    assert torch.equal(x[:, 0], model.grounding.reg.expand(3, -1))                                       # g_r
+    assert torch.allclose(x[:, 1:66], by_hand(vision.x, model.grounding.vision_projection).float(), atol=1e-4)     # Eq. (1), cls first
+    final = model.clip.text.projection(model.clip.text.norm(text.states[-1]))
+    assert torch.allclose(x[:, 66:], by_hand(final, model.grounding.text_projection).float(), atol=1e-4)           # g_l
+    assert x.shape[1] == len(position) == 1 + 65 + 9 and cells == slice(2, 66)
+    assert not padding[:, :2].any() and torch.equal(padding[:, 66:], token_padding)
+    assert torch.equal(padding[:, 1:66], vision.padding) and vision.padding[2].sum() == 16
+
+
+def test_hivg_layers_are_equations_7_and_8():
+    """With pairs on: h = W_0 f + B A f in a layer without a bridge; with one, what follows it is of f + f_sa."""
+    model, (images, image_padding, tokens, token_padding) = tiny("hivg", bridge_layers=[2]).eval(), inputs()
+    model.begin_stage(1, 3, 4, 8)
+    for _, _, pair in hilora.find_pairs(model):
+        torch.nn.init.normal_(pair.B, std=0.1)
+    text = model.encode_text(tokens, token_padding)
+    encoded = model.clip.vision(images, image_padding, (list(text.states), token_padding))
+    layer, bridge = model.clip.vision.layers[1], bridges(model)[0]
+    x = encoded.states[0]
+    h, heads = layer.norm1(x), []
+    for linear in (layer.q, layer.k, layer.v):
+        assert isinstance(linear, hilora.LoRALinear)
+        heads.append((h @ linear.weight.T + linear.bias + 2 * h @ linear.A.T @ linear.B.T).unflatten(-1, (4, -1)).transpose(1, 2))
+    weights = (heads[0] @ heads[1].transpose(-2, -1) / math.sqrt(16)).softmax(-1)
+    attended = (weights @ heads[2]).transpose(1, 2).flatten(2)
+    a = attended @ layer.out.weight.T + layer.out.bias + 2 * attended @ layer.out.A.T @ layer.out.B.T
+    f = x + a
+    f = f + bridge.semantic(f, list(text.states), token_padding)                     # f_v + f_v^sa
+    expected = f + layer.fc2(layer.activation(layer.fc1(layer.norm2(f))))
+    assert torch.allclose(encoded.states[1], expected, atol=1e-4)
+    assert not isinstance(model.clip.vision.layers[2].q, hilora.LoRALinear)          # l > j L / G: W_0 alone
+
+
+def test_hivg_scores_are_equation_12():
+    model, batch = tiny("hivg").train(), inputs()
+    seen = []
+    model.grounding.norm.register_forward_hook(lambda module, args, out: seen.append(out))
+    found = model(*batch)
+    x, (lin1, lin2), norm = seen[0], (model.grounding.region[1], model.grounding.region[3]), model.grounding.region[0]
+    for b in range(3):
+        eos = 1 + 65 + int((~batch[3][b]).sum()) - 1
+        t = x[b, eos] / x[b, eos].norm()
+        for cell in (0, 17, 63):
+            h = lin1(norm(x[b, 2 + cell]))
+            assert found.scores[b, cell].item() == pytest.approx((t @ lin2(h * torch.sigmoid(1.702 * h))).item(), abs=1e-4)
+    assert torch.equal(found.padding[2].view(8, 8)[:2], torch.ones(2, 8, dtype=torch.bool)) and found.padding.sum() == 8 + 16
+    assert found.temperature.item() == pytest.approx(0.07, rel=1e-4)
+    assert torch.equal(found.text, model.encode_text(batch[2], batch[3]).embedding)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -342,6 +523,89 @@ def test_frozen_encoders_stay_in_eval_mode_and_trained_ones_do_not():
     assert not any(part.training for part in (tiny().train().vision, tiny().train().text))
     assert tiny().train().grounding.training and tiny().train().side.training
     assert tiny("full").train().text.training and not tiny("full").eval().text.training
+
+
+def changes(model, before):
+    return {name for name, value in model.state_dict().items() if name in before and not torch.equal(value, before[name])}
+
+
+def hivg_step(model):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    for _ in range(2):                                      # at the first, A has no gradient: B is 0
+        optimizer.zero_grad()
+        losses.total_loss(model(*inputs()), torch.rand(3, 4), 2, 2, 1, 20, 2).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("deep_to_shallow", [False, True])
+def test_a_stage_of_hivg_changes_its_pairs_and_no_bit_of_the_rest_of_clip(deep_to_shallow):
+    model = tiny("hivg").train()
+    start = copy.deepcopy(model.state_dict())
+    hivg_step(model)
+    outside = {name for name in start if not name.startswith("clip.") or ".plugs." in name}
+    assert changes(model, start) == outside                  # the warm-up: bridges and the grounding encoder, all of both
+    for stage in (1, 2, 3):
+        before = copy.deepcopy(model.state_dict())
+        model.begin_stage(stage, 3, 4, 8, deep_to_shallow)
+        boxes = model.eval()(*inputs()).boxes
+        model.load_state_dict(before, strict=False)
+        assert torch.equal(model(*inputs()).boxes, boxes)    # ΔW = 0 when a stage starts
+        vision = range(6, 6 - 2 * stage, -1) if deep_to_shallow else range(1, 2 * stage + 1)
+        pairs = {f"clip.{tower}.layers.{layer - 1}.{linear}" for tower, layers in (("vision", vision), ("text", (1, 2, 3)))
+                 for layer in layers for linear in ("q", "k", "v", "out")}
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert trained - outside == {f"{pair}.{part}" for pair in pairs for part in "AB"} and outside <= trained
+        hivg_step(model.train())
+        assert changes(model, before) == outside             # W itself is not touched before the merge
+        assert all(model.get_parameter(f"{pair}.{part}").abs().max() > 0 for pair in pairs for part in "AB")
+        trained_boxes = model.eval()(*inputs()).boxes
+        hilora.merge(model)
+        assert (model(*inputs()).boxes - trained_boxes).abs().max() <= 1e-5
+        assert {name for name in changes(model, before) if name not in outside} == {f"{pair}.weight" for pair in pairs}
+    assert not hilora.find_pairs(model) and set(model.state_dict()) == set(start)
+    assert m.count_parameters(model) == m.count_parameters(tiny("hivg"))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_box_of_hivg_is_the_same_alone_in_any_batch_and_padded_to_77(training):
+    """[D14] The released bridge mixes the samples of a batch: a box there depends on its neighbours' texts."""
+    torch.manual_seed(1)
+    with torch.random.fork_rng(), torch.no_grad():
+        model = tiny("hivg").train(training)                 # no dropout at tiny size
+        model.begin_stage(1, 2, 4, 8)
+        for name, p in model.named_parameters():
+            if name.endswith((".B", ".weights")):
+                torch.nn.init.normal_(p, std=0.3)
+        batch, other = inputs(), inputs(seed=5)
+        for i in range(3):
+            length = int((~batch[3][i]).sum())
+            found = []
+            for text in (length, 9, 20, 77):                 # trimmed, as in the batch, and far beyond max_tokens
+                tokens, padding = torch.zeros(1, text, dtype=torch.long), torch.ones(1, text, dtype=torch.bool)
+                tokens[0, :length], padding[0, :length] = batch[2][i, :length], False
+                found.append(model(batch[0][i:i + 1], batch[1][i:i + 1], tokens, padding, attention=True))
+            neighbours = [part.clone() for part in other]
+            for ours, theirs in zip(neighbours, batch):
+                ours[i] = theirs[i]
+            for together in (model(*batch, attention=True), model(*neighbours, attention=True)):
+                for alone in found:
+                    assert (alone.boxes[0] - together.boxes[i]).abs().max() <= 1e-5
+                    assert (alone.attention[0] - together.attention[i]).abs().max() <= 1e-5
+                    if training:
+                        assert (alone.scores[0] - together.scores[i]).abs().max() <= 1e-4
+            assert (model(*other).boxes[i] - together.boxes[i]).abs().max() > 1e-4              # and it is not a constant
+
+
+def test_the_bridge_lets_the_text_into_the_vision_tower():
+    model, (images, image_padding, tokens, token_padding) = tiny("hivg").eval(), inputs()
+    text, swapped = model.encode_text(tokens, token_padding), model.encode_text(tokens.flip(1), token_padding)
+    here, there = (model.clip.vision(images, image_padding, (t.states, token_padding)) for t in (text, swapped))
+    same = [torch.allclose(a, b, atol=1e-6) for a, b in zip(here.states, there.states)]
+    assert same == [True, False, False, False, False, False]                         # from its first bridge, layer 2, on
+    assert all(isinstance(bridge, CrossModalBridge) for bridge in bridges(model))
+    plain = tiny("clip-lora").eval()
+    assert torch.equal(plain.encode_image(images, image_padding, plain.encode_text(tokens, token_padding)).x,
+                       plain.encode_image(images, image_padding, plain.encode_text(tokens.flip(1), token_padding)).x)
 
 
 @pytest.mark.parametrize("method", ["m2ist", "frozen", "full"])

@@ -26,7 +26,8 @@ FAST = ["--size", "tiny", "--weights", "random", "--limit", "60", "--batch-size"
 def cpu_with_dropout(monkeypatch):
     """On the CPU, whatever there is; with dropout, so that a random number drawn out of turn shows."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setitem(m.SIZES["tiny"], "grounding", {**m.SIZES["tiny"]["grounding"], "dropout": 0.1})
+    for spec in m.SIZES["tiny"].values():
+        monkeypatch.setitem(spec, "grounding", {**spec["grounding"], "dropout": 0.1})
 
 
 def run(out, *flags):
@@ -107,7 +108,8 @@ def test_a_run_killed_by_sigkill_resumes_to_the_same_weights(tmp_path):
 
 
 def test_micro_batches_add_up_to_the_batch(tmp_path, monkeypatch):
-    monkeypatch.setitem(m.SIZES["tiny"], "grounding", {**m.SIZES["tiny"]["grounding"], "dropout": 0.0})
+    spec = m.SIZES["tiny"]["detr"]
+    monkeypatch.setitem(spec, "grounding", {**spec["grounding"], "dropout": 0.0})
     a, b = run(tmp_path / "a", "--epochs", "1"), run(tmp_path / "b", "--epochs", "1", "--micro-batch", "5")
     assert max((x - y).abs().max() for x, y in zip(final(a).values(), final(b).values())) < 1e-4
 
@@ -115,16 +117,16 @@ def test_micro_batches_add_up_to_the_batch(tmp_path, monkeypatch):
 def test_rates_and_schedules_follow_the_recipe():
     args = train.parse_args(["--size", "base", "--dataset", "x.jsonl"])
     assert (args.epochs, args.batch_size, args.lr, args.lr_encoder, args.weight_decay) == (90, 64, 1e-4, 1e-5, 1e-4)
-    factors = [train.rate_factor(args, epoch * 10, 10) for epoch in (0, 59, 60, 89)]
+    factors = [train.rate_factor(args, epoch * 10, 10, 90) for epoch in (0, 59, 60, 89)]
     assert factors == [1, 1, 0.1, 0.1]
     plus = train.parse_args(["--size", "base", "--dataset", "refcoco+"])
     assert (plus.epochs, plus.lr_drop) == (180, 120)
     tiny = train.parse_args([])
     assert (tiny.method, tiny.dataset, tiny.size, tiny.weights) == ("m2ist", "shapes", "tiny", "shapes")
     assert tiny.epochs * (24_000 // tiny.batch_size) == 3000                         # the steps that its recipe states
-    assert train.rate_factor(tiny, 0, 750) == pytest.approx(1 / 200) and train.rate_factor(tiny, 2999, 750) < 1e-5
+    assert train.rate_factor(tiny, 0, 750, 4) == pytest.approx(1 / 200) and train.rate_factor(tiny, 2999, 750, 4) < 1e-5
     model = m.build_model("m2ist", "tiny", "random")
-    groups = train.make_optimizer(model, args).param_groups
+    groups = train.make_optimizer(model, args, train.plan(args)[0]).param_groups
     assert [g["lr"] for g in groups] == [1e-4, 1e-5]
     assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     assert {id(p) for p in groups[1]["params"]} == {id(p) for p in model.side.parameters()}
@@ -188,15 +190,17 @@ def test_checkpoint_holds_the_tuned_weights_alone_and_rebuilds_the_model(tmp_pat
 # ---------------------------------------------------------------------------------------------------------------------
 # The tiny encoders' pretraining
 
-def test_pretraining_is_cached_and_repeatable(tmp_path):
+@pytest.mark.parametrize("family, method", [("detr", "frozen"), ("clip", "clip-frozen")])
+def test_pretraining_is_cached_and_repeatable(tmp_path, family, method):
     for folder in ("a", "b"):
-        train.pretrain_encoders(str(tmp_path / folder), 3)
-    a, b = (m.build_model("frozen", "tiny", "shapes", cache=str(tmp_path / f), pretext_steps=3) for f in "ab")
-    assert train.frozen_fingerprint(a) == train.frozen_fingerprint(b)
-    assert train.frozen_fingerprint(a) != train.frozen_fingerprint(m.build_model("frozen", "tiny", "random"))
+        train.pretrain_encoders(str(tmp_path / folder), 3, family)
+    a, b = (m.build_model(method, "tiny", "shapes", cache=str(tmp_path / f), pretext_steps=3) for f in "ab")
+    tuned = train.tuned_state(a)
+    assert train.frozen_fingerprint(a, tuned) == train.frozen_fingerprint(b, tuned)
+    assert train.frozen_fingerprint(a, tuned) != train.frozen_fingerprint(m.build_model(method, "tiny", "random"), tuned)
     path, = (tmp_path / "a").iterdir()
     before = path.stat().st_mtime_ns
-    train.pretrain_encoders(str(tmp_path / "a"), 3)
+    train.pretrain_encoders(str(tmp_path / "a"), 3, family)
     assert path.stat().st_mtime_ns == before
 
 
@@ -219,7 +223,7 @@ def test_pretext_says_what_covers_a_cell_and_sees_no_expression():
 # Bad input: exit status 2, one line, no traceback
 
 @pytest.mark.parametrize("flags, words", [
-    (["--method", "magic"], ("method", "magic", "full, frozen, m2ist")), (["--dataset", "cocoref"], ("dataset", "cocoref", "shapes")),
+    (["--method", "magic"], ("method", "magic", "full, frozen, m2ist, clip-frozen, clip-lora, hivg")), (["--dataset", "cocoref"], ("dataset", "cocoref", "shapes")),
     (["--size", "huge"], ("size", "tiny")), (["--weights", "some"], ("weights", "random")),
     (["--schedule", "linear"], ("schedule", "cosine")), (["--amp", "fp8"], ("amp", "bf16")),
     (["--dataset", "gone.jsonl"], ("gone.jsonl", "no such file")), (["--epochs", "0"], ("--epochs", "1 or more")),
@@ -251,7 +255,7 @@ def test_damaged_runs_and_other_encoders_are_named(tmp_path, monkeypatch):
     out = run(tmp_path / "a", "--epochs", "1")
     resume = ["--out", str(out), "--resume"]
     with monkeypatch.context() as patch:                   # as if another file stood behind --vision-weights by now
-        patch.setattr(train, "frozen_fingerprint", lambda model: "another")
+        patch.setattr(train, "frozen_fingerprint", lambda model, held: "another")
         with pytest.raises(m.InputError, match="other encoder weights"):
             train.main(resume)
     (out / "last.pt").write_bytes((out / "last.pt").read_bytes()[:1000])
@@ -303,7 +307,7 @@ def test_every_flag_has_help_a_default_and_its_source():
 
 
 def test_deviations_are_registered_both_ways():
-    code = "".join((ROOT / f).read_text() for f in ("losses.py", "adapters.py", "model.py", "data.py", "train.py", "evaluate.py"))
+    code = "".join((ROOT / f).read_text() for f in ("losses.py", "hilora.py", "adapters.py", "model.py", "data.py", "train.py", "evaluate.py"))
     readme = (ROOT / "README.md").read_text()
     rows = re.findall(r"^\| (D\d+) \|", readme, re.M)
     assert rows == [f"D{i}" for i in range(1, len(rows) + 1)]
