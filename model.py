@@ -1,15 +1,16 @@
-"""The encoders, the grounding model of M²IST on top of them, and where their weights come from.
+"""The encoders, the grounding models of both papers on top of them, and where their weights come from.
 
-    TransformerLayer      the one layer that every encoder here is a stack of, with its two ports
-    VisionEncoder         DETR's encoder: ResNet-50, a 1x1 projection, 6 layers       M²IST Section III-A a
-    TextEncoder           BERT: 12 layers                                             M²IST Section III-A b
-    GroundingEncoder      the V-L encoder: [REG], 6 layers, the box head              M²IST Section III-A c
-    DetrBert              the three together, with what a method plugs in             M²IST Section III-B
-    import_weights        official DETR and BERT checkpoints, checked key by key
-    build_model           all of it by method and size
+    TransformerLayer                 the one layer that every encoder here is a stack of, with its two ports
+    VisionEncoder, TextEncoder       DETR's encoder and BERT                              M²IST Section III-A a, b
+    ClipVision, ClipText             CLIP's towers                                        HiVG Section 3.1
+    GroundingEncoder                 [REG], text and image tokens, the box head           M²IST Section III-A c, HiVG Section 3.1
+    DetrBert, ClipGrounding          encoders and grounding encoder, with what a method plugs in
+    import_weights                   other people's checkpoints, checked key by key
+    build_model                      all of it by method and size
 
-Shapes: B batch, T text tokens, Nv vision tokens (20 x 20 for a 640 px image), N tokens of whichever, C a width.
-Symbols (paper = here): z_0 = images   f_v, f_l = Tokens.x of the encoders   C_p = dim of the GroundingEncoder
+Shapes: B batch, T text tokens, Nv vision tokens, N tokens of whichever, C a width.
+Symbols of M²IST (paper = here): z_0 = images   f_v, f_l = Encoded.x   C_p = dim of the GroundingEncoder
+Symbols of HiVG: f_v^i, f_l^i = Encoded.states[i - 1]   W_mvp = vision_projection   H_g = dim of the GroundingEncoder
 Conventions: padding masks are bool, True = padding; layers count from 1; boxes are (cx, cy, w, h) in [0, 1].
 """
 import argparse
@@ -121,26 +122,16 @@ class TransformerLayer(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # The encoders
 
-class Tokens(NamedTuple):
-    """What is grounded, image or text: x (B, N, C), padding (B, N); of CLIP also the states of its layers and the
-    embedding (B, C) that CLIP itself compares."""
+class Encoded(NamedTuple):
+    """An encoded image or text: x (B, N, C) and padding (B, N), which are all that is needed to ground it; and to read:
+    x0 (B, N, C), what entered the layers; ports, [(a_1, g_1), ...], and states, [x_1, ...], what left each layer, shallow
+    first; of CLIP the embedding (B, C) that it compares."""
     x: torch.Tensor
     padding: torch.Tensor
+    x0: Optional[torch.Tensor] = None
+    ports: list = ()
     states: list = ()
     embedding: Optional[torch.Tensor] = None
-
-
-class Encoded(NamedTuple):
-    """What an encoder gives to read: x0 (B, N, C), what entered its layers; ports, [(a_1, g_1), ...], and states,
-    [x_1, ...], what left each layer, shallow first; padding (B, N)."""
-    x0: torch.Tensor
-    ports: list
-    states: list
-    padding: torch.Tensor
-
-    @property
-    def x(self):
-        return self.states[-1]
 
 
 def run_layers(layers, x, padding, position=None, context=None, mask=True):
@@ -150,7 +141,7 @@ def run_layers(layers, x, padding, position=None, context=None, mask=True):
         x, a, g = layer(x, padding if mask else None, position, context)
         ports.append((a, g))
         states.append(x)
-    return Encoded(x0, ports, states, padding)
+    return Encoded(x, padding, x0, ports, states)
 
 
 def resnet50_body():
@@ -246,10 +237,10 @@ class ClipVision(nn.Module):
         super().__init__()
         self.patches = nn.Conv2d(3, dim, patch, stride=patch, bias=False)
         self.cls = nn.Parameter(dim ** -0.5 * torch.randn(dim))
-        side = image_size // patch
         # Where a patch lies must be in the tokens' values. CLIP has learned that from very many pictures; what starts from
         # nothing here starts from 2-D sines.
-        self.position = nn.Parameter(F.pad(sine_position(torch.zeros(1, side, side, dtype=torch.bool), dim)[0], (0, 0, 1, 0)))
+        sines = sine_position(torch.zeros(1, image_size // patch, image_size // patch, dtype=torch.bool), dim)[0]
+        self.position = nn.Parameter(F.pad(sines, (0, 0, 1, 0)))
         self.pre_norm, self.norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.layers = nn.ModuleList(TransformerLayer(dim, heads, hidden, "quick_gelu", True) for _ in range(layers))
         self.projection = nn.Linear(dim, embedding, bias=False)
@@ -258,16 +249,15 @@ class ClipVision(nn.Module):
         x = torch.cat([self.cls.expand(len(images), 1, -1), self.patches(images).flatten(2).transpose(1, 2)], dim=1)
         # A patch is padding if no pixel of it is of the picture; [CLS] never is.
         real = F.max_pool2d((~padding)[:, None].float(), self.patches.stride).flatten(1).bool()
-        padding = F.pad(~real, (1, 0))
-        return run_layers(self.layers, self.pre_norm(x + self.position), padding, context=context, mask=False)
-
-    def embed(self, x):
-        return self.projection(self.norm(x))
+        found = run_layers(self.layers, self.pre_norm(x + self.position), F.pad(~real, (1, 0)), context=context, mask=False)
+        return found._replace(embedding=self.projection(self.norm(found.x[:, 0])))
 
 
 class ClipText(nn.Module):
-    """CLIP's text tower, HiVG Section 3.1. tokens, padding (B, T) -> Encoded. Causal: no token sees what follows it, so
-    padding, which is last, is seen by none. states[-1] has not passed the final norm; `embed` does that."""
+    """CLIP's text tower, HiVG Section 3.1. tokens, padding (B, T) -> Encoded, x after the final norm and the projection.
+
+    Causal: no token sees what follows it, so padding, which is last, is seen by none.
+    """
 
     def __init__(self, vocabulary, positions, dim, heads, hidden, layers, embedding):
         super().__init__()
@@ -279,10 +269,9 @@ class ClipText(nn.Module):
         self.projection = nn.Linear(dim, embedding, bias=False)
 
     def forward(self, tokens, padding):
-        return run_layers(self.layers, self.word(tokens) + self.position[:tokens.shape[1]], padding, mask=False)
-
-    def embed(self, x):
-        return self.projection(self.norm(x))
+        found = run_layers(self.layers, self.word(tokens) + self.position[:tokens.shape[1]], padding, mask=False)
+        x, eos = self.projection(self.norm(found.x)), (~padding).sum(1) - 1                  # [EOS] ends its text
+        return found._replace(x=x, embedding=x[torch.arange(len(x), device=x.device), eos])
 
 
 class Clip(nn.Module):
@@ -290,22 +279,12 @@ class Clip(nn.Module):
 
     def __init__(self, vision, text):
         super().__init__()
-        self.vision, self.text = ClipVision(**vision), ClipText(**text)
+        self.vision, self.text = vision, text
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))      # where CLIP's pretraining starts it
 
     @property
     def temperature(self):
         return (-self.logit_scale).exp()            # τ of HiVG Eqs. (9) and (10)
-
-    def encode_text(self, tokens, padding):
-        encoded = self.text(tokens, padding)
-        x = self.text.embed(encoded.x)
-        last = (~padding).sum(1) - 1                                             # where [EOS] stands
-        return Tokens(x, padding, encoded.states, x[torch.arange(len(x), device=x.device), last])
-
-    def encode_image(self, images, padding, context=None):
-        encoded = self.vision(images, padding, context)
-        return Tokens(encoded.x, encoded.padding, encoded.states, self.vision.embed(encoded.x[:, 0]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -326,7 +305,7 @@ class Grounding(NamedTuple):
 class GroundingEncoder(nn.Module):
     """The V-L encoder of M²IST (Section III-A c), the grounding encoder of HiVG (Section 3.1), and the box head.
 
-    vision: Tokens of width vision_dim. text: Tokens of width text_dim, at most max_tokens of them. Returns Grounding.
+    vision, text: Encoded, of widths vision_dim and text_dim, text of at most max_tokens tokens. Returns Grounding.
     The sequence is [REG], text, vision, or with `clip` [REG], [CLS], vision, text, HiVG Eq. (2). Learned positions are
     added to queries and keys in every layer. region_hidden: width of the MLP of HiVG Eq. (12), if there is to be one.
     """
@@ -404,11 +383,11 @@ class DetrBert(nn.Module):
         return self
 
     def encode_image(self, images, image_padding):
-        """images (B, 3, S, S), image_padding (B, S, S) -> Tokens (B, Nv, C_v)."""
+        """images (B, 3, S, S), image_padding (B, S, S) -> Encoded (B, Nv, C_v)."""
         return self._encode(self.vision, self.side and self.side.vision, images, image_padding)
 
     def encode_text(self, tokens, token_padding):
-        """tokens, token_padding (B, T) -> Tokens (B, T, C_l). T beyond max_tokens may hold nothing but padding."""
+        """tokens, token_padding (B, T) -> Encoded (B, T, C_l). T beyond max_tokens may hold nothing but padding."""
         return self._encode(self.text, self.side and self.side.text,
                             *trimmed(tokens, token_padding, self.grounding.max_tokens))
 
@@ -416,7 +395,7 @@ class DetrBert(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):       # the memory that M²IST saves
             encoded = encoder(inputs, padding)
         x = encoded.x if side is None else encoded.x + side(encoded.x0, encoded.ports)    # Section III-B b
-        return Tokens(x, encoded.padding)
+        return Encoded(x, encoded.padding)
 
     def ground(self, vision, text, attention=False):
         return self.grounding(vision, text, attention)
@@ -445,13 +424,12 @@ class ClipGrounding(nn.Module):
         hilora.add_stage(self.clip.text.layers, stage, 1, rank, alpha)
 
     def encode_text(self, tokens, token_padding):
-        """tokens, token_padding (B, T) -> Tokens (B, T, H_g): the last layer, by CLIP's own projection."""
-        return self.clip.encode_text(*trimmed(tokens, token_padding, self.grounding.max_tokens))
+        """tokens, token_padding (B, T) -> Encoded (B, T, H_g): the last layer, by CLIP's own projection."""
+        return self.clip.text(*trimmed(tokens, token_padding, self.grounding.max_tokens))
 
     def encode_image(self, images, image_padding, text):
-        """images (B, 3, S, S), image_padding (B, S, S), text from encode_text -> Tokens (B, 1 + Nv, m H_v)."""
-        context = [text.states[layer - 1] for layer in self.text_layers], text.padding
-        image = self.clip.encode_image(images, image_padding, context)
+        """images (B, 3, S, S), image_padding (B, S, S), text from encode_text -> Encoded (B, 1 + Nv, m H_v)."""
+        image = self.clip.vision(images, image_padding, ([text.states[layer - 1] for layer in self.text_layers], text.padding))
         return image._replace(x=torch.cat([image.states[level - 1] for level in self.levels], -1))    # HiVG Eq. (1)
 
     def ground(self, vision, text, attention=False):
@@ -604,77 +582,61 @@ def load_clip(clip, weights):
 # ---------------------------------------------------------------------------------------------------------------------
 # Building a model
 
-SIZES = {       # size: family: everything about the architecture
+SIZES = {       # size: family: everything about the architecture, and what options are where they are not given
     "base": {
         # M²IST Section III-A and IV-B; dropout and heads as released.
         "detr": dict(
-            image_size=640, stride=32, max_tokens=20, text_layers=[7, 8, 9, 10, 11, 12],
+            image_size=640, stride=32, max_tokens=20,
             vision=dict(channels=2048, dim=256, heads=8, hidden=2048, layers=6, dropout=0.1),
             text=dict(vocabulary=30522, positions=512, dim=768, heads=12, hidden=3072, layers=12, dropout=0.1),
             grounding=dict(dim=256, heads=8, hidden=2048, layers=6, dropout=0.1),
-            side=dict(bottleneck=128, interaction_dim=256, interaction_bottleneck=128)),
+            text_layers=[7, 8, 9, 10, 11, 12], bottleneck=128, interaction_dim=256, interaction_bottleneck=128),
         # HiVG Section 4.1 and Table 7; hidden widths of the grounding encoder and of the region MLP as released.
         "clip": dict(
-            image_size=224, stride=16, max_tokens=77, weights="openai/clip-vit-base-patch16",
-            vision_layers=[1, 4, 8, 12], bridge_layers=[4, 8, 12],
+            image_size=224, stride=16, max_tokens=77, clip_weights="openai/clip-vit-base-patch16",
             vision=dict(dim=768, heads=12, hidden=3072, layers=12, embedding=512),
             text=dict(vocabulary=49408, positions=77, dim=512, heads=8, hidden=2048, layers=12, embedding=512),
-            grounding=dict(dim=512, heads=8, hidden=2048, layers=6, dropout=0.1, pre_norm=True, region_hidden=3072)),
-    },
+            grounding=dict(dim=512, heads=8, hidden=2048, layers=6, dropout=0.1, pre_norm=True),
+            vision_layers=[1, 4, 8, 12], bridge_layers=[4, 8, 12], region_hidden=3072)},
     "large": {
         "clip": dict(
-            image_size=224, stride=14, max_tokens=77, weights="openai/clip-vit-large-patch14",
-            vision_layers=[6, 12, 18, 24], bridge_layers=[6, 12, 18, 24],
+            image_size=224, stride=14, max_tokens=77, clip_weights="openai/clip-vit-large-patch14",
             vision=dict(dim=1024, heads=16, hidden=4096, layers=24, embedding=768),
             text=dict(vocabulary=49408, positions=77, dim=768, heads=12, hidden=3072, layers=12, embedding=768),
-            grounding=dict(dim=768, heads=8, hidden=2048, layers=6, dropout=0.1, pre_norm=True, region_hidden=3072)),
-    },
+            grounding=dict(dim=768, heads=8, hidden=2048, layers=6, dropout=0.1, pre_norm=True),
+            vision_layers=[6, 12, 18, 24], bridge_layers=[6, 12, 18, 24], region_hidden=3072)},
+    # Ours: the same classes, small enough to learn `shapes` on two cores in minutes. Pre-norm, as HiVG's grounding
+    # encoder, and small positions: with post-norm and N(0, 1) it takes several times as long to leave the mean box.
     "tiny": {
-        # Ours: the same classes, small enough to learn `shapes` on two cores in minutes. Pre-norm, as HiVG's grounding
-        # encoder, and small positions: with post-norm and N(0, 1) it takes several times as long to leave the mean box.
         "detr": dict(
-            image_size=64, stride=8, max_tokens=20, text_layers=[3, 4],
+            image_size=64, stride=8, max_tokens=20,
             vision=dict(channels=64, dim=64, heads=4, hidden=128, layers=2, dropout=0.0),
             text=dict(vocabulary=256, positions=32, dim=96, heads=4, hidden=192, layers=4, dropout=0.0),
             grounding=dict(dim=96, heads=6, hidden=192, layers=3, dropout=0.0, pre_norm=True, position_std=0.1),
-            side=dict(bottleneck=32, interaction_dim=64, interaction_bottleneck=32)),
+            text_layers=[3, 4], bottleneck=32, interaction_dim=64, interaction_bottleneck=32, pretext_steps=800),
         "clip": dict(
             image_size=64, stride=8, max_tokens=20,
-            vision_layers=[1, 2, 4, 6], bridge_layers=[2, 4, 6],
             vision=dict(dim=64, heads=4, hidden=128, layers=6, embedding=64),
             text=dict(vocabulary=256, positions=32, dim=64, heads=4, hidden=128, layers=3, embedding=64),
-            grounding=dict(dim=96, heads=6, hidden=192, layers=3, dropout=0.0, pre_norm=True, position_std=0.1,
-                           region_hidden=96)),
-    },
+            grounding=dict(dim=96, heads=6, hidden=192, layers=3, dropout=0.0, pre_norm=True, position_std=0.1),
+            vision_layers=[1, 2, 4, 6], bridge_layers=[2, 4, 6], region_hidden=96, pretext_steps=1500)},
 }
 
-# What a method puts in or beside the encoders of its family.
+# What a method puts in or beside the encoders of its family; it may replace what the size says.
 METHODS = {
-    "full": dict(family="detr", tune_encoders=True, side=False),       # Table I, full fine-tuning [D10]
-    "frozen": dict(family="detr", tune_encoders=False, side=False),    # Table V (a)
-    "m2ist": dict(family="detr", tune_encoders=False, side=True),      # Tables I and V (f)
-    "clip-frozen": dict(family="clip", hivg=False),                    # HiVG Fig. 4 (d), original CLIP
-    "clip-lora": dict(family="clip", hivg=False),                      # ... CLIP with vanilla LoRA, which begin_stage adds
-    "hivg": dict(family="clip", hivg=True),
+    "full": dict(family="detr", tune_encoders=True, side=False),                                    # Table I [D10]
+    "frozen": dict(family="detr", tune_encoders=False, side=False),                                 # Table V (a)
+    "m2ist": dict(family="detr", tune_encoders=False, side=True),                                   # Tables I and V (f)
+    "clip-frozen": dict(family="clip", vision_layers=[], bridge_layers=[], region_hidden=None),     # HiVG Fig. 4 (d), original CLIP
+    "clip-lora": dict(family="clip", vision_layers=[], bridge_layers=[], region_hidden=None),       # ... with vanilla LoRA
+    "hivg": dict(family="clip"),
 }
 
-# What a model may be built with, beside method, size and weights: name -> default (None: the size's own).
-OPTIONS = dict(
-    max_tokens=None,              # text tokens with [CLS] and [SEP]
-    bottleneck=None,              # M²IST: C_d of VEA and LEA (Table II)
-    interaction_dim=None,         # C_i (Table IX)
-    interaction_bottleneck=None,  # C_d of IEA
-    scale=0.1,                    # s, Section IV-B b
-    residual=False,               # adapters add their own input, [D4]
-    text_layers=None,             # M²IST: those paired with vision layers 1, 2, ... (Table VIII); HiVG: the bridges' (Table 10)
-    vision_layers=None,           # HiVG: whose features are grounded (Table 11)
-    bridge_layers=None,           # HiVG: vision layers with a bridge; [] is none (Table 3)
-    vision_weights=None,          # a file of DETR's weights
-    text_weights="bert-base-uncased",
-    clip_weights=None,            # hub name or folder of a CLIP
-    cache=".cache",               # where the tiny encoders pretrained on `shapes` are kept
-    pretext_steps=800,            # how long they were pretrained
-)
+# What a model may be built with, beside method, size and weights; train.py --help says what they are. Where it is None
+# the size says. Empty text_layers and vision_layers of HiVG mean all text layers and the last vision layer.
+OPTIONS = dict(max_tokens=None, bottleneck=None, interaction_dim=None, interaction_bottleneck=None, scale=0.1, residual=False,
+               text_layers=None, vision_layers=None, bridge_layers=None, vision_weights=None,
+               text_weights="bert-base-uncased", clip_weights=None, cache=".cache", pretext_steps=None)
 
 
 def one_of(name, value, valid):
@@ -682,15 +644,18 @@ def one_of(name, value, valid):
         raise InputError(f"unknown {name} {value!r}: choose one of {', '.join(valid)}")
 
 
-def architecture(method, size):
-    """The part of SIZES that a method of a size is built from."""
+def architecture(method, size, options=()):
+    """Everything a model is built from, by name: the size's part of SIZES, the method's row, the options that are given."""
     one_of("method", method, METHODS)
     family = METHODS[method]["family"]
     one_of(f"size of {method}", size, [name for name in SIZES if family in SIZES[name]])
-    return SIZES[size][family]
+    for name in options:
+        one_of("option", name, OPTIONS)
+    given = {name: value for name, value in dict(options).items() if value is not None}
+    return {**OPTIONS, **SIZES[size][family], **METHODS[method], **given}
 
 
-def shapes_weights(cache, pretext_steps, family="detr"):
+def shapes_weights(cache, pretext_steps, family):
     """Path of the pretrained tiny encoders; another architecture or another length of pretraining is another file."""
     return Path(cache) / f"{family}-{pretext_steps}-{zlib.crc32(repr(SIZES['tiny'][family]).encode()):08x}.safetensors"
 
@@ -702,78 +667,70 @@ def build_encoders(spec):
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if "side" not in spec:
-            return {"clip": Clip(dict(image_size=spec["image_size"], patch=spec["stride"], **spec["vision"]), spec["text"])}
+        if spec["family"] == "clip":
+            return {"clip": Clip(ClipVision(spec["image_size"], spec["stride"], **spec["vision"]), ClipText(**spec["text"]))}
         backbone = resnet50_body() if spec["stride"] == 32 else SmallStem(spec["vision"]["channels"])
         return {"vision": VisionEncoder(backbone, **spec["vision"]), "text": TextEncoder(**spec["text"])}
 
 
-def load_encoders(encoders, spec, size, weights, options):
+def load_encoders(encoders, spec, size, weights):
     if weights == "pretrained":
         if size == "tiny":
             raise InputError("the tiny encoders have no published weights: take --weights shapes or random")
         if "clip" in encoders:
-            load_clip(encoders["clip"], options["clip_weights"] or spec["weights"])
+            load_clip(encoders["clip"], spec["clip_weights"])
         else:
-            load_detr(encoders["vision"], options["vision_weights"])
-            load_bert(encoders["text"], options["text_weights"])
+            load_detr(encoders["vision"], spec["vision_weights"])
+            load_bert(encoders["text"], spec["text_weights"])
     elif weights == "shapes":
         if size != "tiny":
             raise InputError(f"--weights shapes are those of --size tiny; --size {size} takes pretrained or random")
-        path = shapes_weights(options["cache"], options["pretext_steps"], "clip" if "clip" in encoders else "detr")
+        path = shapes_weights(spec["cache"], spec["pretext_steps"], spec["family"])
         if not path.exists():
             raise InputError(f"{path}: the tiny encoders are not pretrained yet; `python train.py` does it")
-        state = load_file(path)
-        for name, encoder in encoders.items():
-            encoder.load_state_dict({k.removeprefix(name + "."): v for k, v in state.items() if k.startswith(name + ".")})
+        nn.ModuleDict(encoders).load_state_dict(load_file(path))
 
 
-def check_layers(name, layers, count):
-    """Layers that the user chose, each once, of an encoder with `count`."""
+def chosen_layers(spec, name, count):
+    """Layers that the size or the user chose of an encoder with `count`, each once."""
+    layers = spec[name]
     if not all(1 <= layer <= count for layer in layers) or len(set(layers)) < len(layers):
         raise InputError(f"--{name.replace('_', '-')} {' '.join(map(str, layers))}: they must differ and lie in 1 .. {count}")
     return layers
 
 
-def assemble_clip(encoders, spec, plugged, options, choose):
-    """ClipGrounding of an architecture: with HiVG's bridges and levels, or the last layer of plain CLIP."""
-    clip, vision, text = encoders["clip"], spec["vision"], spec["text"]
-    last = [vision["layers"]]
-    levels = choose("vision_layers", spec["vision_layers"] if plugged["hivg"] else last)
-    bridged = choose("bridge_layers", spec["bridge_layers"] if plugged["hivg"] else [])
-    text_layers = choose("text_layers", list(range(1, text["layers"] + 1)))
-    check_layers("vision_layers", levels, vision["layers"])
-    check_layers("bridge_layers", bridged, vision["layers"])
-    check_layers("text_layers", text_layers, text["layers"])
-    if not levels or not text_layers:
-        raise InputError("--vision-layers and --text-layers need a layer or more")
-    max_tokens = choose("max_tokens", spec["max_tokens"])
-    bridges = {layer: CrossModalBridge(vision["dim"], text["dim"], len(text_layers), max_tokens, vision["heads"])
-               for layer in bridged}
-    grounding = GroundingEncoder(
-        len(levels) * vision["dim"], text["embedding"], 1 + (spec["image_size"] // spec["stride"]) ** 2, max_tokens,
-        clip=True, **{**spec["grounding"], "region_hidden": spec["grounding"]["region_hidden"] if plugged["hivg"] else None})
+def assemble_clip(clip, spec):
+    """ClipGrounding of an architecture: HiVG's bridges and levels, or the last layer of plain CLIP."""
+    vision, text = spec["vision"], spec["text"]
+    levels = chosen_layers(spec, "vision_layers", vision["layers"]) or [vision["layers"]]
+    text_layers = chosen_layers(spec, "text_layers", text["layers"]) if spec["text_layers"] else range(1, text["layers"] + 1)
+    bridges = {layer: CrossModalBridge(vision["dim"], text["dim"], len(text_layers), spec["max_tokens"], vision["heads"])
+               for layer in chosen_layers(spec, "bridge_layers", vision["layers"])}
+    cells = (spec["image_size"] // spec["stride"]) ** 2
+    grounding = GroundingEncoder(len(levels) * vision["dim"], text["embedding"], 1 + cells, spec["max_tokens"], clip=True,
+                                 region_hidden=spec["region_hidden"], **spec["grounding"])
     clip.requires_grad_(False)                                       # before the bridges, which are to be trained
     return ClipGrounding(clip, grounding, levels, bridges, text_layers)
 
 
-def assemble_detr(encoders, spec, plugged, options, choose):
+def assemble_detr(vision, text, spec):
     """DetrBert of an architecture, with side networks if the method has them."""
     dims = dict(vision_dim=spec["vision"]["dim"], text_dim=spec["text"]["dim"])
     grounding = GroundingEncoder(**dims, vision_tokens=(spec["image_size"] // spec["stride"]) ** 2,
-                                 max_tokens=choose("max_tokens", spec["max_tokens"]), **spec["grounding"])
+                                 max_tokens=spec["max_tokens"], **spec["grounding"])
     side = None
-    if plugged["side"]:
-        text_layers = check_layers("text_layers", choose("text_layers", spec["text_layers"]), spec["text"]["layers"])
-        widths = {name: choose(name, default) for name, default in spec["side"].items()}
+    if spec["side"]:
+        widths = {name: spec[name] for name in ("bottleneck", "interaction_dim", "interaction_bottleneck", "scale", "residual")}
         try:
-            side = SideNetworks(**dims, layers=spec["vision"]["layers"], text_layers=text_layers, scale=options["scale"],
-                                residual=options["residual"], **widths)
+            side = SideNetworks(**dims, layers=spec["vision"]["layers"], **widths,
+                                text_layers=chosen_layers(spec, "text_layers", spec["text"]["layers"]))
+        except InputError:
+            raise
         except ValueError as error:
             raise InputError(error) from None
-    for encoder in encoders.values():
-        encoder.requires_grad_(plugged["tune_encoders"])
-    return DetrBert(**encoders, grounding=grounding, side=side)
+    for encoder in (vision, text):
+        encoder.requires_grad_(spec["tune_encoders"])
+    return DetrBert(vision, text, grounding, side)
 
 
 def build_model(method, size="base", weights="pretrained", **options):
@@ -783,19 +740,14 @@ def build_model(method, size="base", weights="pretrained", **options):
     shapes. options: see OPTIONS. Built under torch.device("meta") with random weights it costs no memory.
     Raises InputError for anything unknown, and for weights that cannot be had or do not fit.
     """
-    spec, plugged = architecture(method, size), METHODS[method]
+    spec = architecture(method, size, options)
     one_of("weights", weights, ("pretrained", "random", "shapes"))
-    for name in options:
-        one_of("option", name, OPTIONS)
-    options = {**OPTIONS, **options}
-    choose = lambda name, default: default if options[name] is None else options[name]
-    if choose("max_tokens", 0) > spec["text"]["positions"]:
-        raise InputError(f"max_tokens is {options['max_tokens']}; the text encoder of size {size} has "
+    if spec["max_tokens"] > spec["text"]["positions"]:
+        raise InputError(f"max_tokens is {spec['max_tokens']}; the text encoder of size {size} has "
                          f"{spec['text']['positions']} positions")
     encoders = build_encoders(spec)
-    load_encoders(encoders, spec, size, weights, options)
-    assemble = assemble_clip if plugged["family"] == "clip" else assemble_detr
-    return assemble(encoders, spec, plugged, options, choose).train()
+    load_encoders(encoders, spec, size, weights)
+    return (assemble_clip if spec["family"] == "clip" else assemble_detr)(**encoders, spec=spec).train()
 
 
 def count_parameters(model):

@@ -90,8 +90,7 @@ def build_parser():
     encoders("--max-tokens", type=int, help="text tokens with the first and the last (released code, M²IST's takes 40 for "
              "RefCOCOg; HiVG Appendix B; default: M²IST 20, HiVG 77)")
     encoders("--cache", default=OPTIONS["cache"], help="folder of the pretrained tiny encoders (ours; default: .cache)")
-    encoders("--pretext-steps", type=int, default=OPTIONS["pretext_steps"],
-             help=f"steps of the tiny encoders' pretraining (ours; default: {OPTIONS['pretext_steps']})")
+    encoders("--pretext-steps", type=int, help="steps of the tiny encoders' pretraining (ours; default: 800, of CLIP 1500)")
 
     adapters = parser.add_argument_group("M3ISA").add_argument
     adapters("--bottleneck", type=int, help="C_d of VEA and LEA (Section IV-B b; default: 128, tiny 32)")
@@ -161,7 +160,7 @@ def complete(args):
     one_of("schedule", args.schedule, ("step", "cosine"))
     one_of("amp", args.amp, ("off", "bf16", "fp16"))
     args.micro_batch = args.micro_batch or args.batch_size
-    args.pretext_steps = args.pretext_steps or spec.get("pretext_steps", OPTIONS["pretext_steps"])
+    args.pretext_steps = args.pretext_steps or spec["pretext_steps"]
     if args.workers is None:
         args.workers = 0 if args.dataset == "shapes" else 2
     args.out = args.out or f"runs/{Path(args.dataset).stem}-{args.method}-{args.seed}"
@@ -319,7 +318,7 @@ class PretextClip(nn.Module):
             yield [data.collate(items, self.tokenizer.pad)[key] for key in ("images", "image_padding", "tokens", "token_padding")]
 
     def forward(self, images, image_padding, tokens, token_padding):
-        text, image = self.encoder.encode_text(tokens, token_padding), self.encoder.encode_image(images, image_padding)
+        text, image = self.encoder.text(tokens, token_padding), self.encoder.vision(images, image_padding)
         return losses.contrastive_loss(text.embedding, image.embedding, self.encoder.temperature)
 
 
@@ -331,7 +330,7 @@ def pretrain_encoders(cache, steps, family, batch=64, lr=2e-3, seed=0):
     path = shapes_weights(cache, steps, family)
     if path.exists():
         return
-    encoders = build_encoders(SIZES["tiny"][family])
+    encoders = build_encoders({"family": family, **SIZES["tiny"][family]})
     for name, encoder in encoders.items():
         torch.manual_seed(seed)
         task = PRETEXTS[name](encoder.train())
@@ -438,10 +437,9 @@ def make_tokenizer(weights, text_weights, max_tokens):
 
 def make_loader(samples, args, train, epoch=0):
     """Batches of a dataset. In training the order and the transforms are drawn from the seed and the epoch alone."""
-    spec, family = architecture(args.method, args.size), METHODS[args.method]["family"]
-    name = args.text_weights if family == "detr" else args.clip_weights or spec.get("weights")
-    tokenizer = make_tokenizer(args.weights, name, args.max_tokens or spec["max_tokens"])
-    dataset = data.GroundingDataset(samples, spec["image_size"], tokenizer, train, (args.seed, epoch), data.PIXELS[family])
+    spec = architecture(args.method, args.size, {key: getattr(args, key) for key in OPTIONS})
+    tokenizer = make_tokenizer(args.weights, spec["text_weights" if spec["family"] == "detr" else "clip_weights"], spec["max_tokens"])
+    dataset = data.GroundingDataset(samples, spec["image_size"], tokenizer, train, (args.seed, epoch), data.PIXELS[spec["family"]])
     order = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
     return DataLoader(dataset, args.batch_size, shuffle=train, generator=order, num_workers=args.workers,
                       collate_fn=functools.partial(data.collate, pad=tokenizer.pad),

@@ -130,8 +130,8 @@ def random_clip(tmp_path, **vision):
         if name != "logit_scale":
             torch.nn.init.normal_(p, std=0.3)
     theirs.save_pretrained(tmp_path)
-    ours = m.Clip(dict(image_size=32, patch=8, dim=32, heads=4, hidden=48, layers=3, embedding=20),
-                  dict(vocabulary=60, positions=16, dim=24, heads=4, hidden=48, layers=3, embedding=20)).eval()
+    both = dict(heads=4, hidden=48, layers=3, embedding=20)
+    ours = m.Clip(m.ClipVision(32, 8, 32, **both), m.ClipText(60, 16, 24, **both)).eval()
     m.load_clip(ours, str(tmp_path))
     return theirs, ours
 
@@ -143,7 +143,7 @@ def test_clip_equals_transformers_layer_by_layer_and_projected(tmp_path):
     tokens[torch.arange(3), (~padding).sum(1) - 1] = 59                                  # [EOS]
     tokens.masked_fill_(padding, 0)
     out = theirs(input_ids=tokens, pixel_values=images, attention_mask=(~padding).long(), output_hidden_states=True)
-    image, text = ours.encode_image(images, torch.zeros(3, 32, 32, dtype=torch.bool)), ours.encode_text(tokens, padding)
+    image, text = ours.vision(images, torch.zeros(3, 32, 32, dtype=torch.bool)), ours.text(tokens, padding)
     for mine, hers, real in ((image, out.vision_model_output, slice(None)), (text, out.text_model_output, ~padding)):
         assert len(mine.states) == len(hers.hidden_states) - 1 == 3
         for layer, state in enumerate(mine.states, 1):
@@ -159,10 +159,10 @@ def test_clip_equals_transformers_layer_by_layer_and_projected(tmp_path):
 def test_clip_text_is_causal_and_its_padding_seen_by_none(tmp_path):
     _, ours = random_clip(tmp_path)
     tokens, padding = torch.randint(2, 59, (1, 9)), torch.zeros(1, 9, dtype=torch.bool)
-    first = ours.encode_text(tokens, padding).states[-1][:, :5]
+    first = ours.text(tokens, padding).states[-1][:, :5]
     tokens[:, 5:] = 3
     padding[:, 5:] = True
-    assert torch.equal(ours.encode_text(tokens, padding).states[-1][:, :5], first)
+    assert torch.equal(ours.text(tokens, padding).states[-1][:, :5], first)
 
 
 def test_a_patch_is_padding_if_no_pixel_of_it_is_of_the_picture():
@@ -234,7 +234,7 @@ def test_resnet_body_is_torchvisions():
 # Weights in other people's names, at full size
 
 def encoders(family="detr", size="base"):
-    return m.build_encoders(m.SIZES[size][family])
+    return m.build_encoders({"family": family, **m.SIZES[size][family]})
 
 
 def official_detr():
