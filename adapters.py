@@ -1,8 +1,11 @@
-"""M³ISA, the adapters of M²IST, and the side networks that hold them (paper Section III-B). Imports torch alone.
+"""What is plugged in beside or into frozen encoders. Imports torch alone.
+
+    ExpertAdapter, InteractionAdapter, M3ISA, SideNetworks     M²IST Section III-B
+    CrossModalBridge                                           HiVG Section 3.2
 
 A frozen encoder layer has two ports: `a`, what its attention puts out, and `g`, what its feed-forward puts out, both
-before they are added to the residual stream. A side network reads them and never writes back, so that no gradient
-needs to pass the encoder:
+before they are added to the residual stream. A bridge writes at the attention port. A side network reads both and never
+writes back, so that no gradient needs to pass the encoder:
 
       frozen encoder   x_0 ──[layer 1]──[layer 2]── ... ──[layer L]── x_out ──(+)──> f
                         │     │a_1 │g_1  │a_2 │g_2         │a_L │g_L           │
@@ -145,6 +148,10 @@ class SideNetworks(nn.Module):
         return s
 
 
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
 class CrossModalBridge(nn.Module):
     """MACB, HiVG Section 3.2 and Fig. 7: lets a layer of the vision encoder see the text, of all its layers at once.
 
@@ -171,12 +178,12 @@ class CrossModalBridge(nn.Module):
 
     def semantic(self, vision, texts, padding):
         """vision (B, N, H_v), texts: n times (B, L_l, H_l), padding (B, L_l) -> f_v^sa (B, N, H_v)."""
-        split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(1, 2)      # a true transpose: see [D14]
+        # [D14] The released code views (L_l, B, H) as (B, heads, ...) here, so that a sample attends to its neighbours' texts.
+        split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(1, 2)          # (B, N, H_v) -> (B, heads, N, H_v / heads)
         text = self.select(texts)
         found = F.scaled_dot_product_attention(split(self.q(self.norm(vision))), split(self.k(text)), split(self.v(text)),
-                                               attn_mask=~padding[:, None, None, :])
-        h = self.fc1(self.out(found.transpose(1, 2).flatten(2)))
-        return self.fc2(h * torch.sigmoid(1.702 * h))                            # QuickGELU, as in CLIP's own layers
+                                               attn_mask=~padding[:, None, None, :])     # [D15] released: not masked
+        return self.fc2(quick_gelu(self.fc1(self.out(found.transpose(1, 2).flatten(2)))))
 
     def forward(self, out, x, context):
         """At the attention port: out = attention's output, x = what the layer was given, context = (texts, padding)."""

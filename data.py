@@ -38,8 +38,7 @@ class Sample(NamedTuple):
     image_id: Union[str, int]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# shapes: the generated default. A scene is a function of its number; nothing is stored.
+# --- shapes: the generated default. A scene is a function of its number; nothing is stored. --------------------------
 
 COLOURS = {"red": (208, 52, 44), "green": (58, 156, 70), "blue": (48, 92, 200), "yellow": (232, 196, 50)}
 SHAPES = ("circle", "square", "triangle")
@@ -200,6 +199,18 @@ def describe(rng, things):
     return None
 
 
+def caption(rng, thing, box):
+    """What a thing is, and whereabouts in its square, in words or as on a map: "small red circle top left", "blue square
+    c 5". box: as in a batch. For the contrast that the tiny CLIP is pretrained by."""
+    cx, cy = box[:2]
+    size = rng.choice(SIZE_WORDS[thing.size]) if rng.random() < 0.7 else ""
+    if rng.random() < 0.5:
+        place = ("abcdefgh"[int(8 * cx)], str(1 + int(8 * cy)))
+    else:
+        place = ("top" if cy < 0.38 else "bottom" if cy > 0.62 else "", "left" if cx < 0.38 else "right" if cx > 0.62 else "")
+    return " ".join(word for word in (size, thing.colour, thing.shape, *place) if word)
+
+
 def render(number):
     """The picture of a scene, as PIL draws it."""
     height, things, _ = scene(number)
@@ -227,8 +238,36 @@ def shapes_samples(split):
             yield Sample(number, text, tuple(map(float, things[target].box)), number)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Datasets by name
+class ShapesScenes(torch.utils.data.Dataset):
+    """Pictures of the train split for the tiny encoders' pretraining -> image, padding, owner (Nv,), things: [(Thing, its
+    box as in a batch), ...]. owner: which of the things covers a cell of the encoder's grid, -1 where none does.
+    spec: of the encoder, from SIZES."""
+    def __init__(self, spec, pixels, seed):
+        self.first, self.count, _, _ = SHAPES_SPLITS["train"]
+        self.size, self.cells, self.pixels, self.seed = spec["image_size"], spec["image_size"] // spec["stride"], pixels, seed
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        picture = render(self.first + i)
+        image, padding, place = letterbox(picture, self.size, seeded(self.seed, i), self.pixels)
+        owner, things = torch.full((self.cells, self.cells), -1), []
+        for index, thing in enumerate(scene(self.first + i)[1]):
+            cx, cy, w, h = box = to_square(thing.box, picture.size, place, self.size)
+            x1, x2, y1, y2 = (round(v * self.cells) for v in (cx - w / 2, cx + w / 2, cy - h / 2, cy + h / 2))
+            owner[y1:y2, x1:x2] = index                                         # cells whose centre lies in the box
+            things.append((thing, box))
+        return image, padding, owner.flatten(), things
+
+    def batches(self, steps, batch):
+        """images (B, 3, S, S), padding (B, S, S), owner (B, Nv), and a list of things for each picture; `steps` times."""
+        order = torch.randint(len(self), (steps * batch,)).tolist()
+        return torch.utils.data.DataLoader(self, batch, sampler=order, collate_fn=lambda items: [
+            torch.stack(part) if torch.is_tensor(part[0]) else part for part in zip(*items)])
+
+
+# --- Datasets by name ------------------------------------------------------------------------------------------------
 
 def jsonl_samples(path, root=None):
     """Yield (split, Sample) of each line {"image", "text", "box": [x1, y1, x2, y2] in pixels, "split"} of a file.
@@ -296,8 +335,7 @@ def load_samples(dataset, split, root=None):
     return list(shapes_samples(split)) if dataset == "shapes" else _by_split(dataset, root and str(root))[split]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From a Sample to a batch
+# --- From a Sample to a batch ----------------------------------------------------------------------------------------
 
 def load_picture(image):
     """A path, or a scene's number -> an RGB picture."""
@@ -424,10 +462,14 @@ def collate(items, pad):
                 boxes=torch.tensor(boxes, dtype=torch.float32), index=torch.tensor(index))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# --- Pictures --------------------------------------------------------------------------------------------------------
 
 TRUE, PREDICTED, WARM = (0, 130, 40), (220, 0, 90), (255, 140, 0)
+
+
+def spread(samples, count=12):
+    """Some of the samples, from all over the list."""
+    return samples[::max(1, len(samples) // count)][:count]
 
 
 def draw(picture, caption, boxes, attention=None, side=256):

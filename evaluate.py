@@ -13,10 +13,12 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 import data
 import train
-from model import InputError
+from model import InputError, build_model
 
 
 def parse_args(argv=None):
@@ -33,6 +35,31 @@ def parse_args(argv=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     return parser.parse_args(argv)
+
+
+def read_config(path):
+    """The config of a checkpoint: a file, or the --out folder of a run, of which best.safetensors is taken."""
+    path = Path(path) / "best.safetensors" if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint; give the --out folder of a finished epoch, or its best.safetensors")
+    try:
+        with safe_open(path, "pt") as file:
+            config = json.loads(file.metadata()["config"])
+        return path, {key: config[key] for key in ("model", "frozen", "args", "epoch")} | config
+    except Exception:
+        raise InputError(f"{path}: not a checkpoint of this project (best.safetensors of an --out folder)") from None
+
+
+def load_checkpoint(path):
+    """A checkpoint -> (model in eval mode, config). The encoders behind it must be the ones it was trained on."""
+    path, config = read_config(path)
+    model = build_model(**config["model"])
+    state = load_file(path)
+    train.load_tuned(model, state, path)
+    if train.frozen_fingerprint(model, state) != config["frozen"]:
+        raise InputError(f"{path}: was trained on other encoder weights than these ({config['model']['weights']}); "
+                         f"its boxes would be meaningless")
+    return model.eval(), config
 
 
 def leaky_pretraining(config):
@@ -62,7 +89,7 @@ def main(argv=None):
     asked = parse_args(argv)
     train.check(asked)
     make_folders(asked)
-    model, config = train.load_checkpoint(asked.checkpoint)
+    model, config = load_checkpoint(asked.checkpoint)
     # The flags of the training, with what was asked here in their place.
     said = {flag: value for flag, value in vars(asked).items() if value is not None}
     args = argparse.Namespace(**{**vars(asked), **config["args"], **said})
@@ -79,7 +106,7 @@ def main(argv=None):
               f"of {row['images']} images in {row['seconds']:.1f} s")
         if args.figures:
             path = Path(args.figures) / f"{split}.png"
-            train.picture_predictions(model, train.spread(samples), args, path)
+            train.picture_predictions(model, data.spread(samples), args, path)
             print(f"{'':8}  {path}")
     result = {"dataset": args.dataset, "method": args.method, "leaky_pretraining": leaky_pretraining(config),
               "splits": splits}

@@ -6,7 +6,7 @@
     stage 3      [             a fresh pair            ]
 
 So after stage j layer l holds W_0 and the sum of the pairs of stages ceil(l G / L) .. j, HiVG Eq. (6), and no module
-more than it began with. Any list of layers will do, of any model whose linears are plain nn.Linear modules:
+more than it began with. [D24] The released code has one pair that it goes on training, and never merges. Any list of layers will do, of any model whose linears are plain nn.Linear modules:
 
     vit = torchvision.models.vit_b_16().requires_grad_(False)
     for stage in (1, 2, 3):
@@ -44,8 +44,8 @@ class LoRALinear(nn.Module):
         if self.bias is not None:
             self.bias.requires_grad_(False)
         self.rank, self.scale = rank, alpha / rank
-        # Section 3.3: Gaussian A and zero B, so ΔW = BA is 0 when a stage starts. The paper gives no deviation; 1/r is
-        # the usual one. [D20]
+        # Section 3.3: Gaussian A and zero B, so ΔW = BA is 0 when a stage starts. [D20] The paper gives no deviation; 1/r
+        # is the usual one.
         self.A = nn.Parameter(self.weight.new_empty(rank, linear.in_features).normal_(std=1 / rank))
         self.B = nn.Parameter(self.weight.new_zeros(linear.out_features, rank))
 

@@ -11,6 +11,7 @@ the model runs in: areas of small boxes are products of small numbers, and half 
 import math
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 EPS = 1e-7      # below the area of any real box (one pixel of a 640 px image has 2.4e-6), above a division by zero
@@ -82,6 +83,23 @@ def box_mask(boxes, side):
     return torch.where(mask.any(1, keepdim=True), mask, nearest)
 
 
+class RegionText(nn.Module):
+    """<t_eos, MLP(v_i)> of HiVG Eq. (12): how much each cell of the picture answers to the text.
+
+    forward: t (B, C), v (B, N, C), both out of the grounding encoder -> scores (B, N), before the sigmoid. [D19] "After
+    normalization" is a LayerNorm of v and the unit length of t, as released: with both of unit length, scores could not
+    leave [-1, 1] and σ not come near 0 or 1.
+    """
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.norm, self.fc1, self.fc2 = nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, t, v):
+        h = self.fc1(self.norm(v))
+        return (self.fc2(h * torch.sigmoid(1.702 * h)) @ F.normalize(t, dim=-1)[..., None])[..., 0]      # QuickGELU
+
+
 def region_text_loss(scores, mask, padding, focal=20.0, dice=2.0):
     """L_RTCC, HiVG Eqs. (12)-(13): the cells of the box answer to the text, the others do not.
 
@@ -104,6 +122,7 @@ def region_text_loss(scores, mask, padding, focal=20.0, dice=2.0):
 def total_loss(found, boxes, l1, giou, contrast=0.0, focal=0.0, dice=0.0):
     """L_total, HiVG Eq. (15), each part with its coefficient; with the last three 0 it is M²IST Eq. (6).
 
+    [D26] The released code adds a third, of a segmentation head.
     found: a Grounding (model.py): .boxes, and for the constraints .text, .image, .temperature, .scores, .padding.
     boxes: (B, 4), the true ones. HiVG's Table 8: l1 2, giou 2, focal 20, dice 2.
     """

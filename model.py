@@ -1,17 +1,15 @@
 """The encoders, the grounding models of both papers on top of them, and where their weights come from.
 
-    TransformerLayer                 the one layer that every encoder here is a stack of, with its two ports
-    VisionEncoder, TextEncoder       DETR's encoder and BERT                              M²IST Section III-A a, b
-    ClipVision, ClipText             CLIP's towers                                        HiVG Section 3.1
-    GroundingEncoder                 [REG], text and image tokens, the box head           M²IST Section III-A c, HiVG Section 3.1
-    DetrBert, ClipGrounding          encoders and grounding encoder, with what a method plugs in
-    import_weights                   other people's checkpoints, checked key by key
-    build_model                      all of it by method and size
+    TransformerLayer              the one layer that every encoder here is a stack of, with its two ports
+    VisionEncoder, TextEncoder    DETR's encoder and BERT                                 M²IST Section III-A a, b
+    ClipVision, ClipText          CLIP's towers                                           HiVG Section 3.1
+    GroundingEncoder              [REG], text and image tokens, the box head              both
+    DetrBert, ClipGrounding       encoders and grounding encoder, with what a method plugs in
+    import_weights, build_model   other people's checkpoints, checked key by key; all of it by method and size
 
-Shapes: B batch, T text tokens, Nv vision tokens, N tokens of whichever, C a width.
-Symbols of M²IST (paper = here): z_0 = images   f_v, f_l = Encoded.x   C_p = dim of the GroundingEncoder
-Symbols of HiVG: f_v^i, f_l^i = Encoded.states[i - 1]   W_mvp = vision_projection   H_g = dim of the GroundingEncoder
-Conventions: padding masks are bool, True = padding; layers count from 1; boxes are (cx, cy, w, h) in [0, 1].
+Shapes: B batch, T text tokens, Nv vision tokens, N tokens of whichever, C a width. Padding masks are bool, True = padding;
+layers count from 1; boxes are (cx, cy, w, h) in [0, 1]. Symbols (paper = here), M²IST: z_0 = images, f_v, f_l = Encoded.x,
+C_p = dim of the GroundingEncoder; HiVG: f_v^i, f_l^i = Encoded.states[i - 1], W_mvp = vision_projection, H_g = dim.
 """
 import argparse
 import math
@@ -26,31 +24,19 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from safetensors.torch import load_file
-from torchvision.ops import FrozenBatchNorm2d
 
 import hilora
-from adapters import CrossModalBridge, SideNetworks
+from adapters import CrossModalBridge, SideNetworks, quick_gelu
+from losses import RegionText
 
 
 class InputError(ValueError):
     """Something the user gave is wrong; the message names it and the way out. The command lines print it and exit 2."""
 
-    def __init__(self, message):
-        # A DataLoader worker re-raises an error with its whole traceback as the message; the last line is ours.
-        marker = f"{type(self).__name__}: "
-        message = str(message)
-        super().__init__(message.rsplit(marker, 1)[-1].strip() if "Traceback" in message else message)
 
+# --- One layer for every encoder -------------------------------------------------------------------------------------
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One layer for every encoder
-
-class QuickGELU(nn.Module):
-    def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "quick_gelu": QuickGELU()}       # DETR and grounding encoders, BERT, CLIP
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "quick_gelu": quick_gelu}        # DETR and grounding encoders, BERT, CLIP
 
 
 class TransformerLayer(nn.Module):
@@ -62,10 +48,8 @@ class TransformerLayer(nn.Module):
     Its two ports are where a and g appear, before the residual. A side network reads them from what forward returns;
     an inserted module writes them: `plugs["attention"]` or `plugs["ffn"]`, called as plug(out, x, context) with the
     sublayer's output, the residual stream that entered the sublayer and the layer's context, gives the new output.
-
     x, position: (B, N, C). padding: (B, N), not with causal. Returns x, a, g, each (B, N, C).
     """
-
     def __init__(self, dim, heads, hidden, activation="relu", pre_norm=False, dropout=0.0, ffn_dropout=0.0, eps=1e-5,
                  causal=False):
         super().__init__()
@@ -82,14 +66,10 @@ class TransformerLayer(nn.Module):
     def forward(self, x, padding=None, position=None, context=None):
         h = self.norm1(x) if self.pre_norm else x
         a = self.port("attention", self.attention(h, padding, position), x, context)
-        x = x + self.dropout(a)
-        x = x if self.pre_norm else self.norm1(x)
-
+        x = x + self.dropout(a) if self.pre_norm else self.norm1(x + self.dropout(a))
         h = self.norm2(x) if self.pre_norm else x
         g = self.port("ffn", self.fc2(self.ffn_dropout(self.activation(self.fc1(h)))), x, context)
-        x = x + self.dropout(g)
-        x = x if self.pre_norm else self.norm2(x)
-        return x, a, g
+        return (x + self.dropout(g) if self.pre_norm else self.norm2(x + self.dropout(g))), a, g
 
     def port(self, name, out, x, context):
         return self.plugs[name](out, x, context) if name in self.plugs else out
@@ -110,22 +90,18 @@ class TransformerLayer(nn.Module):
                                              is_causal=self.causal)
         return self.out(out.transpose(1, 2).flatten(2))
 
-    def attention_map(self, x, padding, position, query=0):
-        """(B, N): how much token `query` looks at each token, the mean over the heads; for pictures."""
+    def attention_map(self, x, padding, position):
+        """(B, N): how much the first token, [REG], looks at each token, the mean over the heads; for pictures."""
         q, k = self.queries_keys(self.norm1(x) if self.pre_norm else x, position)
-        scores = q[:, :, query:query + 1] @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-        if padding is not None:
-            scores = scores.masked_fill(padding[:, None, None, :], float("-inf"))
-        return scores.softmax(-1).mean(1)[:, 0]
+        scores = q[:, :, :1] @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+        return scores.masked_fill(padding[:, None, None, :], float("-inf")).softmax(-1).mean(1)[:, 0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The encoders
+# --- The encoders ----------------------------------------------------------------------------------------------------
 
 class Encoded(NamedTuple):
-    """An encoded image or text: x (B, N, C) and padding (B, N), which are all that is needed to ground it; and to read:
-    x0 (B, N, C), what entered the layers; ports, [(a_1, g_1), ...], and states, [x_1, ...], what left each layer, shallow
-    first; of CLIP the embedding (B, C) that it compares."""
+    """An encoded image or text: x (B, N, C), padding (B, N); x0 (B, N, C), what entered the layers; ports, [(a_1, g_1), ...],
+    and states, [x_1, ...], what left each layer, shallow first; of CLIP the embedding (B, C) that it compares."""
     x: torch.Tensor
     padding: torch.Tensor
     x0: Optional[torch.Tensor] = None
@@ -146,17 +122,13 @@ def run_layers(layers, x, padding, position=None, context=None, mask=True):
 
 def resnet50_body():
     """torchvision's ResNet-50 up to layer4: (B, 3, H, W) -> (B, 2048, H/32, W/32). Batch norm is frozen: buffers only."""
-    net = torchvision.models.resnet50(weights=None, norm_layer=FrozenBatchNorm2d)
+    net = torchvision.models.resnet50(weights=None, norm_layer=torchvision.ops.FrozenBatchNorm2d)
     return nn.Sequential(OrderedDict((n, m) for n, m in net.named_children() if n not in ("avgpool", "fc")))
 
 
 class SmallStem(nn.Module):
-    """The tiny size's stand-in for a ResNet: (B, 3, H, W) -> (B, width, H/8, W/8).
-
-    A deep ResNet learns from its zero padding where in the picture a feature lies; two convolutions cannot, and DETR's
-    layers add positions to queries and keys alone. So the coordinates, in [-1, 1], are two more channels.
-    """
-
+    """The tiny size's stand-in for a ResNet: (B, 3, H, W) -> (B, width, H/8, W/8). The coordinates, in [-1, 1], are two
+    more channels: a ResNet learns from its zero padding where a feature lies; two convolutions cannot."""
     def __init__(self, width):
         super().__init__()
         self.patches = nn.Conv2d(3, width, 4, stride=4)
@@ -170,11 +142,8 @@ class SmallStem(nn.Module):
 
 
 def sine_position(padding, dim):
-    """DETR's 2-D sine positions: padding (B, H, W) -> (B, H*W, dim), half of dim for y, half for x.
-
-    Rows and columns are counted over what is not padding and scaled to [0, 2π], so where the picture lies in its
-    square makes no difference. Source: Carion et al., ECCV 2020.
-    """
+    """DETR's 2-D sine positions (Carion et al., ECCV 2020): padding (B, H, W) -> (B, H*W, dim), half of dim for y, half
+    for x. Counted over what is not padding and scaled to [0, 2π]: where the picture lies in its square makes no difference."""
     real = ~padding
     y, x = real.cumsum(1, dtype=torch.float32), real.cumsum(2, dtype=torch.float32)             # (B, H, W), from 1
     y, x = y / (y[:, -1:, :] + 1e-6) * 2 * math.pi, x / (x[:, :, -1:] + 1e-6) * 2 * math.pi
@@ -186,11 +155,8 @@ def sine_position(padding, dim):
 
 
 class VisionEncoder(nn.Module):
-    """DETR's encoder, M²IST Section III-A a. images (B, 3, S, S), padding (B, S, S) -> Encoded of Nv tokens.
-
-    The layers are post-norm with ReLU; positions are added to queries and keys in each of them; no norm at the end.
-    """
-
+    """DETR's encoder, M²IST Section III-A a. images (B, 3, S, S), padding (B, S, S) -> Encoded of Nv tokens. Post-norm,
+    ReLU; positions are added to queries and keys in each layer; no norm at the end."""
     def __init__(self, backbone, channels, dim, heads, hidden, layers, dropout):
         super().__init__()
         self.backbone = backbone
@@ -206,12 +172,8 @@ class VisionEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """BERT, M²IST Section III-A b. tokens, padding: (B, T) -> Encoded of T tokens. Post-norm, GELU.
-
-    The pooler is left out: nothing here reads it. Every token is of type 0, whose embedding BERT adds all the same;
-    [D8] the released code has lost it.
-    """
-
+    """BERT without its pooler, M²IST Section III-A b. tokens, padding: (B, T) -> Encoded of T tokens. Post-norm, GELU.
+    Every token is of type 0, whose embedding BERT adds all the same; [D8] the released code has lost it."""
     def __init__(self, vocabulary, positions, dim, heads, hidden, layers, dropout):
         super().__init__()
         self.word = nn.Embedding(vocabulary, dim)
@@ -229,16 +191,12 @@ class TextEncoder(nn.Module):
 
 class ClipVision(nn.Module):
     """CLIP's ViT, HiVG Section 3.1. images (B, 3, S, S), padding (B, S, S) -> Encoded of 1 + Nv tokens, [CLS] first.
-
-    context: what the bridges in its layers, if any, are given. As in CLIP every patch is looked at, padded ones too.
-    """
-
+    context: what the bridges in its layers, if any, are given. As in CLIP every patch is looked at, padded ones too."""
     def __init__(self, image_size, patch, dim, heads, hidden, layers, embedding):
         super().__init__()
         self.patches = nn.Conv2d(3, dim, patch, stride=patch, bias=False)
         self.cls = nn.Parameter(dim ** -0.5 * torch.randn(dim))
-        # Where a patch lies must be in the tokens' values. CLIP has learned that from very many pictures; what starts from
-        # nothing here starts from 2-D sines.
+        # What is not loaded from CLIP starts from 2-D sines: where a patch lies must be in the tokens' values.
         sines = sine_position(torch.zeros(1, image_size // patch, image_size // patch, dtype=torch.bool), dim)[0]
         self.position = nn.Parameter(F.pad(sines, (0, 0, 1, 0)))
         self.pre_norm, self.norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
@@ -247,22 +205,24 @@ class ClipVision(nn.Module):
 
     def forward(self, images, padding, context=None):
         x = torch.cat([self.cls.expand(len(images), 1, -1), self.patches(images).flatten(2).transpose(1, 2)], dim=1)
-        # A patch is padding if no pixel of it is of the picture; [CLS] never is.
+        # [D30] A patch is padding if no pixel of it is of the picture; [CLS] never is.
         real = F.max_pool2d((~padding)[:, None].float(), self.patches.stride).flatten(1).bool()
         found = run_layers(self.layers, self.pre_norm(x + self.position), F.pad(~real, (1, 0)), context=context, mask=False)
-        return found._replace(embedding=self.projection(self.norm(found.x[:, 0])))
+        return found._replace(embedding=self.embed(found.x[:, 0]))
+
+    def embed(self, x):
+        """(..., dim) -> (..., embedding): what CLIP makes of [CLS]."""
+        return self.projection(self.norm(x))
 
 
 class ClipText(nn.Module):
     """CLIP's text tower, HiVG Section 3.1. tokens, padding (B, T) -> Encoded, x after the final norm and the projection.
-
-    Causal: no token sees what follows it, so padding, which is last, is seen by none.
-    """
-
+    Causal: no token sees what follows it, so padding, which is last, is seen by none."""
     def __init__(self, vocabulary, positions, dim, heads, hidden, layers, embedding):
         super().__init__()
         self.word = nn.Embedding(vocabulary, dim)
-        self.position = nn.Parameter(0.01 * torch.randn(positions, dim))
+        self.position = nn.Parameter(0.25 * torch.randn(positions, dim))
+        nn.init.normal_(self.word.weight, std=0.5)         # so that words are told apart, and places, before they are learned
         self.layers = nn.ModuleList(TransformerLayer(dim, heads, hidden, "quick_gelu", True, causal=True)
                                     for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
@@ -276,7 +236,6 @@ class ClipText(nn.Module):
 
 class Clip(nn.Module):
     """Both towers and the temperature, as pretrained together."""
-
     def __init__(self, vision, text):
         super().__init__()
         self.vision, self.text = vision, text
@@ -287,8 +246,7 @@ class Clip(nn.Module):
         return (-self.logit_scale).exp()            # τ of HiVG Eqs. (9) and (10)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Grounding
+# --- Grounding -------------------------------------------------------------------------------------------------------
 
 class Grounding(NamedTuple):
     """boxes (B, 4) as (cx, cy, w, h) in [0, 1]; attention (B, Nv), how [REG] looks at the image, where asked for; and
@@ -304,39 +262,33 @@ class Grounding(NamedTuple):
 
 class GroundingEncoder(nn.Module):
     """The V-L encoder of M²IST (Section III-A c), the grounding encoder of HiVG (Section 3.1), and the box head.
-
     vision, text: Encoded, of widths vision_dim and text_dim, text of at most max_tokens tokens. Returns Grounding.
     The sequence is [REG], text, vision, or with `clip` [REG], [CLS], vision, text, HiVG Eq. (2). Learned positions are
-    added to queries and keys in every layer. region_hidden: width of the MLP of HiVG Eq. (12), if there is to be one.
-    """
-
+    added to queries and keys in every layer. region_hidden: width of the MLP of HiVG Eq. (12), if there is to be one."""
     def __init__(self, vision_dim, text_dim, vision_tokens, max_tokens, dim, heads, hidden, layers, dropout,
                  pre_norm=False, position_std=1.0, clip=False, region_hidden=None):
         super().__init__()
         self.max_tokens, self.clip = max_tokens, clip
-        self.vision_projection = nn.Linear(vision_dim, dim)          # W_mvp of HiVG Eq. (1)
+        self.vision_projection = nn.Linear(vision_dim, dim)          # W_mvp of HiVG Eq. (1) [D28]
         self.text_projection = nn.Linear(text_dim, dim)
         self.reg = nn.Parameter(torch.randn(1, dim))
         self.position = nn.Parameter(position_std * torch.randn(1 + max_tokens + vision_tokens, dim))
         self.layers = nn.ModuleList(TransformerLayer(dim, heads, hidden, "relu", pre_norm, dropout, dropout)
                                     for _ in range(layers))
         self.norm = nn.LayerNorm(dim) if pre_norm else nn.Identity()       # post-norm layers end in one of their own
-        self.head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 4))
-        self.region = region_hidden and nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, region_hidden), QuickGELU(),
-                                                      nn.Linear(region_hidden, dim))
+        self.head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 4))     # [D29]
+        self.region = region_hidden and RegionText(dim, region_hidden)
 
     def sequence(self, vision, text):
         """(B, 1 + T + Nv, C), its padding, its positions, and where in it the picture's cells are."""
         reg, T, Nv = self.reg.expand(len(text.x), 1, -1), text.x.shape[1], vision.x.shape[1]
-        parts = [self.text_projection(text.x), self.vision_projection(vision.x)]
-        padding = [text.padding, vision.padding]
-        # Text may be trimmed to the longest of its batch; every token keeps its position.
-        if self.clip:
-            parts, padding, cells = parts[::-1], padding[::-1], slice(2, 1 + Nv)
-            position = self.position[:1 + Nv + T]
+        parts = [(self.text_projection(text.x), text.padding), (self.vision_projection(vision.x), vision.padding)]
+        if self.clip:      # text may be trimmed to the longest of its batch; every token keeps its position
+            parts, position, cells = parts[::-1], self.position[:1 + Nv + T], slice(2, 1 + Nv)
         else:
             position, cells = torch.cat([self.position[:1 + T], self.position[1 + self.max_tokens:]]), slice(1 + T, None)
-        return torch.cat([reg, *parts], 1), torch.cat([padding[0].new_zeros(len(reg), 1), *padding], 1), position, cells
+        x, padding = zip((reg, text.padding.new_zeros(len(reg), 1)), *parts)
+        return torch.cat(x, 1), torch.cat(padding, 1), position, cells
 
     def forward(self, vision, text, attention=False):
         x, padding, position, cells = self.sequence(vision, text)
@@ -347,39 +299,45 @@ class GroundingEncoder(nn.Module):
         found = Grounding(self.head(x[:, 0]).float().sigmoid(), looks)                  # the head reads [REG] alone
         if self.region is None or not self.training:
             return found
-        eos = vision.x.shape[1] + (~text.padding).sum(1)                                # [EOS] ends its text
-        t = F.normalize(x[torch.arange(len(x), device=x.device), eos], dim=-1)          # [D19] of the two, t alone is
-        scores = (self.region(x[:, cells]) @ t[..., None])[..., 0]                      # HiVG Eq. (12) before σ
-        return found._replace(scores=scores, padding=padding[:, cells])
+        eos = x[torch.arange(len(x), device=x.device), vision.x.shape[1] + (~text.padding).sum(1)]   # the last of its text
+        return found._replace(scores=self.region(eos, x[:, cells]), padding=padding[:, cells])
 
 
 def trimmed(tokens, padding, limit):
-    """Tokens and padding (B, T), cut to `limit`; what is cut may be nothing but padding."""
+    """Tokens and padding (B, T), cut to `limit`; only padding may be cut."""
     if not padding[:, limit:].all():
         raise ValueError(f"a text has more than max_tokens = {limit} tokens")
     return tokens[:, :limit], padding[:, :limit]
 
 
+def chosen_layers(spec, name, count):
+    """Layers that the size or the user chose of an encoder with `count`, each once; [] if the choice is the method's."""
+    layers = spec[name] or []
+    if not all(1 <= layer <= count for layer in layers) or len(set(layers)) < len(layers):
+        raise InputError(f"--{name.replace('_', '-')} {' '.join(map(str, layers))}: they must differ and lie in 1 .. {count}")
+    return layers
+
+
 class DetrBert(nn.Module):
     """Every method on DETR and BERT: the two encoders, what a method puts beside them, the grounding encoder.
-
-    side: SideNetworks or None. The encoders run under no_grad, and in eval mode, unless a parameter of theirs is to
-    be trained. [D7] The released code leaves dropout on in its frozen encoders.
-    """
-
-    def __init__(self, vision, text, grounding, side=None):
+    spec: from `architecture`. Encoders that are not to be trained run under no_grad and in eval mode: [D7] the released
+    code leaves dropout on in them."""
+    def __init__(self, vision, text, spec):
         super().__init__()
-        self.vision, self.text, self.side, self.grounding = vision, text, side, grounding
-
-    @property
-    def frozen(self):
-        return not any(p.requires_grad for encoder in (self.vision, self.text) for p in encoder.parameters())
+        dims = dict(vision_dim=spec["vision"]["dim"], text_dim=spec["text"]["dim"])
+        self.frozen, self.side = not spec["tune_encoders"], None
+        self.vision, self.text = (encoder.requires_grad_(not self.frozen) for encoder in (vision, text))
+        self.grounding = GroundingEncoder(**dims, vision_tokens=(spec["image_size"] // spec["stride"]) ** 2,
+                                          max_tokens=spec["max_tokens"], **spec["grounding"])
+        if spec["side"]:
+            widths = {name: spec[name] for name in ("bottleneck", "interaction_dim", "interaction_bottleneck", "scale", "residual")}
+            self.side = SideNetworks(**dims, layers=spec["vision"]["layers"], **widths,
+                                     text_layers=chosen_layers(spec, "text_layers", spec["text"]["layers"]))
 
     def train(self, mode=True):
         super().train(mode)
-        if self.frozen:
-            self.vision.eval()
-            self.text.eval()
+        for encoder in (self.vision, self.text):
+            encoder.train(mode and not self.frozen)
         return self
 
     def encode_image(self, images, image_padding):
@@ -406,19 +364,24 @@ class DetrBert(nn.Module):
 
 class ClipGrounding(nn.Module):
     """Every method on CLIP, HiVG Section 3.1: the two towers, bridges within the vision tower, the grounding encoder.
-
-    levels: the vision layers whose features are grounded, m of them. bridges: {vision layer: CrossModalBridge}.
-    text_layers: the text layers that the bridges are given, n of them. CLIP itself is frozen; LoRA is for `begin_stage`.
-    """
-
-    def __init__(self, clip, grounding, levels, bridges, text_layers):
+    spec: from `architecture`. CLIP itself is frozen; what LoRA trains of it is for `begin_stage`. Of m vision layers the
+    features are grounded; n text layers are given to the bridges."""
+    def __init__(self, clip, spec):
         super().__init__()
-        self.clip, self.grounding, self.levels, self.text_layers = clip, grounding, levels, text_layers
-        for layer, bridge in bridges.items():
-            clip.vision.layers[layer - 1].plugs["attention"] = bridge
+        vision, text = spec["vision"], spec["text"]
+        self.clip = clip.requires_grad_(False)
+        self.levels = chosen_layers(spec, "vision_layers", vision["layers"]) or [vision["layers"]]
+        self.text_layers = chosen_layers(spec, "text_layers", text["layers"]) or range(1, text["layers"] + 1)
+        self.grounding = GroundingEncoder(
+            len(self.levels) * vision["dim"], text["embedding"], 1 + (spec["image_size"] // spec["stride"]) ** 2,
+            spec["max_tokens"], clip=True, region_hidden=spec["region_hidden"], **spec["grounding"])
+        for layer in chosen_layers(spec, "bridge_layers", vision["layers"]):
+            clip.vision.layers[layer - 1].plugs["attention"] = CrossModalBridge(
+                vision["dim"], text["dim"], len(self.text_layers), spec["max_tokens"], vision["heads"])
 
     def begin_stage(self, stage, stages, rank, alpha, deep_to_shallow=False):
-        """HiLoRA's stage of the vision tower, in `stages` groups, and of the text tower, which is one (Section 4.1)."""
+        """HiLoRA's stage of the vision tower, in `stages` groups, and of the text tower, which is one (Section 4.1): pairs
+        on q, k, v and out [D25]."""
         vision = list(self.clip.vision.layers)
         hilora.add_stage(vision[::-1] if deep_to_shallow else vision, stage, stages, rank, alpha)
         hilora.add_stage(self.clip.text.layers, stage, 1, rank, alpha)
@@ -441,11 +404,9 @@ class ClipGrounding(nn.Module):
         return self.ground(self.encode_image(images, image_padding, text), text, attention)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights of others. A table is [(regular expression of their key, our key), ...].
+# --- Weights of others. A table is [(regular expression of their key, our key), ...]. --------------------------------
 
 DETR_URL = "https://dl.fbaipublicfiles.com/detr/detr-r50-e632da11.pth"
-
 DETR_TABLE = [                                            # official DETR, and TransVG's DETR without REC's test pictures
     (r"backbone\.0\.body\.(.+)", r"backbone.\1"),
     (r"input_proj\.(.+)", r"projection.\1"),
@@ -487,23 +448,13 @@ CLIP_TABLE = [                                                                  
 CLIP_IGNORED = r".*\.position_ids"
 
 
-def rename(key, table):
-    """Their key -> ours, or None where no row of the table fits."""
-    for pattern, ours in table:
-        if re.fullmatch(pattern, key):
-            return re.sub(pattern, ours, key)
-    return None
-
-
 def import_weights(module, state, table, ignored, source):
-    """Load `state`, a dict in another project's names, into `module`. Every key must be accounted for.
-
-    ignored: a pattern of keys that are known and not wanted. source: what to call the state in an error.
-    Raises InputError that names the keys which are missing, unexpected or of another shape.
-    """
+    """Load `state`, a dict in another project's names, into `module`. ignored: a pattern of keys that are known and not
+    wanted; every other key must be accounted for. source: what to call the state in an error. Raises InputError that
+    names the keys which are missing, unexpected or of another shape."""
     wanted, found, unexpected = module.state_dict(), {}, []
     for key, value in state.items():
-        name = rename(key, table)
+        name = next((re.sub(pattern, ours, key) for pattern, ours in table if re.fullmatch(pattern, key)), None)
         if name is not None and ".q,k,v." in name:                    # rows of an in-projection are q, k, v in order
             found.update((name.replace("q,k,v", part), chunk) for part, chunk in zip("qkv", value.chunk(3)))
         elif name is not None:
@@ -532,81 +483,63 @@ def read_state(path):
         raise InputError(f"{path}: no such file") from None
     except Exception as error:
         raise InputError(f"{path}: not a file of weights ({str(error).splitlines()[0]})") from None
-    return state["model"] if "model" in state else state
+    return state.get("model", state)
 
 
 def load_detr(vision, weights=None):
     """DETR R-50 in official naming, from a file, or from where its authors keep it."""
-    if weights:
-        state = read_state(weights)
-    else:
-        try:
-            state = torch.hub.load_state_dict_from_url(DETR_URL, map_location="cpu", weights_only=True)["model"]
-        except OSError as error:
-            raise InputError(f"cannot fetch {DETR_URL} ({error}): give a file by --vision-weights, or take "
-                             f"--weights random or --size tiny, which need none") from None
+    try:
+        state = read_state(weights) if weights else torch.hub.load_state_dict_from_url(
+            DETR_URL, map_location="cpu", weights_only=True)["model"]
+    except OSError as error:
+        raise InputError(f"cannot fetch {DETR_URL} ({error}): give a file by --vision-weights, or take --weights random") from None
     import_weights(vision, state, DETR_TABLE, DETR_IGNORED, weights or DETR_URL)
 
 
-def hub_file(weights, flag):
-    """The file of weights in a folder, or under a name on the hub, as transformers saves them."""
+def load_hub(module, weights, flag, table, ignored):
+    """BERT or CLIP as transformers saves it: a name on the hub, or a folder. Half precision is loaded as float32."""
     from transformers.utils import cached_file
-    way_out = f"give a folder by {flag}, or take --weights random or --size tiny"
-    path = None
+    path, why = None, "no model.safetensors and no pytorch_model.bin there, or no connection to it"
     for name in ("model.safetensors", "pytorch_model.bin"):
         try:
             path = path or cached_file(weights, name, _raise_exceptions_for_missing_entries=False)
         except OSError as error:
-            raise InputError(f"cannot find {weights} as a folder or on the hub ({str(error).splitlines()[0]}): {way_out}") from None
+            why = str(error).splitlines()[0]
     if path is None:
-        raise InputError(f"{weights}: no model.safetensors and no pytorch_model.bin in a folder of this name, nor on the hub "
-                         f"(or no connection to it): {way_out}")
-    return path
-
-
-def load_bert(text, weights):
-    """BERT as transformers saves it: a hub name, or a folder."""
-    path = hub_file(weights, "--text-weights")
-    names = {"gamma": "weight", "beta": "bias"}                # what the first BERT files call a LayerNorm's parameters
-    state = {re.sub(r"(gamma|beta)$", lambda m: names[m[0]], key.removeprefix("bert.")): value
+        raise InputError(f"cannot find {weights} as a folder or on the hub ({why}): give a folder by {flag}, or take --weights random")
+    old = {"gamma": "weight", "beta": "bias"}                  # what the first BERT files call a LayerNorm's parameters
+    state = {re.sub(r"(gamma|beta)$", lambda found: old[found[0]], key.removeprefix("bert.")): value
              for key, value in read_state(path).items()}
-    import_weights(text, state, BERT_TABLE, BERT_IGNORED, path)
+    import_weights(module, state, table, ignored, path)
 
 
-def load_clip(clip, weights):
-    """CLIP as transformers saves it: a hub name, or a folder. Files in half precision are loaded as float32."""
-    path = hub_file(weights, "--clip-weights")
-    import_weights(clip, read_state(path), CLIP_TABLE, CLIP_IGNORED, path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Building a model
+# --- Building a model ------------------------------------------------------------------------------------------------
 
 SIZES = {       # size: family: everything about the architecture, and what options are where they are not given
     "base": {
         # M²IST Section III-A and IV-B; dropout and heads as released.
         "detr": dict(
-            image_size=640, stride=32, max_tokens=20,
+            image_size=640, stride=32, max_tokens=20, text_layers=[7, 8, 9, 10, 11, 12],
             vision=dict(channels=2048, dim=256, heads=8, hidden=2048, layers=6, dropout=0.1),
             text=dict(vocabulary=30522, positions=512, dim=768, heads=12, hidden=3072, layers=12, dropout=0.1),
             grounding=dict(dim=256, heads=8, hidden=2048, layers=6, dropout=0.1),
-            text_layers=[7, 8, 9, 10, 11, 12], bottleneck=128, interaction_dim=256, interaction_bottleneck=128),
-        # HiVG Section 4.1 and Table 7; hidden widths of the grounding encoder and of the region MLP as released.
+            bottleneck=128, interaction_dim=256, interaction_bottleneck=128),
+        # HiVG Section 4.1 and Table 7 [D16]; hidden widths of the grounding encoder and of the region MLP as released.
         "clip": dict(
-            image_size=224, stride=16, max_tokens=77, clip_weights="openai/clip-vit-base-patch16",
+            image_size=224, stride=16, max_tokens=77, vision_layers=[1, 4, 8, 12], bridge_layers=[4, 8, 12],
             vision=dict(dim=768, heads=12, hidden=3072, layers=12, embedding=512),
             text=dict(vocabulary=49408, positions=77, dim=512, heads=8, hidden=2048, layers=12, embedding=512),
-            grounding=dict(dim=512, heads=8, hidden=2048, layers=6, dropout=0.1, pre_norm=True),
-            vision_layers=[1, 4, 8, 12], bridge_layers=[4, 8, 12], region_hidden=3072)},
+            grounding=dict(dim=512, heads=8, hidden=2048, layers=6, dropout=0.1, pre_norm=True), region_hidden=3072,
+            clip_weights="openai/clip-vit-base-patch16")},
     "large": {
         "clip": dict(
-            image_size=224, stride=14, max_tokens=77, clip_weights="openai/clip-vit-large-patch14",
+            image_size=224, stride=14, max_tokens=77, vision_layers=[6, 12, 18, 24], bridge_layers=[6, 12, 18, 24],
             vision=dict(dim=1024, heads=16, hidden=4096, layers=24, embedding=768),
             text=dict(vocabulary=49408, positions=77, dim=768, heads=12, hidden=3072, layers=12, embedding=768),
-            grounding=dict(dim=768, heads=8, hidden=2048, layers=6, dropout=0.1, pre_norm=True),
-            vision_layers=[6, 12, 18, 24], bridge_layers=[6, 12, 18, 24], region_hidden=3072)},
-    # Ours: the same classes, small enough to learn `shapes` on two cores in minutes. Pre-norm, as HiVG's grounding
-    # encoder, and small positions: with post-norm and N(0, 1) it takes several times as long to leave the mean box.
+            grounding=dict(dim=768, heads=8, hidden=2048, layers=6, dropout=0.1, pre_norm=True), region_hidden=3072,
+            clip_weights="openai/clip-vit-large-patch14")},
+    # Ours, small enough to learn `shapes` on two cores in minutes. Pre-norm, as HiVG's grounding encoder, and small
+    # positions: with post-norm and N(0, 1) it takes several times as long to leave the mean box.
     "tiny": {
         "detr": dict(
             image_size=64, stride=8, max_tokens=20,
@@ -615,11 +548,11 @@ SIZES = {       # size: family: everything about the architecture, and what opti
             grounding=dict(dim=96, heads=6, hidden=192, layers=3, dropout=0.0, pre_norm=True, position_std=0.1),
             text_layers=[3, 4], bottleneck=32, interaction_dim=64, interaction_bottleneck=32, pretext_steps=800),
         "clip": dict(
-            image_size=64, stride=8, max_tokens=20,
+            image_size=64, stride=8, max_tokens=20, vision_layers=[1, 2, 4, 6], bridge_layers=[2, 4, 6],
             vision=dict(dim=64, heads=4, hidden=128, layers=6, embedding=64),
             text=dict(vocabulary=256, positions=32, dim=64, heads=4, hidden=128, layers=3, embedding=64),
             grounding=dict(dim=96, heads=6, hidden=192, layers=3, dropout=0.0, pre_norm=True, position_std=0.1),
-            vision_layers=[1, 2, 4, 6], bridge_layers=[2, 4, 6], region_hidden=96, pretext_steps=1500)},
+            region_hidden=96, pretext_steps=1200)},
 }
 
 # What a method puts in or beside the encoders of its family; it may replace what the size says.
@@ -632,8 +565,8 @@ METHODS = {
     "hivg": dict(family="clip"),
 }
 
-# What a model may be built with, beside method, size and weights; train.py --help says what they are. Where it is None
-# the size says. Empty text_layers and vision_layers of HiVG mean all text layers and the last vision layer.
+# What a model may be built with (train.py --help says what it is); where it is None the size says. Of HiVG, no text_layers
+# are all of them, and no vision_layers the last.
 OPTIONS = dict(max_tokens=None, bottleneck=None, interaction_dim=None, interaction_bottleneck=None, scale=0.1, residual=False,
                text_layers=None, vision_layers=None, bridge_layers=None, vision_weights=None,
                text_weights="bert-base-uncased", clip_weights=None, cache=".cache", pretext_steps=None)
@@ -661,10 +594,8 @@ def shapes_weights(cache, pretext_steps, family):
 
 
 def build_encoders(spec):
-    """{name: module} of an architecture: vision and text, or clip. The random weights are the same every time.
-
-    They are seeded apart from everything else, so that a checkpoint of the tuned weights alone can be rebuilt.
-    """
+    """{name: module} of an architecture: vision and text, or clip. The random weights are the same every time, seeded
+    apart from everything else, so that a checkpoint of the tuned weights alone can be rebuilt."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if spec["family"] == "clip":
@@ -674,72 +605,27 @@ def build_encoders(spec):
 
 
 def load_encoders(encoders, spec, size, weights):
-    if weights == "pretrained":
-        if size == "tiny":
-            raise InputError("the tiny encoders have no published weights: take --weights shapes or random")
-        if "clip" in encoders:
-            load_clip(encoders["clip"], spec["clip_weights"])
-        else:
-            load_detr(encoders["vision"], spec["vision_weights"])
-            load_bert(encoders["text"], spec["text_weights"])
-    elif weights == "shapes":
-        if size != "tiny":
-            raise InputError(f"--weights shapes are those of --size tiny; --size {size} takes pretrained or random")
+    if weights == "random":
+        return
+    if (weights == "shapes") != (size == "tiny"):
+        raise InputError(f"--weights {weights} are not for --size {size}: tiny takes shapes or random, others pretrained or random")
+    if weights == "shapes":
         path = shapes_weights(spec["cache"], spec["pretext_steps"], spec["family"])
         if not path.exists():
             raise InputError(f"{path}: the tiny encoders are not pretrained yet; `python train.py` does it")
         nn.ModuleDict(encoders).load_state_dict(load_file(path))
-
-
-def chosen_layers(spec, name, count):
-    """Layers that the size or the user chose of an encoder with `count`, each once."""
-    layers = spec[name]
-    if not all(1 <= layer <= count for layer in layers) or len(set(layers)) < len(layers):
-        raise InputError(f"--{name.replace('_', '-')} {' '.join(map(str, layers))}: they must differ and lie in 1 .. {count}")
-    return layers
-
-
-def assemble_clip(clip, spec):
-    """ClipGrounding of an architecture: HiVG's bridges and levels, or the last layer of plain CLIP."""
-    vision, text = spec["vision"], spec["text"]
-    levels = chosen_layers(spec, "vision_layers", vision["layers"]) or [vision["layers"]]
-    text_layers = chosen_layers(spec, "text_layers", text["layers"]) if spec["text_layers"] else range(1, text["layers"] + 1)
-    bridges = {layer: CrossModalBridge(vision["dim"], text["dim"], len(text_layers), spec["max_tokens"], vision["heads"])
-               for layer in chosen_layers(spec, "bridge_layers", vision["layers"])}
-    cells = (spec["image_size"] // spec["stride"]) ** 2
-    grounding = GroundingEncoder(len(levels) * vision["dim"], text["embedding"], 1 + cells, spec["max_tokens"], clip=True,
-                                 region_hidden=spec["region_hidden"], **spec["grounding"])
-    clip.requires_grad_(False)                                       # before the bridges, which are to be trained
-    return ClipGrounding(clip, grounding, levels, bridges, text_layers)
-
-
-def assemble_detr(vision, text, spec):
-    """DetrBert of an architecture, with side networks if the method has them."""
-    dims = dict(vision_dim=spec["vision"]["dim"], text_dim=spec["text"]["dim"])
-    grounding = GroundingEncoder(**dims, vision_tokens=(spec["image_size"] // spec["stride"]) ** 2,
-                                 max_tokens=spec["max_tokens"], **spec["grounding"])
-    side = None
-    if spec["side"]:
-        widths = {name: spec[name] for name in ("bottleneck", "interaction_dim", "interaction_bottleneck", "scale", "residual")}
-        try:
-            side = SideNetworks(**dims, layers=spec["vision"]["layers"], **widths,
-                                text_layers=chosen_layers(spec, "text_layers", spec["text"]["layers"]))
-        except InputError:
-            raise
-        except ValueError as error:
-            raise InputError(error) from None
-    for encoder in (vision, text):
-        encoder.requires_grad_(spec["tune_encoders"])
-    return DetrBert(vision, text, grounding, side)
+    elif "clip" in encoders:
+        load_hub(encoders["clip"], spec["clip_weights"], "--clip-weights", CLIP_TABLE, CLIP_IGNORED)
+    else:
+        load_detr(encoders["vision"], spec["vision_weights"])
+        load_hub(encoders["text"], spec["text_weights"], "--text-weights", BERT_TABLE, BERT_IGNORED)
 
 
 def build_model(method, size="base", weights="pretrained", **options):
-    """A grounding model, ready to train: what a method does not tune has requires_grad False.
-
-    method: one of METHODS. size: base (the papers'), large (HiVG-L), tiny (for `shapes`). weights: pretrained | random |
-    shapes. options: see OPTIONS. Built under torch.device("meta") with random weights it costs no memory.
-    Raises InputError for anything unknown, and for weights that cannot be had or do not fit.
-    """
+    """A grounding model, ready to train: what a method does not tune has requires_grad False. method: one of METHODS. size:
+    base (the papers'), large (HiVG-L), tiny (for `shapes`). weights: pretrained | random | shapes. options: see OPTIONS.
+    Built under torch.device("meta") with random weights it costs no memory. Raises InputError for anything unknown, and
+    for weights that cannot be had or do not fit."""
     spec = architecture(method, size, options)
     one_of("weights", weights, ("pretrained", "random", "shapes"))
     if spec["max_tokens"] > spec["text"]["positions"]:
@@ -747,14 +633,15 @@ def build_model(method, size="base", weights="pretrained", **options):
                          f"{spec['text']['positions']} positions")
     encoders = build_encoders(spec)
     load_encoders(encoders, spec, size, weights)
-    return (assemble_clip if spec["family"] == "clip" else assemble_detr)(**encoders, spec=spec).train()
+    try:
+        return (ClipGrounding if spec["family"] == "clip" else DetrBert)(**encoders, spec=spec).train()
+    except ValueError as error:                                      # widths or layers that do not go together
+        raise InputError(error) from None
 
 
 def count_parameters(model):
-    """{"total", "trainable", "encoder_tunable"}: numbers of parameters, each tensor once.
-
-    encoder_tunable: those trained in or beside the encoders, which is what the paper's "Params." counts [D11].
-    """
+    """{"total", "trainable", "encoder_tunable"}: numbers of parameters, each tensor once. encoder_tunable: those trained in
+    or beside the encoders, which is what M²IST's "Params." counts [D11], and, it seems, HiVG's "Update params." [D23]."""
     head = {id(p) for p in model.grounding.parameters()}
     trainable = [p for p in model.parameters() if p.requires_grad]
     return {"total": sum(p.numel() for p in model.parameters()),

@@ -1,12 +1,12 @@
 """Train a grounding model: one command, one loop.
 
     python train.py                                           m2ist on `shapes`, tiny, on a CPU, in minutes
-    python train.py --method frozen                           the same without adapters
+    python train.py --method hivg                             a warm-up, then HiLoRA stage by stage
     python train.py --size base --dataset my.jsonl            the paper's model on one's own pictures
     python train.py --out runs/x --resume                     go on where a run stopped
 
-The --out folder gets args.json, log.jsonl (one object an epoch), last.pt (to resume), best.safetensors (the tuned
-weights of the best epoch on val, for evaluate.py) and val.png (a look at what was learned).
+--out gets args.json, log.jsonl (one object an epoch), last.pt (to resume), val.png (a look at what was learned) and
+best.safetensors (the tuned weights of the best epoch on val, for evaluate.py).
 """
 import argparse
 import functools
@@ -24,7 +24,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 import transformers
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -35,8 +34,7 @@ import hilora
 from model import (METHODS, OPTIONS, SIZES, InputError, architecture, build_encoders, build_model, count_parameters, one_of,
                    shapes_weights)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line
+# --- The command line ------------------------------------------------------------------------------------------------
 
 # What flags are where the command line does not say: all rows whose words are among the run's family (detr or clip),
 # size, method and dataset, a later row before an earlier one.
@@ -55,13 +53,14 @@ RECIPES = {
                  schedule="cosine", lr_drop=50, warmup=0),
     "clip base": dict(batch_size=80, stages=3, stage_epochs=20, stage_lr=[1e-4, 0.5e-4, 0.25e-4]),
     "clip large": dict(batch_size=32, stages=4, stage_epochs=15, stage_lr=[1e-4, 0.75e-4, 0.5e-4, 0.25e-4]),
-    "clip tiny": dict(epochs=3, batch_size=32, lr=1e-3, lr_encoder=1e-3, warmup=200, stages=3, stage_epochs=1,
-                      stage_lr=[1e-3, 5e-4, 2.5e-4]),
+    # Ours: nine epochs in all, whatever the method, so that they can be compared.
+    "clip tiny": dict(epochs=3, batch_size=32, lr=2e-3, lr_encoder=2e-3, warmup=200, stages=3, stage_epochs=2,
+                      stage_lr=[1.5e-3, 1e-3, 5e-4]),
     # HiVG Fig. 4 (d): the box loss alone; vanilla LoRA is one round, here as long as all of HiLoRA's.
     "clip-frozen": dict(contrast=0.0, focal=0.0, dice=0.0, stages=0),
-    "base clip-lora": dict(contrast=0.0, focal=0.0, dice=0.0, stages=1, stage_epochs=60),
-    "large clip-lora": dict(contrast=0.0, focal=0.0, dice=0.0, stages=1, stage_epochs=60),
-    "tiny clip-lora": dict(contrast=0.0, focal=0.0, dice=0.0, stages=1, stage_epochs=3),
+    "clip-lora": dict(contrast=0.0, focal=0.0, dice=0.0, stages=1, stage_epochs=60),
+    "tiny clip-frozen": dict(epochs=9),
+    "tiny clip-lora": dict(stage_epochs=6),
 }
 
 
@@ -72,7 +71,6 @@ def recipe_help(key, source):
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
     what = parser.add_argument_group("what").add_argument
     what("--method", default="m2ist", help=f"{', '.join(METHODS)} (M²IST Tables I, V a; HiVG Fig. 4 d; default: m2ist)")
     what("--dataset", default="shapes", help="shapes, or the path of a FILE.jsonl (ours; default: shapes)")
@@ -81,7 +79,6 @@ def build_parser():
     what("--weights", help="of the encoders: pretrained, random, shapes (ours; default: shapes for tiny, else pretrained)")
     what("--out", help="folder of the run (ours; default: runs/DATASET-METHOD-SEED)")
     what("--seed", type=int, default=0, help="of new weights, order and transforms (ours; default: 0)")
-
     encoders = parser.add_argument_group("encoders").add_argument
     encoders("--vision-weights", help="file of DETR R-50, official or TransVG's (Section IV-B a; default: DETR's official file)")
     encoders("--text-weights", default=OPTIONS["text_weights"],
@@ -90,8 +87,7 @@ def build_parser():
     encoders("--max-tokens", type=int, help="text tokens with the first and the last (released code, M²IST's takes 40 for "
              "RefCOCOg; HiVG Appendix B; default: M²IST 20, HiVG 77)")
     encoders("--cache", default=OPTIONS["cache"], help="folder of the pretrained tiny encoders (ours; default: .cache)")
-    encoders("--pretext-steps", type=int, help="steps of the tiny encoders' pretraining (ours; default: 800, of CLIP 1500)")
-
+    encoders("--pretext-steps", type=int, help="steps of the tiny encoders' pretraining (ours; default: 800, of CLIP 1200)")
     adapters = parser.add_argument_group("M3ISA").add_argument
     adapters("--bottleneck", type=int, help="C_d of VEA and LEA (Section IV-B b; default: 128, tiny 32)")
     adapters("--interaction-dim", type=int, help="C_i of IEA (Section IV-B b; default: 256, tiny 64)")
@@ -100,9 +96,8 @@ def build_parser():
     adapters("--residual", action="store_true",
              help="adapters add their own input, Eqs. (1), (4), (5) to the letter (released code; default: no)")
     adapters("--text-layers", type=int, nargs="+",
-             help="M²IST: paired with vision layers 1, 2, ... (Table VIII c); HiVG: what bridges see (Table 10; default: M²IST "
-                  "7 8 9 10 11 12, tiny 3 4; HiVG all)")
-
+             help="M²IST: paired with vision layers 1, 2, ... (Table VIII c; default: 7 8 9 10 11 12, tiny 3 4); HiVG: what "
+                  "bridges see (Table 10; default: all)")
     clip = parser.add_argument_group("HiVG").add_argument
     clip("--vision-layers", type=int, nargs="+", help="whose features are grounded (HiVG Section 4.1; default: 1 4 8 12, large "
          "6 12 18 24, tiny 1 2 4 6; clip-frozen and clip-lora the last)")
@@ -110,22 +105,17 @@ def build_parser():
          "Section 4.1; default: 4 8 12, large 6 12 18 24, tiny 2 4 6)")
     clip("--stages", type=int, help="G, LoRA's stages and layer groups; 0 is no LoRA " + recipe_help("stages", "HiVG Section 4.1"))
     clip("--stage-epochs", type=int, help="of each stage, after --epochs of warm-up " + recipe_help("stage_epochs", "HiVG Table 8"))
-    clip("--stage-lr", type=float, nargs="+",
-         help="of each stage, the last one repeated for more " + recipe_help("stage_lr", "HiVG Table 8"))
+    clip("--stage-lr", type=float, nargs="+", help="of each stage, the last for all more " + recipe_help("stage_lr", "HiVG Table 8"))
     clip("--rank", type=int, default=32, help="r of LoRA (HiVG Table 8; default: 32)")
     clip("--alpha", type=float, default=16.0, help="α of LoRA (HiVG Table 8; default: 16)")
-    clip("--deep-to-shallow", action="store_true", help="stages of the vision tower start at its last layers (HiVG Table 5; "
-         "default: no)")
-
+    clip("--deep-to-shallow", action="store_true", help="vision's last layers first (HiVG Table 5; default: no)")
     training = parser.add_argument_group("training").add_argument
     training("--epochs", type=int, help=recipe_help("epochs", "Section IV-B c"))
     training("--batch-size", type=int, help=recipe_help("batch_size", "Table I"))
     training("--micro-batch", type=int, help="samples at once; gradients add up to the batch's (ours; default: the batch)")
     training("--lr", type=float, help="of the grounding encoder " + recipe_help("lr", "Section IV-B c"))
-    training("--lr-encoder", type=float,
-             help="of adapters, or of encoders that are trained " + recipe_help("lr_encoder", "Section IV-B c"))
-    training("--schedule", help="step: a tenth after --lr-drop epochs; cosine: to zero "
-             + recipe_help("schedule", "Section IV-B c"))
+    training("--lr-encoder", type=float, help="of all else that is tuned " + recipe_help("lr_encoder", "Section IV-B c"))
+    training("--schedule", help="step: a tenth after --lr-drop epochs; cosine: to zero " + recipe_help("schedule", "Section IV-B c"))
     training("--lr-drop", type=int, help="epochs before the step " + recipe_help("lr_drop", "Section IV-B c"))
     training("--warmup", type=int, help="steps of linear warm-up " + recipe_help("warmup", "released code"))
     training("--weight-decay", type=float, default=1e-4, help="of AdamW (Section IV-B c; default: 1e-4)")
@@ -134,7 +124,6 @@ def build_parser():
     training("--contrast", type=float, help="weight of HiVG Eq. (11), 0 is off " + recipe_help("contrast", "HiVG Eq. 15, Section 4.1"))
     training("--focal", type=float, help="λ_focal of HiVG Eq. (13) " + recipe_help("focal", "HiVG Table 8"))
     training("--dice", type=float, help="λ_dice of HiVG Eq. (13) " + recipe_help("dice", "HiVG Table 8"))
-
     machine = parser.add_argument_group("machine").add_argument
     machine("--device", default="cuda" if torch.cuda.is_available() else "cpu",
             help="cpu, cuda, cuda:1 (ours; default: cuda if there is one)")
@@ -165,6 +154,7 @@ def complete(args):
         args.workers = 0 if args.dataset == "shapes" else 2
     args.out = args.out or f"runs/{Path(args.dataset).stem}-{args.method}-{args.seed}"
     check(args)
+    check_method(args, spec)
     return args
 
 
@@ -185,6 +175,25 @@ def check(args):
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {args.device} cannot be used here ({str(error).splitlines()[0]}); take --device cpu") from None
+
+
+# Flags that are nothing to methods of the other family.
+FAMILIES = {"detr": ("bottleneck", "interaction_dim", "interaction_bottleneck", "residual", "vision_weights"),
+            "clip": ("vision_layers", "bridge_layers", "clip_weights", "stages", "contrast", "focal", "dice", "deep_to_shallow")}
+
+
+def check_method(args, spec):
+    """Refuse what would be ignored, or fail in the middle of a run."""
+    for family, flags in FAMILIES.items():
+        for flag in flags:
+            if family != spec["family"] and getattr(args, flag):
+                raise InputError(f"--{flag.replace('_', '-')} is not for --method {args.method}")
+    if (args.focal or args.dice) and not spec["region_hidden"]:
+        raise InputError(f"--focal and --dice need --method hivg; {args.method} has no region scores")
+    if args.stages > spec["vision"]["layers"]:
+        raise InputError(f"--stages is {args.stages}; the vision tower has {spec['vision']['layers']} layers to divide")
+    if args.stages and not (args.stage_epochs and args.stage_lr):
+        raise InputError("--stages needs --stage-epochs of 1 or more and --stage-lr")
 
 
 MAY_CHANGE = ("device", "workers", "resume", "out", "cache")         # what a resumed run need not share with its start
@@ -214,62 +223,34 @@ def parse_args(argv=None):
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The tiny encoders' pretraining: what is where in a picture, and masked words. No (expression, box) pair is seen:
-# the pictures come without expressions and the expressions without pictures.
-
-TINY = SIZES["tiny"]["detr"]
-
-
-class PretextScenes(torch.utils.data.Dataset):
-    """Pictures of `shapes`' train split, with what covers each cell of the encoder's grid.
-
-    -> image, padding, colour (Nv,), shape (Nv,), box (Nv, 4) as in a batch; where nothing covers a cell, the colour
-    is one past the last.
-    """
-
-    def __init__(self, seed):
-        self.first, self.count, _, _ = data.SHAPES_SPLITS["train"]
-        self.seed, self.size, self.stride = seed, TINY["image_size"], TINY["stride"]
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, i):
-        _, things, _ = data.scene(self.first + i)
-        picture = data.render(self.first + i)
-        image, padding, place = data.letterbox(picture, self.size, data.seeded(self.seed, i))
-        cells = self.size // self.stride
-        colour = torch.full((cells, cells), len(data.COLOURS))
-        shape, boxes = torch.zeros(cells, cells, dtype=torch.long), torch.zeros(cells, cells, 4)
-        for thing in things:
-            cx, cy, w, h = box = data.to_square(thing.box, picture.size, place, self.size)
-            x1, x2, y1, y2 = (round(v * cells) for v in (cx - w / 2, cx + w / 2, cy - h / 2, cy + h / 2))
-            colour[y1:y2, x1:x2] = list(data.COLOURS).index(thing.colour)       # cells whose centre lies in the box
-            shape[y1:y2, x1:x2] = data.SHAPES.index(thing.shape)
-            boxes[y1:y2, x1:x2] = torch.tensor(box)
-        return image, padding, colour.flatten(), shape.flatten(), boxes.flatten(0, 1)
-
+# --- The tiny encoders' pretraining --------------------------------------------------------------------------------
+# No (expression, box) pair is seen: DETR's stand-in learns what is where in a picture, BERT's masked words, CLIP's
+# picture-caption contrast, with captions of its own.
 
 class PretextVision(nn.Module):
     """What covers a cell (colour, shape: cross entropy) and its box (L1), read off the encoder's output by one linear.
-
     The linear stays as it was drawn, and boxes are spread to about unit variance: so colour, shape and place must all
     be written large in the tokens, as a later reader needs them, and not in whatever corner a trained linear finds.
     """
-
-    def __init__(self, encoder):
+    def __init__(self, encoder, seed):
         super().__init__()
         self.encoder, self.parts = encoder, [len(data.COLOURS) + 1, len(data.SHAPES), 4]
-        self.head = nn.Linear(TINY["vision"]["dim"], sum(self.parts)).requires_grad_(False)
+        self.head = nn.Linear(SIZES["tiny"]["detr"]["vision"]["dim"], sum(self.parts)).requires_grad_(False)
+        self.batches = data.ShapesScenes(SIZES["tiny"]["detr"], data.PIXELS["detr"], seed).batches
 
-    def batches(self, steps, batch, seed):
-        scenes = PretextScenes(seed)
-        return DataLoader(scenes, batch, sampler=torch.randint(len(scenes), (steps * batch,)).tolist())
+    def targets(self, owner, things):
+        """Colour (B, Nv), one past the last for none; shape (B, Nv), box (B, Nv, 4)."""
+        found = []
+        for mine, inside in zip(owner, things):
+            rows = [[list(data.COLOURS).index(t.colour), data.SHAPES.index(t.shape), *box] for t, box in inside]
+            found.append(torch.tensor([*rows, [len(data.COLOURS), 0, 0, 0, 0, 0]])[mine])         # -1, none, is the last row
+        found = torch.stack(found)
+        return found[..., 0].long(), found[..., 1].long(), found[..., 2:]
 
-    def forward(self, images, padding, colour, shape, boxes):
+    def forward(self, images, padding, owner, things):
+        colour, shape, boxes = self.targets(owner, things)
         says_colour, says_shape, says_box = self.head(self.encoder(images, padding).x).split(self.parts, dim=-1)
-        covered = colour < len(data.COLOURS)
+        covered = owner >= 0
         return (F.cross_entropy(says_colour.flatten(0, 1), colour.flatten())
                 + F.cross_entropy(says_shape[covered], shape[covered])
                 + F.l1_loss(says_box[covered], 6 * (boxes[covered] - 0.5)))
@@ -277,13 +258,13 @@ class PretextVision(nn.Module):
 
 class PretextText(nn.Module):
     """Masked words, 15% of them as in BERT; texts of `shapes`' train split without their pictures."""
-
-    def __init__(self, encoder):
+    def __init__(self, encoder, seed):
         super().__init__()
-        self.encoder, self.tokenizer = encoder, data.Tokenizer("shapes", None, TINY["max_tokens"])
-        self.head = nn.Linear(TINY["text"]["dim"], TINY["text"]["vocabulary"])
+        spec = SIZES["tiny"]["detr"]
+        self.encoder, self.tokenizer = encoder, data.Tokenizer("shapes", None, spec["max_tokens"])
+        self.head = nn.Linear(spec["text"]["dim"], spec["text"]["vocabulary"])
 
-    def batches(self, steps, batch, seed):
+    def batches(self, steps, batch):
         texts = [torch.tensor(self.tokenizer(sample.text)) for sample in data.load_samples("shapes", "train")]
         for _ in range(steps):
             chosen = [texts[i] for i in torch.randint(len(texts), (batch,))]
@@ -299,30 +280,33 @@ class PretextText(nn.Module):
 
 
 class PretextClip(nn.Module):
-    """Picture-caption contrast, HiVG Eqs. (9)-(11), as CLIP itself is pretrained: crops of the train split's pictures, and
-    captions that list what is in them and whereabouts."""
-
-    def __init__(self, encoder):
+    """Contrast with captions, HiVG Eqs. (9)-(11): of whole pictures, by [CLS] as in CLIP, and of crops, each of one thing.
+    A crop is taken from the tokens, not from the pixels, so that a picture is encoded once for all its crops. What the
+    captions say of each thing, the tokens that cover it come to know; contrast of whole pictures alone gets there slowly.
+    """
+    def __init__(self, encoder, seed):
         super().__init__()
         self.encoder, self.tokenizer = encoder, data.Tokenizer("shapes", None, SIZES["tiny"]["clip"]["max_tokens"])
+        self.batches = data.ShapesScenes(SIZES["tiny"]["clip"], data.PIXELS["clip"], seed).batches
+        self.rng = data.seeded("captions", seed)
 
-    def batches(self, steps, batch, seed):
-        first, count, _, _ = data.SHAPES_SPLITS["train"]
-        size, rng = SIZES["tiny"]["clip"]["image_size"], data.seeded("captions", seed)
-        for _ in range(steps):
-            items = []
-            while len(items) < batch:
-                picture, caption = data.captioned_crop(first + rng.randrange(count), rng)
-                if caption:
-                    items.append((*data.letterbox(picture, size, rng, data.PIXELS["clip"])[:2], self.tokenizer(caption), [0] * 4, 0))
-            yield [data.collate(items, self.tokenizer.pad)[key] for key in ("images", "image_padding", "tokens", "token_padding")]
+    def embed_texts(self, texts):
+        ids = [torch.tensor(self.tokenizer(text)) for text in texts]
+        tokens = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.tokenizer.pad)
+        return self.encoder.text(tokens, tokens == self.tokenizer.pad).embedding
 
-    def forward(self, images, image_padding, tokens, token_padding):
-        text, image = self.encoder.text(tokens, token_padding), self.encoder.vision(images, image_padding)
-        return losses.contrastive_loss(text.embedding, image.embedding, self.encoder.temperature)
-
-
-PRETEXTS = {"vision": PretextVision, "text": PretextText, "clip": PretextClip}
+    def forward(self, images, padding, owner, things):
+        image, crops, whole = self.encoder.vision(images, padding), {}, []
+        for picture, inside in enumerate(things):
+            captions = [data.caption(self.rng, thing, box) for thing, box in inside]
+            whole.append(", ".join(self.rng.sample(captions, len(captions))))
+            crops |= {text: (picture, index) for index, text in enumerate(captions)}      # of the same words one will do
+        picture, index = torch.tensor(list(crops.values())).T
+        cells = (owner[picture] == index[:, None]).float()                                # (crops, Nv)
+        pooled = (image.x[picture, 1:] * cells[..., None]).sum(1) / cells.sum(1, keepdim=True)
+        temperature = self.encoder.temperature
+        return (losses.contrastive_loss(self.embed_texts(list(crops)), self.encoder.vision.embed(pooled), temperature)
+                + losses.contrastive_loss(self.embed_texts(whole), image.embedding, temperature))
 
 
 def pretrain_encoders(cache, steps, family, batch=64, lr=2e-3, seed=0):
@@ -333,10 +317,10 @@ def pretrain_encoders(cache, steps, family, batch=64, lr=2e-3, seed=0):
     encoders = build_encoders({"family": family, **SIZES["tiny"][family]})
     for name, encoder in encoders.items():
         torch.manual_seed(seed)
-        task = PRETEXTS[name](encoder.train())
+        task = {"vision": PretextVision, "text": PretextText, "clip": PretextClip}[name](encoder.train(), seed)
         optimizer = torch.optim.AdamW(task.parameters(), lr)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-        bar = tqdm(task.batches(steps, batch, seed), f"pretraining the tiny {name} encoder", steps)
+        bar = tqdm(task.batches(steps, batch), f"pretraining the tiny {name} encoder", steps)
         for inputs in bar:
             loss = task(*inputs)
             optimizer.zero_grad()
@@ -349,8 +333,7 @@ def pretrain_encoders(cache, steps, family, batch=64, lr=2e-3, seed=0):
     save_whole(path, lambda partial: save_file(state, partial))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: the tuned weights alone, and in their metadata what rebuilds the rest
+# --- Checkpoints: the tuned weights alone, and in their metadata what rebuilds the rest ------------------------------
 
 def save_whole(path, write):
     """Call write(a path beside `path`), then rename: killed at any time, what stood at `path` before still stands."""
@@ -392,38 +375,12 @@ def load_tuned(model, state, source):
 
 
 def save_checkpoint(path, model, config):
-    """Write the tuned weights and `config`, whose "model" are build_model's arguments. Whole, or not at all."""
+    """Write the tuned weights and `config`, whose "model" are build_model's arguments."""
     config = {**config, "frozen": frozen_fingerprint(model, tuned_state(model))}
     save_whole(path, lambda partial: save_file(tuned_state(model, merged=True), partial, metadata={"config": json.dumps(config)}))
 
 
-def read_config(path):
-    """The config of a checkpoint: a file, or the --out folder of a run, of which best.safetensors is taken."""
-    path = Path(path) / "best.safetensors" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint; give the --out folder of a finished epoch, or its best.safetensors")
-    try:
-        with safe_open(path, "pt") as file:
-            config = json.loads(file.metadata()["config"])
-        return path, {key: config[key] for key in ("model", "frozen", "args", "epoch")} | config
-    except Exception:
-        raise InputError(f"{path}: not a checkpoint of this project (best.safetensors of an --out folder)") from None
-
-
-def load_checkpoint(path):
-    """A checkpoint -> (model in eval mode, config). The encoders behind it must be the ones it was trained on."""
-    path, config = read_config(path)
-    model = build_model(**config["model"])
-    state = load_file(path)
-    load_tuned(model, state, path)
-    if frozen_fingerprint(model, state) != config["frozen"]:
-        raise InputError(f"{path}: was trained on other encoder weights than these ({config['model']['weights']}); "
-                         f"its boxes would be meaningless")
-    return model.eval(), config
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+# --- Training --------------------------------------------------------------------------------------------------------
 
 def model_arguments(args):
     """What rebuilds the model: build_model's arguments."""
@@ -457,7 +414,7 @@ class Phase(NamedTuple):
 
 
 def plan(args):
-    """The phases of a run: --epochs without LoRA, then its stages (HiVG Section 4.1)."""
+    """The phases of a run: --epochs without LoRA, then its stages (HiVG Section 4.1). [D27] Bridges are trained in all."""
     phases = [Phase("warm-up" if args.stages else "training", 0, 0, args.epochs, args.lr, args.lr_encoder)]
     for stage in range(1, args.stages + 1):
         lr, before = args.stage_lr[min(stage, len(args.stage_lr)) - 1], phases[-1].last
@@ -534,11 +491,6 @@ def scores(ious):
     return {"acc@0.5": (ious >= 0.5).float().mean().item(), "mean_iou": ious.mean().item()}
 
 
-def spread(samples, count=12):
-    """Some of the samples, from all over the list."""
-    return samples[::max(1, len(samples) // count)][:count]
-
-
 @torch.no_grad()
 def picture_predictions(model, samples, args, path):
     """Save a sheet: each sample with its expression, the true box (green), the predicted one (magenta), [REG]'s attention."""
@@ -587,7 +539,6 @@ def read_last(path):
 
 def begin_phase(model, phase, args, state):
     """Bring the model to the beginning of a phase, or to where in it the run stopped -> its optimizer.
-
     A phase that is over is gone through all the same: its pairs are still 0 here, and merging them opens the next stage.
     """
     if state["epoch"] == phase.first and "model" in state:
@@ -653,6 +604,7 @@ def fit(model, args, train_samples, val_samples):
                 now = {"epoch": epoch, "best": best, "log": lines, "model": tuned, "frozen": frozen_fingerprint(model, tuned),
                        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
                 save_whole(out / "last.pt", lambda path: torch.save(now, path))
+    return lines
 
 
 def main(argv=None):
@@ -674,20 +626,22 @@ def main(argv=None):
     model = build_model(**model_arguments(args)).to(args.device)
     if not args.resume:
         write_args(args)
-    fit(model, args, train_samples, val_samples)
-    model, config = load_checkpoint(args.out)
-    picture_predictions(model.to(args.device), spread(val_samples or train_samples), args, Path(args.out) / "val.png")
-    print(f"best epoch {config['epoch']} of {plan(args)[-1].last}"
-          + (f": Acc@0.5 {config['val_acc@0.5']:.4f} on val" if val_samples else "")
-          + f"; {(time.time() - began) / 60:.1f} minutes; look at {args.out}/val.png; python evaluate.py {args.out}")
+    lines, best = fit(model, args, train_samples, val_samples), Path(args.out) / "best.safetensors"
+    load_tuned(model, load_file(best), best)
+    picture_predictions(model, data.spread(val_samples or train_samples), args, Path(args.out) / "val.png")
+    if val_samples:
+        for phase in plan(args):
+            reached = max(line["val_acc@0.5"] for line in lines[:phase.last])
+            print(f"{phase.name}: best Acc@0.5 on val until its end, epoch {phase.last}: {reached:.4f}")
+    print(f"{(time.time() - began) / 60:.1f} minutes; look at {args.out}/val.png; python evaluate.py {args.out}")
 
 
 def run(main):
     """Run a command line: what is wrong with the input is one line on stderr and exit status 2, never a traceback."""
     try:
         main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except InputError as error:        # of a DataLoader's worker the message is a whole traceback, whose last line is ours
+        print(f"error: {str(error).rsplit('InputError: ', 1)[-1].strip()}", file=sys.stderr)
         sys.exit(2)
 
 

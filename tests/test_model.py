@@ -111,7 +111,7 @@ def test_bert_equals_transformers(tmp_path):
         torch.nn.init.normal_(p, std=0.3)
     bert.save_pretrained(tmp_path)
     ours = m.TextEncoder(60, 20, 32, 4, 48, 3, 0.1).eval()
-    m.load_bert(ours, str(tmp_path))
+    load_bert(ours, str(tmp_path))
     tokens, padding = torch.randint(60, (3, 11)), torch.arange(11) >= torch.tensor([[11], [8], [5]])
     theirs = bert(tokens, attention_mask=(~padding).long(), output_hidden_states=True).hidden_states
     found = ours(tokens, padding)
@@ -132,7 +132,7 @@ def random_clip(tmp_path, **vision):
     theirs.save_pretrained(tmp_path)
     both = dict(heads=4, hidden=48, layers=3, embedding=20)
     ours = m.Clip(m.ClipVision(32, 8, 32, **both), m.ClipText(60, 16, 24, **both)).eval()
-    m.load_clip(ours, str(tmp_path))
+    m.load_hub(ours, str(tmp_path), "--clip-weights", m.CLIP_TABLE, m.CLIP_IGNORED)
     return theirs, ours
 
 
@@ -233,6 +233,10 @@ def test_resnet_body_is_torchvisions():
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights in other people's names, at full size
 
+def load_bert(text, folder):
+    m.load_hub(text, folder, "--text-weights", m.BERT_TABLE, m.BERT_IGNORED)
+
+
 def encoders(family="detr", size="base"):
     return m.build_encoders({"family": family, **m.SIZES[size][family]})
 
@@ -295,7 +299,7 @@ def bert_folder(tmp_path_factory):
 
 def test_full_size_bert_folder_loads_key_by_key(bert_folder, tmp_path):
     text = encoders()["text"]
-    m.load_bert(text, str(bert_folder))
+    load_bert(text, str(bert_folder))
     state = load_file(bert_folder / "model.safetensors")
     assert torch.equal(text.layers[11].fc2.weight, state["bert.encoder.layer.11.output.dense.weight"])
     assert torch.equal(text.layers[7].k.bias, state["bert.encoder.layer.7.attention.self.key.bias"])
@@ -305,7 +309,7 @@ def test_full_size_bert_folder_loads_key_by_key(bert_folder, tmp_path):
            for k, v in state.items()}
     torch.save(old, tmp_path / "pytorch_model.bin")
     again = encoders()["text"]
-    m.load_bert(again, str(tmp_path))
+    load_bert(again, str(tmp_path))
     assert all(torch.equal(a, b) for a, b in zip(text.state_dict().values(), again.state_dict().values()))
 
     broken = tmp_path / "broken"
@@ -313,9 +317,9 @@ def test_full_size_bert_folder_loads_key_by_key(bert_folder, tmp_path):
     state.pop("bert.embeddings.token_type_embeddings.weight")
     save_file(state, broken / "model.safetensors")
     with pytest.raises(m.InputError, match="missing: token_type.weight"):
-        m.load_bert(again, str(broken))
+        load_bert(again, str(broken))
     with pytest.raises(m.InputError, match="text-weights"):
-        m.load_bert(again, str(tmp_path / "nowhere"))
+        load_bert(again, str(tmp_path / "nowhere"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -463,7 +467,7 @@ def test_hivg_scores_are_equation_12():
     seen = []
     model.grounding.norm.register_forward_hook(lambda module, args, out: seen.append(out))
     found = model(*batch)
-    x, (lin1, lin2), norm = seen[0], (model.grounding.region[1], model.grounding.region[3]), model.grounding.region[0]
+    x, (lin1, lin2), norm = seen[0], (model.grounding.region.fc1, model.grounding.region.fc2), model.grounding.region.norm
     for b in range(3):
         eos = 1 + 65 + int((~batch[3][b]).sum()) - 1
         t = x[b, eos] / x[b, eos].norm()

@@ -87,7 +87,91 @@ def test_a_run_that_dies_at_any_write_resumes_to_the_same_weights(tmp_path, monk
     train.main([*flags, "--out", str(tmp_path / "dead"), "--resume"])
     assert same(final(whole), final(tmp_path / "dead"))
     assert (whole / "log.jsonl").read_bytes() == (tmp_path / "dead" / "log.jsonl").read_bytes()
-    assert same(train.load_checkpoint(whole)[0].state_dict(), train.load_checkpoint(tmp_path / "dead")[0].state_dict())
+    assert same(evaluate.load_checkpoint(whole)[0].state_dict(), evaluate.load_checkpoint(tmp_path / "dead")[0].state_dict())
+
+
+HIVG = ["--method", "hivg", "--epochs", "2", "--stages", "2", "--stage-epochs", "2", "--rank", "4"]
+
+
+@pytest.mark.parametrize("writes", range(2, 20))
+def test_hivg_that_dies_at_any_write_resumes_into_the_right_stage(tmp_path, monkeypatch, hivg_run, writes):
+    """args.json, then for each of six epochs best.safetensors (where it is the best), log.jsonl and last.pt."""
+    real, count = train.save_whole, [0]
+
+    def dies(path, write):
+        count[0] += 1
+        if count[0] == writes:
+            raise KeyboardInterrupt
+        real(path, write)
+    monkeypatch.setattr(train, "save_whole", dies)
+    try:
+        run(tmp_path / "dead", *HIVG)
+    except KeyboardInterrupt:
+        monkeypatch.setattr(train, "save_whole", real)
+        train.main(["--out", str(tmp_path / "dead"), "--resume"])
+    assert same(final(hivg_run), final(tmp_path / "dead"))
+    assert (hivg_run / "log.jsonl").read_bytes() == (tmp_path / "dead" / "log.jsonl").read_bytes()
+    assert same(load_file(hivg_run / "best.safetensors"), load_file(tmp_path / "dead" / "best.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def hivg_run(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        for spec in m.SIZES["tiny"].values():
+            patch.setitem(spec, "grounding", {**spec["grounding"], "dropout": 0.1})
+        return run(tmp_path_factory.mktemp("hivg") / "whole", *HIVG)
+
+
+def test_a_run_of_hivg_logs_its_phases_and_its_checkpoint_has_no_pair(hivg_run):
+    log = [json.loads(line) for line in (hivg_run / "log.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["phase"]) for line in log] == [
+        (1, "warm-up"), (2, "warm-up"), (3, "stage 1"), (4, "stage 1"), (5, "stage 2"), (6, "stage 2")]
+    state = load_file(hivg_run / "best.safetensors")
+    assert not any(name.endswith((".A", ".B")) for name in state) and same(state, final(hivg_run))
+    model, config = evaluate.load_checkpoint(hivg_run)
+    plain = m.build_model("hivg", "tiny", "random")
+    assert m.count_parameters(model) == m.count_parameters(plain) and set(model.state_dict()) == set(plain.state_dict())
+    changed = {name for name, p in plain.named_parameters() if not p.requires_grad and not torch.equal(p, model.state_dict()[name])}
+    stage = int(config["phase"][-1]) if config["phase"] != "warm-up" else 0
+    assert changed == {f"clip.{tower}.layers.{layer}.{linear}.weight" for tower, layers in
+                       (("vision", range(3 * stage)), ("text", range(3 if stage else 0))) for layer in layers
+                       for linear in ("q", "k", "v", "out")}
+
+
+def test_a_stage_that_ends_worse_keeps_the_weights_it_began_with_and_says_so(tmp_path, monkeypatch, capsys):
+    values = iter([0.5, 0.6, 0.7, 0.4, 0.3, 0.2])
+    monkeypatch.setattr(train, "scores", lambda ious: {"acc@0.5": next(values), "mean_iou": 0.0})
+    states, real = [], train.end_phase
+
+    def watched(model, phase, best, lines):
+        real(model, phase, best, lines)
+        states.append({name: value.clone() for name, value in model.state_dict().items()})
+    monkeypatch.setattr(train, "end_phase", watched)
+    run(tmp_path / "a", *HIVG)
+    said = capsys.readouterr().out
+    assert "stage 2 ends worse on val (0.3000) than it began (0.7000)" in said and "stage 1 ends worse" not in said
+    best, config = evaluate.load_checkpoint(tmp_path / "a")
+    assert config["epoch"] == 3 and config["phase"] == "stage 1"
+    assert same(states[1], states[2]) and same(states[2], best.state_dict())
+    assert not same(states[0], states[1])
+
+
+@pytest.mark.parametrize("flags", [["--deep-to-shallow"], ["--stages", "1"], ["--stages", "4", "--stage-lr", "1e-3"], ["--rank", "2"],
+                                   ["--bridge-layers"], ["--bridge-layers", "1", "6"], ["--vision-layers", "3", "6"],
+                                   ["--text-layers", "3"], ["--contrast", "0"], ["--focal", "0", "--dice", "0"], ["--alpha", "64"]])
+def test_every_switch_of_hivg_trains_and_makes_a_difference(tmp_path, hivg_run, flags):
+    out = run(tmp_path / "a", *HIVG, "--limit", "32", *flags)
+    plain = run(tmp_path / "b", *HIVG, "--limit", "32")
+    assert not same(final(out), final(plain)) and (out / "best.safetensors").exists()
+
+
+@pytest.mark.parametrize("method", ["clip-frozen", "clip-lora"])
+def test_plain_clip_trains_and_evaluates(tmp_path, method):
+    out = run(tmp_path / "a", "--method", method, "--epochs", "1", *(["--stage-epochs", "1"] if method == "clip-lora" else []))
+    result = evaluate.main([str(out), "--split", "val"])
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["phase"] for line in log] == (["training"] if method == "clip-frozen" else ["warm-up", "stage 1"])
+    assert result["splits"]["val"]["acc@0.5"] == max(line["val_acc@0.5"] for line in log) and result["method"] == method
 
 
 def test_a_run_killed_by_sigkill_resumes_to_the_same_weights(tmp_path):
@@ -132,6 +216,26 @@ def test_rates_and_schedules_follow_the_recipe():
     assert {id(p) for p in groups[1]["params"]} == {id(p) for p in model.side.parameters()}
 
 
+def test_phases_of_hivg_follow_section_4_1_and_table_8():
+    base = train.parse_args(["--method", "hivg", "--size", "base", "--dataset", "x.jsonl"])
+    assert [(p.name, p.stage, p.first, p.last, p.lr, p.lr_encoder) for p in train.plan(base)] == [
+        ("warm-up", 0, 0, 50, 2.5e-4, 2.5e-4), ("stage 1", 1, 50, 70, 1e-4, 1e-4),
+        ("stage 2", 2, 70, 90, 0.5e-4, 0.5e-4), ("stage 3", 3, 90, 110, 0.25e-4, 0.25e-4)]
+    assert (base.batch_size, base.l1, base.giou, base.focal, base.dice, base.contrast, base.rank, base.alpha, base.weight_decay) == \
+           (80, 2, 2, 20, 2, 1, 32, 16, 1e-4)
+    large = train.parse_args(["--method", "hivg", "--size", "large", "--dataset", "x.jsonl"])
+    assert [(p.last - p.first, p.lr) for p in train.plan(large)] == [(50, 2.5e-4), (15, 1e-4), (15, 0.75e-4), (15, 0.5e-4), (15, 0.25e-4)]
+    assert large.batch_size == 32
+    more = train.parse_args(["--method", "hivg", "--size", "base", "--dataset", "x.jsonl", "--stages", "4"])
+    assert [p.lr for p in train.plan(more)] == [2.5e-4, 1e-4, 0.5e-4, 0.25e-4, 0.25e-4]
+    # cosine to zero in every phase, from its own rate
+    assert train.rate_factor(base, 0, 10, 20) == 1 and train.rate_factor(base, 100, 10, 20) == pytest.approx(0.5)
+    lora = train.parse_args(["--method", "clip-lora", "--size", "base", "--dataset", "x.jsonl"])
+    assert [(p.name, p.last) for p in train.plan(lora)] == [("warm-up", 50), ("stage 1", 110)] and lora.contrast == lora.focal == 0
+    for method in ("hivg", "clip-lora", "clip-frozen"):                            # as long as each other, to be compared
+        assert train.plan(train.parse_args(["--method", method]))[-1].last == 9
+
+
 def test_accuracy_counts_an_iou_of_one_half_as_right():
     assert train.scores(torch.tensor([0.5, 0.49, 0.9, 0.0]))["acc@0.5"] == 0.5
 
@@ -155,7 +259,7 @@ def test_a_jsonl_without_val_keeps_the_last_epoch(tmp_path, capsys):
     line = json.dumps({"image": "a.png", "text": "it", "box": [1, 2, 30, 40], "split": "train"})
     (tmp_path / "my.jsonl").write_text("\n".join([line] * 3))
     out = run(tmp_path / "out", "--dataset", str(tmp_path / "my.jsonl"), "--workers", "1")
-    assert "no split 'val'" in capsys.readouterr().out and train.read_config(out)[1]["epoch"] == 3
+    assert "no split 'val'" in capsys.readouterr().out and evaluate.read_config(out)[1]["epoch"] == 3
     assert list(evaluate.main([str(out)])["splits"]) == ["train"]
 
 
@@ -169,13 +273,13 @@ def test_checkpoint_holds_the_tuned_weights_alone_and_rebuilds_the_model(tmp_pat
     arguments = dict(method="m2ist", size="tiny", weights="random", bottleneck=4)
     train.save_checkpoint(tmp_path / "best.safetensors", model, {"model": arguments, "args": {}, "epoch": 1})
     assert set(load_file(tmp_path / "best.safetensors")) == {n for n, p in model.named_parameters() if p.requires_grad}
-    again, config = train.load_checkpoint(tmp_path)
+    again, config = evaluate.load_checkpoint(tmp_path)
     assert torch.equal(again(*batch).boxes, model.eval()(*batch).boxes) and config["model"] == arguments
 
     def fails(word, **changes):
         train.save_checkpoint(tmp_path / "x.safetensors", model, {"model": {**arguments, **changes}, "args": {}, "epoch": 1})
         with pytest.raises(m.InputError, match=word):
-            train.load_checkpoint(tmp_path / "x.safetensors")
+            evaluate.load_checkpoint(tmp_path / "x.safetensors")
     fails("another method or size", method="frozen")
     fails("another method or size", bottleneck=5)
     model.text.word.weight.data[7] += 1                                                 # other encoders than at training
@@ -184,7 +288,7 @@ def test_checkpoint_holds_the_tuned_weights_alone_and_rebuilds_the_model(tmp_pat
     save_file({"a": torch.zeros(1)}, tmp_path / "z.safetensors", metadata={"config": "{}"})
     for bad, word in (("y.safetensors", "not a checkpoint"), ("z.safetensors", "not a checkpoint"), ("gone", "no such checkpoint")):
         with pytest.raises(m.InputError, match=word):
-            train.load_checkpoint(tmp_path / bad)
+            evaluate.load_checkpoint(tmp_path / bad)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,11 +309,14 @@ def test_pretraining_is_cached_and_repeatable(tmp_path, family, method):
 
 
 def test_pretext_says_what_covers_a_cell_and_sees_no_expression():
-    scenes = train.PretextScenes(seed=0)
+    scenes = data.ShapesScenes(m.SIZES["tiny"]["detr"], data.PIXELS["detr"], seed=0)
+    task = train.PretextVision(torch.nn.Identity(), 0)
     for i in range(50):
-        image, padding, colour, shape, boxes = scenes[i]
+        image, padding, owner, inside = scenes[i]
+        colour, shape, boxes = (target[0] for target in task.targets(owner[None], [inside]))
         _, things, _ = data.scene(scenes.first + i)
         covered = colour < len(data.COLOURS)
+        assert torch.equal(covered, owner >= 0) and [thing for thing, _ in inside] == things
         assert {(list(data.COLOURS)[c], data.SHAPES[s]) for c, s in zip(colour[covered], shape[covered])} == \
                {(t.colour, t.shape) for t in things}
         centres = torch.tensor([[(x + 0.5) / 8, (y + 0.5) / 8] for y in range(8) for x in range(8)])
@@ -217,6 +324,35 @@ def test_pretext_says_what_covers_a_cell_and_sees_no_expression():
         inside = ((centres >= x1y1x2y2[:, :2] - 1e-3) & (centres <= x1y1x2y2[:, 2:] + 1e-3)).all(1)
         assert inside[covered].all()
     assert set(data.SHAPES_SPLITS["train"][:2]) == {scenes.first, len(scenes)}          # and of the train split alone
+
+
+def test_captions_say_what_a_thing_is_and_where():
+    rng, thing = data.seeded(0), data.Thing("red", "circle", "small", 20, 100, 12)
+    said = {data.caption(rng, thing, [0.1, 0.7, 0.2, 0.2]) for _ in range(100)}
+    assert said == {" ".join(words) for size in ("small ", "little ", "") for words in
+                    ([f"{size}red circle bottom left"], [f"{size}red circle a 6"])}
+    assert data.caption(data.seeded(1), thing, [0.5, 0.5, 0.2, 0.2]).split()[-1] in ("circle", "5")
+    tokenizer = data.Tokenizer("shapes", None, 20)
+    assert all(tokenizer.wordpiece.unk_token_id not in tokenizer(text) for text in said)
+
+
+def test_contrast_of_crops_is_of_the_cells_that_a_thing_covers():
+    """A picture whose tokens are the one-hot of what covers them, and texts likewise, leave no loss but the whole's."""
+    torch.manual_seed(0)
+    task = train.PretextClip(m.build_model("clip-frozen", "tiny", "random").clip, 0)
+    images, padding, owner, things = next(iter(task.batches(1, 4)))
+    seen = []
+    task.embed_texts = lambda texts: seen.append(texts) or torch.nn.functional.one_hot(torch.arange(len(texts)), 64).float()
+    pooled = []
+    task.encoder.vision.embed = lambda x: pooled.append(x) or x
+    tokens = task.encoder.vision(images, padding).x
+    task(images, padding, owner, things)
+    crops, whole = seen
+    assert len(set(crops)) == len(crops) <= sum(map(len, things)) and len(whole) == 4
+    assert all(any(crop in text for text in whole) for crop in crops)
+    means = [tokens[b, 1:][owner[b] == index].mean(0) for b in range(4) for index in range(len(things[b]))]
+    for row in pooled[-1]:
+        assert min((row - mean).abs().max().item() for mean in means) < 1e-5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -230,7 +366,12 @@ def test_pretext_says_what_covers_a_cell_and_sees_no_expression():
     (["--max-tokens", "99"], ("max_tokens", "32")), (["--interaction-dim", "999"], ("interaction_dim", "999")),
     (["--device", "cuda:99"], ("--device", "cpu")), (["--device", "foo"], ("--device foo",)),
     (["--bottleneck", "0"], ("--bottleneck", "1 or more")), (["--lr", "-1"], ("--lr", "0 or more")), (["--max-tokens", "2"], ("3 or more",)),
-    (["--out", __file__], ("test_train.py", "is a file")), (["--text-layers", "1"], ("text layers", "[1]")), (["--text-layers", "3", "9"], ("text layer 9", "1 .. 4"))])
+    (["--out", __file__], ("test_train.py", "is a file")), (["--text-layers", "1"], ("text layers", "[1]")), (["--text-layers", "3", "9"], ("--text-layers 3 9", "1 .. 4")),
+    (["--stages", "2"], ("--stages", "m2ist")), (["--method", "hivg", "--bottleneck", "4"], ("--bottleneck", "hivg")),
+    (["--method", "hivg", "--stages", "7"], ("--stages is 7", "6 layers")), (["--method", "clip-frozen", "--focal", "1"], ("--focal", "hivg")),
+    (["--method", "hivg", "--vision-layers", "2", "2"], ("--vision-layers 2 2", "differ")),
+    (["--method", "hivg", "--bridge-layers", "7"], ("--bridge-layers 7", "1 .. 6")), (["--size", "large"], ("size", "large", "base, tiny")),
+    (["--method", "hivg", "--rank", "0"], ("--rank", "1 or more")), (["--method", "hivg", "--stage-epochs", "0"], ("--stage-epochs",))])
 def test_bad_flags(tmp_path, capsys, flags, words):
     with pytest.raises(SystemExit) as stop:
         train.run(lambda: run(tmp_path / "out", *flags))
