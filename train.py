@@ -184,16 +184,15 @@ FAMILIES = {"detr": ("bottleneck", "interaction_dim", "interaction_bottleneck", 
 
 def check_method(args, spec):
     """Refuse what would be ignored, or fail in the middle of a run."""
-    for family, flags in FAMILIES.items():
-        for flag in flags:
-            if family != spec["family"] and getattr(args, flag):
-                raise InputError(f"--{flag.replace('_', '-')} is not for --method {args.method}")
-    if (args.focal or args.dice) and not spec["region_hidden"]:
-        raise InputError(f"--focal and --dice need --method hivg; {args.method} has no region scores")
-    if args.stages > spec["vision"]["layers"]:
-        raise InputError(f"--stages is {args.stages}; the vision tower has {spec['vision']['layers']} layers to divide")
-    if args.stages and not (args.stage_epochs and args.stage_lr):
-        raise InputError("--stages needs --stage-epochs of 1 or more and --stage-lr")
+    others = FAMILIES["clip" if spec["family"] == "detr" else "detr"]
+    checks = [(getattr(args, flag), f"--{flag.replace('_', '-')} is not for --method {args.method}") for flag in others]
+    checks += [
+        ((args.focal or args.dice) and not spec.get("region_hidden"), f"--focal and --dice are not for --method {args.method}"),
+        (args.stages > spec["vision"]["layers"], f"--stages is {args.stages}; there are {spec['vision']['layers']} layers to divide"),
+        (args.stages and not (args.stage_epochs and args.stage_lr), "--stages needs --stage-epochs of 1 or more and --stage-lr")]
+    for wrong, message in checks:
+        if wrong:
+            raise InputError(message)
 
 
 MAY_CHANGE = ("device", "workers", "resume", "out", "cache")         # what a resumed run need not share with its start
@@ -387,9 +386,7 @@ def model_arguments(args):
     return {key: getattr(args, key) for key in ("method", "size", "weights", *OPTIONS)}
 
 
-@functools.lru_cache
-def make_tokenizer(weights, text_weights, max_tokens):
-    return data.Tokenizer(weights, text_weights, max_tokens)
+make_tokenizer = functools.lru_cache(data.Tokenizer)            # reading its files takes longer than building a loader
 
 
 def make_loader(samples, args, train, epoch=0):
@@ -468,7 +465,7 @@ def train_epoch(model, loader, optimizer, scaler, args, epoch, phase, bar):
         scaler.step(optimizer)
         scaler.update()
         total, seen = total + loss * size, seen + size
-        bar.set_postfix_str(f"epoch {epoch}/{args.epochs} loss {total / seen:.3f} acc {right / seen:.3f}")
+        bar.set_postfix_str(f"{phase.name}, epoch {epoch}, loss {total / seen:.3f} acc {right / seen:.3f}")
         bar.update()
     return total / seen, right / seen
 
@@ -538,9 +535,8 @@ def read_last(path):
 
 
 def begin_phase(model, phase, args, state):
-    """Bring the model to the beginning of a phase, or to where in it the run stopped -> its optimizer.
-    A phase that is over is gone through all the same: its pairs are still 0 here, and merging them opens the next stage.
-    """
+    """Bring the model to the beginning of a phase, or to where in it the run stopped -> its optimizer. A phase that is over
+    is gone through all the same: dropping its pairs opens the next stage."""
     if state["epoch"] == phase.first and "model" in state:
         load_tuned(model, state["model"], "last.pt")
     if phase.stage:
@@ -554,15 +550,23 @@ def begin_phase(model, phase, args, state):
 
 
 def end_phase(model, phase, best, lines):
-    """Merge, and go on with the weights that were best on val so far, be they of an earlier phase."""
-    if phase.stage:
-        hilora.merge(model)
+    """Go on with the weights that were best on val so far, merged, be they of this phase or of an earlier one."""
+    drop_pairs(model)
     load_tuned(model, load_file(best), best)
-    here, before = ([line.get("val_acc@0.5", 0) for line in lines if (line["epoch"] > phase.first) is wanted]
-                    for wanted in (True, False))
-    if before and max(here) < max(before):
-        tqdm.write(f"{phase.name} ends worse on val ({max(here):.4f}) than it began ({max(before):.4f}): "
-                   f"the weights that it began with are kept")
+    reached = [line.get("val_acc@0.5", 0) for line in lines]
+    here, before = max(reached[phase.first:]), max(reached[:phase.first], default=0)
+    if here < before:
+        tqdm.write(f"{phase.name} ends worse on val ({here:.4f}) than it began ({before:.4f}): what it began with is kept")
+
+
+def drop_pairs(model):
+    """Take LoRA's pairs out, with what they have learned: if it was for the better, the best checkpoint has it, merged; if
+    not, the layers that no earlier stage has changed, which are in no checkpoint, must be as they were too."""
+    pairs = hilora.find_pairs(model)
+    for _, _, pair in pairs:
+        nn.init.zeros_(pair.B)
+    if pairs:
+        hilora.merge(model)
 
 
 def fit(model, args, train_samples, val_samples):
@@ -580,13 +584,13 @@ def fit(model, args, train_samples, val_samples):
         for phase in phases:
             optimizer = begin_phase(model, phase, args, state)
             if phase.last <= state["epoch"]:
-                hilora.merge(model) if phase.stage else None
+                drop_pairs(model)
             for epoch in range(max(phase.first, state["epoch"]) + 1, phase.last + 1):
                 torch.manual_seed(args.seed * 100_003 + epoch)         # dropout: an epoch is the same, resumed or not
-                loss, accuracy = train_epoch(model, make_loader(train_samples, args, True, epoch), optimizer, scaler, args,
-                                             epoch, phase, bar)
-                line = {"epoch": epoch, "phase": phase.name, "lr": optimizer.param_groups[0]["lr"], "train_loss": loss,
-                        "train_acc@0.5": accuracy}
+                loader = make_loader(train_samples, args, True, epoch)
+                loss, accuracy = train_epoch(model, loader, optimizer, scaler, args, epoch, phase, bar)
+                rate = optimizer.param_groups[0]["lr"]
+                line = {"epoch": epoch, "phase": phase.name, "lr": rate, "train_loss": loss, "train_acc@0.5": accuracy}
                 if val_samples:
                     ious = predict(model, make_loader(val_samples, args, False), args)[2]
                     line |= {f"val_{name}": value for name, value in scores(ious).items()}
