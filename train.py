@@ -65,7 +65,6 @@ RECIPES = {
 
 
 def recipe_help(key, source):
-    """`source` and the default of each recipe, for --help."""
     return f"({source}; tiny ours; default: " + ", ".join(f"{name} {row[key]}" for name, row in RECIPES.items() if key in row) + ")"
 
 
@@ -150,8 +149,7 @@ def complete(args):
     one_of("amp", args.amp, ("off", "bf16", "fp16"))
     args.micro_batch = args.micro_batch or args.batch_size
     args.pretext_steps = args.pretext_steps or spec["pretext_steps"]
-    if args.workers is None:
-        args.workers = 0 if args.dataset == "shapes" else 2
+    args.workers = args.workers if args.workers is not None else 0 if args.dataset == "shapes" else 2
     args.out = args.out or f"runs/{Path(args.dataset).stem}-{args.method}-{args.seed}"
     check(args)
     check_method(args, spec)
@@ -177,13 +175,12 @@ def check(args):
         raise InputError(f"--device {args.device} cannot be used here ({str(error).splitlines()[0]}); take --device cpu") from None
 
 
-# Flags that are nothing to methods of the other family.
 FAMILIES = {"detr": ("bottleneck", "interaction_dim", "interaction_bottleneck", "residual", "vision_weights"),
             "clip": ("vision_layers", "bridge_layers", "clip_weights", "stages", "contrast", "focal", "dice", "deep_to_shallow")}
 
 
 def check_method(args, spec):
-    """Refuse what would be ignored, or fail in the middle of a run."""
+    """Refuse what would be ignored, FAMILIES of flags among it, or fail in the middle of a run."""
     others = FAMILIES["clip" if spec["family"] == "detr" else "detr"]
     checks = [(getattr(args, flag), f"--{flag.replace('_', '-')} is not for --method {args.method}") for flag in others]
     checks += [
@@ -223,8 +220,7 @@ def parse_args(argv=None):
 
 
 # --- The tiny encoders' pretraining --------------------------------------------------------------------------------
-# No (expression, box) pair is seen: DETR's stand-in learns what is where in a picture, BERT's masked words, CLIP's
-# picture-caption contrast, with captions of its own.
+# No (expression, box) pair is seen: DETR's stand-in learns what is where, BERT's masked words, CLIP's contrast with captions.
 
 class PretextVision(nn.Module):
     """What covers a cell (colour, shape: cross entropy) and its box (L1), read off the encoder's output by one linear.
