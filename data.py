@@ -399,16 +399,19 @@ class Tokenizer:
     Calling it gives at most max_tokens ids; of a longer text the end is cut, [SEP] stays.
     """
 
-    def __init__(self, weights, text_weights, max_tokens):
+    def __init__(self, weights, name, max_tokens, vocabulary=None, flag="--text-weights"):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")          # its threads do not survive DataLoader's fork
         from transformers import AutoTokenizer, BertTokenizer
         self.max_tokens = max_tokens
         if weights == "pretrained":
+            way_out = f"give a hub name or a folder by {flag}, or take --weights random or --size tiny"
             try:
-                self.wordpiece = AutoTokenizer.from_pretrained(text_weights)
+                self.wordpiece = AutoTokenizer.from_pretrained(name)
             except (OSError, ValueError) as error:
-                raise InputError(f"no tokenizer in {text_weights} ({str(error).splitlines()[0]}): give a hub name or a "
-                                 f"folder by --text-weights, or take --weights random or --size tiny") from None
+                raise InputError(f"no tokenizer in {name} ({str(error).splitlines()[0]}): {way_out}") from None
+            if vocabulary and len(self.wordpiece) != vocabulary:         # transformers makes an empty one where files lack
+                raise InputError(f"{name}: its tokenizer has {len(self.wordpiece)} words, the text encoder {vocabulary}; are "
+                                 f"tokenizer.json, vocab.txt or vocab.json with merges.txt missing there? Else {way_out}")
         else:
             said = " ".join([*COLOURS, *SHAPES, *NOUNS, *ORDINALS, "to from", *sum(SIZE_WORDS.values(), ()),
                              *EXTREMES, *(p for _, ways in (*EXTREMES.values(), *RELATIONS.values()) for p in ways)])
@@ -429,7 +432,7 @@ def seeded(*key):
 
 class GroundingDataset(torch.utils.data.Dataset):
     """Samples as tensors. size: the square's side in pixels. train: put the picture at a random place of its square,
-    drawn from seed and index alone, so that neither workers nor a resumed run change what is seen."""
+    drawn from seed and index alone, so that neither workers nor a resumed run change what is seen. [D32]"""
 
     def __init__(self, samples, size, tokenizer, train=False, seed=0, pixels=PIXELS["detr"]):
         self.samples, self.size, self.tokenizer, self.train, self.seed, self.pixels = samples, size, tokenizer, train, seed, pixels

@@ -27,6 +27,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+def check_linear(linear, rank):
+    if type(linear) is not nn.Linear:        # a subclass may be read by others without being called: MultiheadAttention
+        raise TypeError(f"LoRA needs a plain nn.Linear, not {type(linear).__name__}")
+    if rank < 1:
+        raise ValueError(f"rank is {rank}; it must be 1 or more")
+
+
 class LoRALinear(nn.Module):
     """h = W x + α/r B A x, HiVG Eq. (5): a linear whose own weight is frozen, and a low-rank pair that is trained.
 
@@ -36,10 +43,7 @@ class LoRALinear(nn.Module):
 
     def __init__(self, linear, rank=32, alpha=16):
         super().__init__()
-        if type(linear) is not nn.Linear:        # a subclass may be read by others without being called: MultiheadAttention
-            raise TypeError(f"LoRA needs a plain nn.Linear, not {type(linear).__name__}")
-        if rank < 1:
-            raise ValueError(f"rank is {rank}; it must be 1 or more")
+        check_linear(linear, rank)
         self.weight, self.bias = linear.weight.requires_grad_(False), linear.bias
         if self.bias is not None:
             self.bias.requires_grad_(False)
@@ -76,7 +80,9 @@ def add_stage(layers, stage, groups, rank=32, alpha=16, targets=("q", "k", "v", 
 
     layers: modules, shallow first. targets: dotted names of the linears within each. A single group takes part in
     every stage, as the text tower does. Only the linears that get a pair are frozen here; freeze the rest yourself.
-    Raises ValueError if the stages before are not done or not merged, or if a layer lacks a target.
+    Raises ValueError if the stages before are not done or not merged, or if a layer lacks a target; TypeError for a target
+    that is no plain nn.Linear. How many stages were done is kept on the layers, not in their state dict: who loads merged
+    weights of j stages into a fresh model begins and merges j stages first, whose pairs, still 0, change nothing.
     """
     layers = list(layers)
     if not layers or stage < 1 or (groups > 1 and stage > groups):
@@ -86,18 +92,20 @@ def add_stage(layers, stage, groups, rank=32, alpha=16, targets=("q", "k", "v", 
     done = max(getattr(layer, "hilora_stage", 0) for layer in layers)
     if done != stage - 1:
         raise ValueError(f"stage {stage} cannot begin: the last one of these layers was {done or 'none'}, and stages go in order")
-    found = []
+    linears = []
     for number, layer in enumerate(layers, start=1):
-        if layer_group(number, len(layers), groups) <= stage:
-            for target in targets:
-                try:
-                    linear = layer.get_submodule(target)
-                except AttributeError:
-                    raise ValueError(f"layer {number} has no {target!r}") from None
-                parent, _, name = target.rpartition(".")
-                found.append((layer.get_submodule(parent), name, LoRALinear(linear, rank, alpha)))
-    for parent, name, pair in found:               # only now, when nothing can go wrong halfway
-        setattr(parent, name, pair)
+        for target in targets if layer_group(number, len(layers), groups) <= stage else ():
+            try:
+                linears.append((layer, target, layer.get_submodule(target)))
+            except AttributeError:
+                raise ValueError(f"layer {number} has no {target!r}") from None
+    if not linears:
+        raise ValueError("a stage needs targets: the names of linears within each layer")
+    for _, _, linear in linears:
+        check_linear(linear, rank)
+    for layer, target, linear in linears:          # only now, when nothing can go wrong halfway
+        parent, _, name = target.rpartition(".")
+        setattr(layer.get_submodule(parent), name, LoRALinear(linear, rank, alpha))
     for layer in layers:
         layer.hilora_stage = stage
 

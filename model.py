@@ -380,8 +380,8 @@ class ClipGrounding(nn.Module):
                 vision["dim"], text["dim"], len(self.text_layers), spec["max_tokens"], vision["heads"])
 
     def begin_stage(self, stage, stages, rank, alpha, deep_to_shallow=False):
-        """HiLoRA's stage of the vision tower, in `stages` groups, and of the text tower, which is one (Section 4.1): pairs
-        on q, k, v and out [D25]."""
+        """HiLoRA's stage of the vision tower, in `stages` groups, and of the text tower, which is one (Section 4.1) and
+        takes part in all [D34]: pairs on q, k, v and out [D25]."""
         vision = list(self.clip.vision.layers)
         hilora.add_stage(vision[::-1] if deep_to_shallow else vision, stage, stages, rank, alpha)
         hilora.add_stage(self.clip.text.layers, stage, 1, rank, alpha)
@@ -523,14 +523,14 @@ SIZES = {       # size: family: everything about the architecture, and what opti
             vision=dict(channels=2048, dim=256, heads=8, hidden=2048, layers=6, dropout=0.1),
             text=dict(vocabulary=30522, positions=512, dim=768, heads=12, hidden=3072, layers=12, dropout=0.1),
             grounding=dict(dim=256, heads=8, hidden=2048, layers=6, dropout=0.1),
-            bottleneck=128, interaction_dim=256, interaction_bottleneck=128),
+            bottleneck=128, interaction_dim=256, interaction_bottleneck=128, text_weights="bert-base-uncased"),
         # HiVG Section 4.1 and Table 7 [D16]; hidden widths of the grounding encoder and of the region MLP as released.
         "clip": dict(
             image_size=224, stride=16, max_tokens=77, vision_layers=[1, 4, 8, 12], bridge_layers=[4, 8, 12],
             vision=dict(dim=768, heads=12, hidden=3072, layers=12, embedding=512),
             text=dict(vocabulary=49408, positions=77, dim=512, heads=8, hidden=2048, layers=12, embedding=512),
             grounding=dict(dim=512, heads=8, hidden=2048, layers=6, dropout=0.1, pre_norm=True), region_hidden=3072,
-            clip_weights="openai/clip-vit-base-patch16")},
+            clip_weights="openai/clip-vit-base-patch16")},      # [D31]
     "large": {
         "clip": dict(
             image_size=224, stride=14, max_tokens=77, vision_layers=[6, 12, 18, 24], bridge_layers=[6, 12, 18, 24],
@@ -559,7 +559,7 @@ SIZES = {       # size: family: everything about the architecture, and what opti
 METHODS = {
     "full": dict(family="detr", tune_encoders=True, side=False),                                    # Table I [D10]
     "frozen": dict(family="detr", tune_encoders=False, side=False),                                 # Table V (a)
-    "m2ist": dict(family="detr", tune_encoders=False, side=True),                                   # Tables I and V (f)
+    "m2ist": dict(family="detr", tune_encoders=False, side=True, scale=0.1),                        # Tables I and V (f)
     "clip-frozen": dict(family="clip", vision_layers=[], bridge_layers=[], region_hidden=None),     # HiVG Fig. 4 (d), original CLIP
     "clip-lora": dict(family="clip", vision_layers=[], bridge_layers=[], region_hidden=None),       # ... with vanilla LoRA
     "hivg": dict(family="clip"),
@@ -567,9 +567,9 @@ METHODS = {
 
 # What a model may be built with (train.py --help says what it is); where it is None the size says. Of HiVG, no text_layers
 # are all of them, and no vision_layers the last.
-OPTIONS = dict(max_tokens=None, bottleneck=None, interaction_dim=None, interaction_bottleneck=None, scale=0.1, residual=False,
+OPTIONS = dict(max_tokens=None, bottleneck=None, interaction_dim=None, interaction_bottleneck=None, scale=None, residual=False,
                text_layers=None, vision_layers=None, bridge_layers=None, vision_weights=None,
-               text_weights="bert-base-uncased", clip_weights=None, cache=".cache", pretext_steps=None)
+               text_weights=None, clip_weights=None, cache=".cache", pretext_steps=None)
 
 
 def one_of(name, value, valid):

@@ -24,20 +24,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
 import losses
 import hilora
-from model import (METHODS, OPTIONS, SIZES, InputError, architecture, build_encoders, build_model, count_parameters, one_of,
+from model import (METHODS, OPTIONS, SIZES, InputError, architecture, build_encoders, build_model, count_parameters, one_of, read_state,
                    shapes_weights)
 
 # --- The command line ------------------------------------------------------------------------------------------------
 
-# What flags are where the command line does not say: all rows whose words are among the run's family (detr or clip),
-# size, method and dataset, a later row before an earlier one.
+# What flags are where the command line does not say: by all rows whose words are among the run's family (detr or clip), size,
+# method and dataset; of two, the later one.
 RECIPES = {
     "detr": dict(l1=1.0, giou=1.0, contrast=0.0, focal=0.0, dice=0.0, stages=0, stage_epochs=0, stage_lr=[]),
     # M²IST Section IV-B c: AdamW, one drop by 10; the batch of Table I. RefCOCO+ trains twice as long. [D12] 1e-5 is the
@@ -50,16 +50,16 @@ RECIPES = {
     "tiny full": dict(lr_encoder=1e-4),
     # HiVG Section 4.1 and Table 8. [D21] The section's batch is 60, the table's 80.
     "clip": dict(l1=2.0, giou=2.0, contrast=1.0, focal=20.0, dice=2.0, epochs=50, lr=2.5e-4, lr_encoder=2.5e-4,
-                 schedule="cosine", lr_drop=50, warmup=0),
+                 schedule="cosine", lr_drop=50, warmup=0, rank=32, alpha=16.0),
     "clip base": dict(batch_size=80, stages=3, stage_epochs=20, stage_lr=[1e-4, 0.5e-4, 0.25e-4]),
     "clip large": dict(batch_size=32, stages=4, stage_epochs=15, stage_lr=[1e-4, 0.75e-4, 0.5e-4, 0.25e-4]),
     # Ours: nine epochs in all, whatever the method, so that they can be compared.
     "clip tiny": dict(epochs=3, batch_size=32, lr=2e-3, lr_encoder=2e-3, warmup=200, stages=3, stage_epochs=2,
                       stage_lr=[1.5e-3, 1e-3, 5e-4]),
-    # HiVG Fig. 4 (d): the box loss alone; vanilla LoRA is one round, here as long as all of HiLoRA's.
+    # HiVG Fig. 4 (d): the box loss alone [D35]; vanilla LoRA is one round, here as long as all of HiLoRA's.
     "clip-frozen": dict(contrast=0.0, focal=0.0, dice=0.0, stages=0),
     "clip-lora": dict(contrast=0.0, focal=0.0, dice=0.0, stages=1, stage_epochs=60),
-    "tiny clip-frozen": dict(epochs=9),
+    "tiny clip-frozen": dict(epochs=9, lr=1e-3, lr_encoder=1e-3),
     "tiny clip-lora": dict(stage_epochs=6),
 }
 
@@ -80,8 +80,7 @@ def build_parser():
     what("--seed", type=int, default=0, help="of new weights, order and transforms (ours; default: 0)")
     encoders = parser.add_argument_group("encoders").add_argument
     encoders("--vision-weights", help="file of DETR R-50, official or TransVG's (Section IV-B a; default: DETR's official file)")
-    encoders("--text-weights", default=OPTIONS["text_weights"],
-             help="hub name or folder of a BERT (Section IV-B a; default: bert-base-uncased)")
+    encoders("--text-weights", help="hub name or folder of a BERT (Section IV-B a; default: bert-base-uncased)")
     encoders("--clip-weights", help="hub name or folder of a CLIP (HiVG Section 4.1; default: OpenAI's ViT-B/16, large ViT-L/14)")
     encoders("--max-tokens", type=int, help="text tokens with the first and the last (released code, M²IST's takes 40 for "
              "RefCOCOg; HiVG Appendix B; default: M²IST 20, HiVG 77)")
@@ -91,9 +90,8 @@ def build_parser():
     adapters("--bottleneck", type=int, help="C_d of VEA and LEA (Section IV-B b; default: 128, tiny 32)")
     adapters("--interaction-dim", type=int, help="C_i of IEA (Section IV-B b; default: 256, tiny 64)")
     adapters("--interaction-bottleneck", type=int, help="C_d of IEA (Section IV-C a; default: 128, tiny 32)")
-    adapters("--scale", type=float, default=OPTIONS["scale"], help="s of all adapters (Section IV-B b; default: 0.1)")
-    adapters("--residual", action="store_true",
-             help="adapters add their own input, Eqs. (1), (4), (5) to the letter (released code; default: no)")
+    adapters("--scale", type=float, help="s of all adapters (Section IV-B b; default: 0.1)")
+    adapters("--residual", action="store_true", help="adapters add their own input, Eqs. 1, 4, 5 (released code; default: no)")
     adapters("--text-layers", type=int, nargs="+",
              help="M²IST: paired with vision layers 1, 2, ... (Table VIII c; default: 7 8 9 10 11 12, tiny 3 4); HiVG: what "
                   "bridges see (Table 10; default: all)")
@@ -105,8 +103,8 @@ def build_parser():
     clip("--stages", type=int, help="G, LoRA's stages and layer groups; 0 is no LoRA " + recipe_help("stages", "HiVG Section 4.1"))
     clip("--stage-epochs", type=int, help="of each stage, after --epochs of warm-up " + recipe_help("stage_epochs", "HiVG Table 8"))
     clip("--stage-lr", type=float, nargs="+", help="of each stage, the last for all more " + recipe_help("stage_lr", "HiVG Table 8"))
-    clip("--rank", type=int, default=32, help="r of LoRA (HiVG Table 8; default: 32)")
-    clip("--alpha", type=float, default=16.0, help="α of LoRA (HiVG Table 8; default: 16)")
+    clip("--rank", type=int, help="r of LoRA " + recipe_help("rank", "HiVG Table 8"))
+    clip("--alpha", type=float, help="α of LoRA " + recipe_help("alpha", "HiVG Table 8"))
     clip("--deep-to-shallow", action="store_true", help="vision's last layers first (HiVG Table 5; default: no)")
     training = parser.add_argument_group("training").add_argument
     training("--epochs", type=int, help=recipe_help("epochs", "Section IV-B c"))
@@ -136,12 +134,10 @@ def build_parser():
 def complete(args):
     """Fill in what the command line left open, and refuse what cannot be."""
     args.size = args.size or ("tiny" if args.dataset == "shapes" else "base")
-    spec = architecture(args.method, args.size)
+    spec = architecture(args.method, args.size, {key: getattr(args, key) for key in OPTIONS})
     args.weights = args.weights or ("shapes" if args.size == "tiny" else "pretrained")
-    run, recipe = {METHODS[args.method]["family"], args.size, args.method, args.dataset}, {}
-    for words, row in RECIPES.items():
-        if run.issuperset(words.split()):
-            recipe |= row
+    run = {spec["family"], args.size, args.method, args.dataset}
+    recipe = {key: value for words, row in RECIPES.items() if run.issuperset(words.split()) for key, value in row.items()}
     for key, value in recipe.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -150,7 +146,7 @@ def complete(args):
     args.micro_batch = args.micro_batch or args.batch_size
     args.pretext_steps = args.pretext_steps or spec["pretext_steps"]
     args.workers = args.workers if args.workers is not None else 0 if args.dataset == "shapes" else 2
-    args.out = args.out or f"runs/{Path(args.dataset).stem}-{args.method}-{args.seed}"
+    args.out = args.out or RUN.format(Path(args.dataset).stem, args.method, args.seed)
     check(args)
     check_method(args, spec)
     return args
@@ -160,23 +156,25 @@ LEAST = {             # flags and the least that makes sense; 3 tokens are [CLS]
     **dict.fromkeys(("epochs", "batch_size", "micro_batch", "lr_drop", "limit", "pretext_steps", "bottleneck",
                      "interaction_dim", "interaction_bottleneck", "rank"), 1),
     **dict.fromkeys(("workers", "warmup", "lr", "lr_encoder", "weight_decay", "l1", "giou", "contrast", "focal", "dice",
-                     "stages", "stage_epochs"), 0), "max_tokens": 3}
+                     "stages", "stage_epochs", "stage_lr"), 0), "max_tokens": 3, "alpha": 1e-6}
 
 
 def check(args):
     """What can be refused before anything is loaded; evaluate.py has some of the same flags."""
     for flag, least in LEAST.items():
         value = getattr(args, flag, None)
-        if value is not None and not value >= least:
-            raise InputError(f"--{flag.replace('_', '-')} is {value}; it must be {least} or more")
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not least <= number < math.inf:
+                raise InputError(f"--{flag.replace('_', '-')} is {number}; it must be {least} or more")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {args.device} cannot be used here ({str(error).splitlines()[0]}); take --device cpu") from None
 
 
-FAMILIES = {"detr": ("bottleneck", "interaction_dim", "interaction_bottleneck", "residual", "vision_weights"),
-            "clip": ("vision_layers", "bridge_layers", "clip_weights", "stages", "contrast", "focal", "dice", "deep_to_shallow")}
+FAMILIES = {"detr": ("bottleneck", "interaction_dim", "interaction_bottleneck", "residual", "scale", "vision_weights", "text_weights"),
+            "clip": ("vision_layers", "bridge_layers", "clip_weights", "stages", "stage_epochs", "stage_lr", "rank", "alpha",
+                     "deep_to_shallow", "contrast", "focal", "dice")}
 
 
 def check_method(args, spec):
@@ -186,12 +184,15 @@ def check_method(args, spec):
     checks += [
         ((args.focal or args.dice) and not spec.get("region_hidden"), f"--focal and --dice are not for --method {args.method}"),
         (args.stages > spec["vision"]["layers"], f"--stages is {args.stages}; there are {spec['vision']['layers']} layers to divide"),
-        (args.stages and not (args.stage_epochs and args.stage_lr), "--stages needs --stage-epochs of 1 or more and --stage-lr")]
+        (args.stages and not (args.stage_epochs and args.stage_lr), "--stages needs --stage-epochs of 1 or more and --stage-lr"),
+        (args.deep_to_shallow and not args.stages, "--deep-to-shallow is for --stages of 1 or more"),
+        (spec["family"] == "clip" and args.text_layers and not spec["bridge_layers"], "--text-layers are for bridges; there is none")]
     for wrong, message in checks:
         if wrong:
             raise InputError(message)
 
 
+RUN = "runs/{}-{}-{}"                                                # --out where it is not given
 MAY_CHANGE = ("device", "workers", "resume", "out", "cache")         # what a resumed run need not share with its start
 
 
@@ -200,7 +201,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not args.resume:
         return complete(args)
-    out = complete(argparse.Namespace(**vars(args))).out
+    out = args.out or RUN.format(Path(args.dataset).stem, args.method, args.seed)
     path = Path(out) / "args.json"
     if not path.exists():            # killed before its first write, or never started
         print(f"--resume: nothing to go on with in {out} yet, starting a new run")
@@ -220,13 +221,13 @@ def parse_args(argv=None):
 
 
 # --- The tiny encoders' pretraining --------------------------------------------------------------------------------
-# No (expression, box) pair is seen: DETR's stand-in learns what is where, BERT's masked words, CLIP's contrast with captions.
+# No expression is seen with its picture: DETR's stand-in learns what is where, BERT's masked words, CLIP's contrast of things
+# and pictures with captions of its own.
 
 class PretextVision(nn.Module):
-    """What covers a cell (colour, shape: cross entropy) and its box (L1), read off the encoder's output by one linear.
-    The linear stays as it was drawn, and boxes are spread to about unit variance: so colour, shape and place must all
-    be written large in the tokens, as a later reader needs them, and not in whatever corner a trained linear finds.
-    """
+    """What covers a cell (colour, shape: cross entropy) and its box (L1), read off the encoder's output by one linear. That
+    stays as it was drawn, and boxes are spread to about unit variance: so colour, shape and place must all be written
+    large in the tokens, as a later reader needs them, and not in whatever corner a trained linear finds."""
     def __init__(self, encoder, seed):
         super().__init__()
         self.encoder, self.parts = encoder, [len(data.COLOURS) + 1, len(data.SHAPES), 4]
@@ -269,16 +270,14 @@ class PretextText(nn.Module):
         real = tokens != self.tokenizer.pad
         hidden = (torch.rand(tokens.shape) < 0.15) & real
         out = self.head(self.encoder(tokens.masked_fill(hidden, self.tokenizer.mask), ~real).x)
-        # All words are asked for, not the hidden ones alone, so that the output still says which word stands where;
-        # BERT gets that from leaving some of the chosen words unmasked.
+        # All words are asked for, hidden or not, so that the output still says which word stands where.
         return F.cross_entropy(out[real], tokens[real])
 
 
 class PretextClip(nn.Module):
     """Contrast with captions, HiVG Eqs. (9)-(11): of whole pictures, by [CLS] as in CLIP, and of crops, each of one thing.
     A crop is taken from the tokens, not from the pixels, so that a picture is encoded once for all its crops. What the
-    captions say of each thing, the tokens that cover it come to know; contrast of whole pictures alone gets there slowly.
-    """
+    captions say of each thing, the tokens that cover it come to know; contrast of whole pictures alone gets there slowly."""
     def __init__(self, encoder, seed):
         super().__init__()
         self.encoder, self.tokenizer = encoder, data.Tokenizer("shapes", None, SIZES["tiny"]["clip"]["max_tokens"])
@@ -324,8 +323,7 @@ def pretrain_encoders(cache, steps, family, batch=64, lr=2e-3, seed=0):
             schedule.step()
             bar.set_postfix(loss=f"{loss.item():.3f}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {f"{name}.{key}": value for name, encoder in encoders.items() for key, value in encoder.state_dict().items()}
-    save_whole(path, lambda partial: save_file(state, partial))
+    save_whole(path, lambda partial: save_file(nn.ModuleDict(encoders).state_dict(), partial))
 
 
 # --- Checkpoints: the tuned weights alone, and in their metadata what rebuilds the rest ------------------------------
@@ -377,18 +375,19 @@ def save_checkpoint(path, model, config):
 
 # --- Training --------------------------------------------------------------------------------------------------------
 
-def model_arguments(args):
-    """What rebuilds the model: build_model's arguments."""
+def model_arguments(args):                              # what rebuilds the model: build_model's arguments
     return {key: getattr(args, key) for key in ("method", "size", "weights", *OPTIONS)}
 
 
 make_tokenizer = functools.lru_cache(data.Tokenizer)            # reading its files takes longer than building a loader
+INPUTS = ("images", "image_padding", "tokens", "token_padding")        # of the model, in a batch
 
 
 def make_loader(samples, args, train, epoch=0):
     """Batches of a dataset. In training the order and the transforms are drawn from the seed and the epoch alone."""
     spec = architecture(args.method, args.size, {key: getattr(args, key) for key in OPTIONS})
-    tokenizer = make_tokenizer(args.weights, spec["text_weights" if spec["family"] == "detr" else "clip_weights"], spec["max_tokens"])
+    kind = "text" if spec["family"] == "detr" else "clip"
+    tokenizer = make_tokenizer(args.weights, spec[f"{kind}_weights"], spec["max_tokens"], spec["text"]["vocabulary"], f"--{kind}-weights")
     dataset = data.GroundingDataset(samples, spec["image_size"], tokenizer, train, (args.seed, epoch), data.PIXELS[spec["family"]])
     order = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
     return DataLoader(dataset, args.batch_size, shuffle=train, generator=order, num_workers=args.workers,
@@ -448,9 +447,9 @@ def train_epoch(model, loader, optimizer, scaler, args, epoch, phase, bar):
         optimizer.zero_grad(set_to_none=True)
         size, loss = len(batch["boxes"]), 0.0
         for part in zip(*(v.split(args.micro_batch) for v in batch.values())):
-            images, image_padding, tokens, token_padding, boxes, _ = (v.to(args.device, non_blocking=True) for v in part)
+            *inputs, boxes, _ = (v.to(args.device, non_blocking=True) for v in part)
             with autocast(args):
-                found = model(images, image_padding, tokens, token_padding)
+                found = model(*inputs)
             part_loss = losses.total_loss(found, boxes, **weights) * len(boxes) / size
             scaler.scale(part_loss).backward()
             loss += part_loss.item()
@@ -472,9 +471,8 @@ def predict(model, loader, args):
     model.eval()
     found = []
     for batch in loader:
-        inputs = [batch[k].to(args.device) for k in ("images", "image_padding", "tokens", "token_padding")]
         with autocast(args):
-            pred = model(*inputs).boxes.float().cpu()
+            pred = model(*(batch[k].to(args.device) for k in INPUTS)).boxes.float().cpu()
         found.append((pred, batch["boxes"], losses.iou_and_giou(pred, batch["boxes"])[0]))
     return [torch.cat(part) for part in zip(*found)]
 
@@ -490,9 +488,8 @@ def picture_predictions(model, samples, args, path):
     model.eval()
     tiles = []
     for sample, batch in zip(samples, make_loader(samples, argparse.Namespace(**{**vars(args), "batch_size": 1}), False)):
-        inputs = [batch[k].to(args.device) for k in ("images", "image_padding", "tokens", "token_padding")]
         with autocast(args):
-            found = model(*inputs, attention=True)
+            found = model(*(batch[k].to(args.device) for k in INPUTS), attention=True)
         iou = losses.iou_and_giou(found.boxes.cpu(), batch["boxes"])[0].item()
         picture, cells = data.load_picture(sample.image), math.isqrt(found.attention.shape[1])
         box = data.from_square(found.boxes[0].cpu(), picture.size, batch["images"].shape[-1])
@@ -503,9 +500,8 @@ def picture_predictions(model, samples, args, path):
 
 def refuse_to_overwrite(args):
     out = Path(args.out)
-    for path in (out, *out.parents):
-        if path.exists() and not path.is_dir():
-            raise InputError(f"--out {out}: {path} is a file, not a folder")
+    if blocked := [path for path in (out, *out.parents) if path.exists() and not path.is_dir()]:
+        raise InputError(f"--out {out}: {blocked[0]} is a file, not a folder")
     if not args.resume and out.exists() and any(path.suffix != ".partial" for path in out.iterdir()):
         raise InputError(f"--out {out} already holds a run: give another --out, or --resume to go on with it")
 
@@ -513,9 +509,9 @@ def refuse_to_overwrite(args):
 def write_args(args):
     """Make the --out folder and say in it what is run, and on what."""
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    about = {"args": vars(args), "environment": {
-        "torch": torch.__version__, "torchvision": torchvision.__version__, "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name(args.device) if "cuda" in args.device else "cpu"}}
+    versions = {package.__name__: package.__version__ for package in (torch, torchvision, transformers)}
+    device = torch.cuda.get_device_name(args.device) if "cuda" in args.device else "cpu"
+    about = {"args": vars(args), "environment": {**versions, "device": device}}
     save_whole(Path(args.out) / "args.json", lambda path: path.write_text(json.dumps(about, indent=1)))
 
 
@@ -546,9 +542,9 @@ def begin_phase(model, phase, args, state):
 
 
 def end_phase(model, phase, best, lines):
-    """Go on with the weights that were best on val so far, merged, be they of this phase or of an earlier one."""
+    """Go on with the weights that were best on val so far, merged, be they of this phase or of an earlier one [D33]."""
     drop_pairs(model)
-    load_tuned(model, load_file(best), best)
+    load_tuned(model, read_state(best), best)
     reached = [line.get("val_acc@0.5", 0) for line in lines]
     here, before = max(reached[phase.first:]), max(reached[:phase.first], default=0)
     if here < before:
@@ -569,7 +565,7 @@ def fit(model, args, train_samples, val_samples):
     """The training loop: phases of epochs, each epoch followed by an evaluation on val and by writing everything down."""
     out, phases, state = Path(args.out), plan(args), read_last(Path(args.out) / "last.pt")
     best, lines = state["best"], state["log"]
-    scaler = torch.amp.GradScaler(enabled=args.amp == "fp16")
+    scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.amp == "fp16")
     steps = len(make_loader(train_samples, args, True))
     if state["epoch"]:
         if state["frozen"] != frozen_fingerprint(model, state["model"]):
@@ -617,22 +613,25 @@ def main(argv=None):
     if not val_samples:
         print(f"{args.dataset} has no split 'val': the last epoch is kept as the best")
     with torch.device("meta"):                          # what is wrong with the flags shows now, not after pretraining
-        counts = count_parameters(build_model(**{**model_arguments(args), "weights": "random"}))
+        model = build_model(**{**model_arguments(args), "weights": "random"})
+        for phase in plan(args):                        # to the last stage, whose pairs count
+            drop_pairs(model)
+            begin_phase(model, phase, args, {"epoch": 0})
     print(f"{args.method} {args.size} on {args.dataset}: {len(train_samples)} expressions to train on, "
-          f"{len(val_samples)} to validate; parameters {counts}")
+          f"{len(val_samples)} to validate; parameters {count_parameters(model)}")
     if args.weights == "shapes" and args.size == "tiny":
         pretrain_encoders(args.cache, args.pretext_steps, METHODS[args.method]["family"])
     torch.manual_seed(args.seed)
     model = build_model(**model_arguments(args)).to(args.device)
+    make_loader(train_samples, args, True)              # and if the tokenizer lacks files, before the folder is made
     if not args.resume:
         write_args(args)
     lines, best = fit(model, args, train_samples, val_samples), Path(args.out) / "best.safetensors"
-    load_tuned(model, load_file(best), best)
+    load_tuned(model, read_state(best), best)
     picture_predictions(model, data.spread(val_samples or train_samples), args, Path(args.out) / "val.png")
-    if val_samples:
-        for phase in plan(args):
-            reached = max(line["val_acc@0.5"] for line in lines[:phase.last])
-            print(f"{phase.name}: best Acc@0.5 on val until its end, epoch {phase.last}: {reached:.4f}")
+    for phase in plan(args) if val_samples else ():
+        reached = max(line["val_acc@0.5"] for line in lines[:phase.last])
+        print(f"{phase.name}: best Acc@0.5 on val until its end, epoch {phase.last}: {reached:.4f}")
     print(f"{(time.time() - began) / 60:.1f} minutes; look at {args.out}/val.png; python evaluate.py {args.out}")
 
 

@@ -251,8 +251,37 @@ def test_pictures_that_are_missing_broken_or_too_small_for_their_box_are_named(t
     assert item("grey.png", (20.0, 10.0, 90.0, 90.0))[3] == pytest.approx([0.75, 0.625, 0.5, 0.5], abs=0.01)
 
 
-def test_an_error_in_a_loading_process_is_still_one_line(tmp_path):
+def test_an_error_in_a_loading_process_is_still_one_line(tmp_path, capsys):
+    import train
     dataset = data.GroundingDataset([data.Sample(tmp_path / "gone.jpg", "a", (0, 0, 1, 1), 0)], 64, len)
-    with pytest.raises(InputError) as error:
-        list(torch.utils.data.DataLoader(dataset, num_workers=1))
-    assert "gone.jpg" in str(error.value) and "Traceback" not in str(error.value)
+    with pytest.raises(SystemExit):
+        train.run(lambda: list(torch.utils.data.DataLoader(dataset, num_workers=1)))
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error: ") and "gone.jpg" in said and "\n" not in said
+
+
+def test_a_folder_with_weights_but_without_the_tokenizers_files_is_an_error(tmp_path):
+    """transformers makes an empty vocabulary there, and every text would be its length and no more."""
+    import transformers
+    both = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    transformers.CLIPModel(transformers.CLIPConfig(text_config={**both, "vocab_size": 60, "eos_token_id": 59, "bos_token_id": 58},
+                                                   vision_config=both)).save_pretrained(tmp_path / "clip")
+    transformers.BertModel(transformers.BertConfig(**both)).save_pretrained(tmp_path / "bert")
+    for name, flag in (("clip", "--clip-weights"), ("bert", "--text-weights")):
+        with pytest.raises(InputError, match=flag):
+            data.Tokenizer("pretrained", str(tmp_path / name), 20, 49408, flag)
+
+
+def test_clips_tokenizer_lowers_and_keeps_its_ends(tmp_path):
+    from transformers import CLIPTokenizer
+    pieces = ["<|startoftext|>", "<|endoftext|>", *"redcupth", *(c + "</w>" for c in "redcupth"), "re", "red</w>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nr e\nre d</w>\n")
+    CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    tokenizer = data.Tokenizer("pretrained", str(tmp_path), 5, len(pieces), "--clip-weights")
+    assert tokenizer("RED cup") == tokenizer("red cup") and len(tokenizer("red cup red cup")) == 5
+    for text in ("red", "red cup red cup"):
+        ids = tokenizer(text)
+        assert (ids[0], ids[-1]) == (0, 1) and ids.count(1) == 1
+    assert tokenizer("red") == [0, pieces.index("red</w>"), 1]

@@ -144,17 +144,20 @@ def test_a_stage_or_a_merge_out_of_order_is_refused(order, message):
 
 
 def test_bad_targets_are_refused_before_anything_is_changed():
-    model = stack()
+    model = stack().requires_grad_(True)
     with pytest.raises(ValueError, match="layer 1 has no 'k'"):
         hilora.add_stage(model, 1, 3, targets=("q", "k"))
     with pytest.raises(TypeError, match="plain nn.Linear, not ReLU"):
         hilora.add_stage(model, 1, 3, targets=("q", "ffn.1"))
-    assert not hilora.find_pairs(model)
+    with pytest.raises(ValueError, match="needs targets"):
+        hilora.add_stage(model, 1, 3, targets=())
+    assert not hilora.find_pairs(model) and all(p.requires_grad for p in model.parameters())
+    hilora.add_stage(model, 1, 3, rank=2, targets=("q",))                            # and stage 1 is still to be had
     vit = torchvision.models.VisionTransformer(32, 16, 1, 2, 8, 8)
     with pytest.raises(TypeError, match="NonDynamicallyQuantizableLinear"):      # MultiheadAttention reads it, uncalled
         hilora.add_stage(vit.encoder.layers, 1, 1, targets=("self_attention.out_proj",))
     with pytest.raises(ValueError, match="rank"):
-        hilora.add_stage(model, 1, 3, rank=0, targets=("q",))
+        hilora.add_stage(stack(), 1, 3, rank=0, targets=("q",))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
