@@ -2,6 +2,7 @@
 
     Sample, load_samples      one expression and its box, for every dataset
     shapes                    the generated default: pictures of coloured shapes, expressions that single one out
+    ShapesScenes, caption     its pictures for the pretraining of tiny encoders, and captions of what is in them
     JSONL                     one's own data: {"image": "a.jpg", "text": "the red cup", "box": [x1, y1, x2, y2], "split": "train"}
     letterbox                 a picture into its padded square, with the box and the padding mask
     GroundingDataset, collate what the DataLoader uses

@@ -156,6 +156,22 @@ def test_clip_equals_transformers_layer_by_layer_and_projected(tmp_path):
     assert mine.item() == pytest.approx(hers.item(), rel=1e-4)                           # Eqs. (9)-(11) are CLIP's own loss
 
 
+def test_clip_in_half_precision_is_loaded_as_float32_and_every_key_is_checked(tmp_path):
+    theirs, ours = random_clip(tmp_path)
+    theirs.half().save_pretrained(tmp_path)
+    load = lambda: m.load_hub(ours, str(tmp_path), "--clip-weights", m.CLIP_TABLE, m.CLIP_IGNORED)
+    load()
+    assert {p.dtype for p in ours.parameters()} == {torch.float32}
+    assert torch.equal(ours.text.layers[1].out.weight, theirs.text_model.encoder.layers[1].self_attn.out_proj.weight.float())
+    state = load_file(tmp_path / "model.safetensors")
+    for change, word in ((dict(vision_model=1.0), "unexpected: vision_model"), ({"logit_scale": None}, "missing: logit_scale"),
+                         ({"visual_projection.weight": torch.zeros(3, 32)}, r"another shape: vision.projection.weight is \[3, 32\]")):
+        changed = {k: torch.tensor(v) if isinstance(v, float) else v for k, v in {**state, **change}.items() if v is not None}
+        save_file(changed, tmp_path / "model.safetensors")
+        with pytest.raises(m.InputError, match=word):
+            load()
+
+
 def test_clip_text_is_causal_and_its_padding_seen_by_none(tmp_path):
     _, ours = random_clip(tmp_path)
     tokens, padding = torch.randint(2, 59, (1, 9)), torch.zeros(1, 9, dtype=torch.bool)
