@@ -6,7 +6,8 @@
     stage 3      [             a fresh pair            ]
 
 So after stage j layer l holds W_0 and the sum of the pairs of stages ceil(l G / L) .. j, HiVG Eq. (6), and no module
-more than it began with. [D24] The released code has one pair that it goes on training, and never merges. Any list of layers will do, of any model whose linears are plain nn.Linear modules:
+more than it began with. [D24] The released code has one pair that it goes on training, and never merges. Any list of
+layers will do, of any model whose linears are plain nn.Linear modules:
 
     vit = torchvision.models.vit_b_16().requires_grad_(False)
     for stage in (1, 2, 3):

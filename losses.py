@@ -2,7 +2,7 @@
 
     M²IST Eq. (6), HiVG Eq. (14)     box_loss            smooth L1 and GIoU on the box
     HiVG Eqs. (9)-(11)               contrastive_loss    expressions and pictures of a batch find each other
-    HiVG Eqs. (12)-(13)              region_text_loss    the cells of the box answer to the expression
+    HiVG Eqs. (12)-(13)              RegionText, box_mask, region_text_loss    the cells of the box answer to it
     HiVG Eq. (15)                    total_loss          their sum
 
 Boxes are (cx, cy, w, h) in [0, 1] of the padded square image. Everything is computed in float32, whatever precision

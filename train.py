@@ -29,10 +29,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-import losses
 import hilora
-from model import (METHODS, OPTIONS, SIZES, InputError, architecture, build_encoders, build_model, count_parameters, one_of, read_state,
-                   shapes_weights)
+import losses
+from model import (METHODS, OPTIONS, SIZES, InputError, architecture, build_encoders, build_model, count_parameters, one_of,
+                   read_state, shapes_weights)
 
 # --- The command line ------------------------------------------------------------------------------------------------
 
