@@ -33,9 +33,7 @@ class ExpertAdapter(nn.Module):
     """VEA or LEA, M²IST Eq. (1): a bottleneck that adapts the tokens of one modality.
 
     dim: width C of the tokens. bottleneck: C_d. scale: s. residual: add the input too, as Eq. (1) writes it.
-    forward: (B, N, C) -> (B, N, C).
-    """
-
+    forward: (B, N, C) -> (B, N, C)."""
     def __init__(self, dim, bottleneck=128, scale=0.1, residual=False):
         super().__init__()
         self.norm = nn.LayerNorm(dim)          # "we do not show the LayerNorm for simplicity", Section III-B
@@ -59,9 +57,7 @@ class InteractionAdapter(nn.Module):
     encoded once, however many expressions are asked of it.
 
     vision_dim, text_dim: C_v, C_l. bottleneck: C_d. interaction_dim: C_i <= min(C_v, C_l). residual: as Eqs. (4), (5).
-    vision, text: (B, N, C_v), (B, N, C_l) -> the same shape. forward(x_v, x_l) -> both.
-    """
-
+    vision, text: (B, N, C_v), (B, N, C_l) -> the same shape. forward(x_v, x_l) -> both."""
     def __init__(self, vision_dim, text_dim, bottleneck=128, interaction_dim=256, scale=0.1, residual=False):
         super().__init__()
         if interaction_dim > min(vision_dim, text_dim):
@@ -96,9 +92,7 @@ class InteractionAdapter(nn.Module):
 class M3ISA(nn.Module):
     """One mixture of side-adapters, for one vision layer and the text layer it is paired with (Fig. 2, right).
 
-    IEA stands at the attention ports, VEA and LEA at the feed-forward ports (Table VI d).
-    """
-
+    IEA stands at the attention ports, VEA and LEA at the feed-forward ports (Table VI d)."""
     def __init__(self, vision_dim, text_dim, bottleneck=128, interaction_dim=256, interaction_bottleneck=128,
                  scale=0.1, residual=False):
         super().__init__()
@@ -123,9 +117,7 @@ class SideNetworks(nn.Module):
 
     layers: how many pairs. text_layers: the text layers (from 1) that are paired with vision layers 1 .. layers, in
     that order; the paper's best is 7-12 with 1-6 (Table VIII c; [D6] the released code pairs 1-6 with 1-6).
-    options: those of M3ISA.
-    """
-
+    options: those of M3ISA."""
     def __init__(self, vision_dim, text_dim, layers, text_layers, **options):
         super().__init__()
         if len(text_layers) != layers:
@@ -157,9 +149,7 @@ class CrossModalBridge(nn.Module):
 
     Stands at the attention port of a CLIP vision layer. Symbols (paper = here): n = text_layers, L_l <= max_tokens,
     H_v, H_l = vision_dim, text_dim, f_l^i = texts[i - 1], w_l = weights, W_proj = projection, f_v^sa = what `semantic`
-    returns. heads: those of the cross-attention.
-    """
-
+    returns. heads: those of the cross-attention."""
     def __init__(self, vision_dim, text_dim, text_layers, max_tokens, heads):
         super().__init__()
         self.heads = heads

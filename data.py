@@ -1,29 +1,35 @@
 """Datasets: from names and files to batches.
 
-    Sample, load_samples      one expression and its box, for every dataset
     shapes                    the generated default: pictures of coloured shapes, expressions that single one out
-    ShapesScenes, caption     its pictures for the pretraining of tiny encoders, and captions of what is in them
-    JSONL                     one's own data: {"image": "a.jpg", "text": "the red cup", "box": [x1, y1, x2, y2], "split": "train"}
-    letterbox                 a picture into its padded square, with the box and the padding mask
+    DATASETS, load_samples    RefCOCO and its family, ReferItGame, Flickr30k, one's own JSONL: a Sample for each expression
+    augment, letterbox        a picture into its padded square, with the box and the padding mask
     GroundingDataset, collate what the DataLoader uses
-    draw, contact_sheet       pictures of boxes, expressions and attention
+    draw, main                pictures of boxes; the command line that counts, checks and draws
 
 Boxes: in a Sample (x1, y1, x2, y2) in pixels of the stored image; in a batch (cx, cy, w, h) in [0, 1] of the square.
 """
+import argparse
 import functools
+import itertools
 import json
 import math
 import os
+import pickle
 import random
+import re
+import textwrap
 import zlib
 from pathlib import Path
 from typing import NamedTuple, Union
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+import torch.nn.functional as F
+import torchvision.transforms.functional as TF
+from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
+from tqdm import tqdm
 
-from model import InputError, one_of
+from model import InputError, one_of, run, save_whole
 
 # Mean and standard deviation of the pixels that an encoder was pretrained on: ImageNet's for DETR, and CLIP's own,
 # which [D22] the released HiVG does not take.
@@ -53,8 +59,7 @@ SHAPES_SPLITS = {
     "train": (0, 8000, (2, 5), (3, 4, 5, 6, 7)),
     "val": (10_000_000, 400, (2, 5), (0,)),
     "testA": (20_000_000, 400, (2, 3), (1,)),         # few distractors
-    "testB": (30_000_000, 400, (5, 7), (2,)),         # many
-}
+    "testB": (30_000_000, 400, (5, 7), (2,))}         # many
 EXPRESSIONS = 3                                       # of each scene
 
 
@@ -95,28 +100,24 @@ def scene(number):
     while True:
         height = rng.randint(*HEIGHTS)
         things = random_things(rng, height, rng.randint(*counts))
-        if len(things) < counts[0] or zlib.crc32(repr((height, things)).encode()) % 8 not in residues:
-            continue
-        expressions = [describe(rng, things) for _ in range(EXPRESSIONS)]
-        if None not in expressions:
-            return height, things, expressions
+        if len(things) >= counts[0] and zlib.crc32(repr((height, things)).encode()) % 8 in residues:
+            expressions = [describe(rng, things) for _ in range(EXPRESSIONS)]
+            if None not in expressions:
+                return height, things, expressions
 
 
 # An expression is a description (colour, shape, size; None where it does not say) and one way to tell the things that
 # it fits, the candidates, apart.
-
 EXTREMES = {          # way -> (score of a thing, phrases; {} stands for the description)
     "left": (lambda t: t.x, ("the leftmost {}", "the {} furthest to the left", "the {} on the left")),
     "right": (lambda t: -t.x, ("the rightmost {}", "the {} furthest to the right", "the {} on the right")),
     "top": (lambda t: t.y, ("the topmost {}", "the highest {}", "the {} at the top")),
-    "bottom": (lambda t: -t.y, ("the lowest {}", "the bottom {}", "the {} at the bottom")),
-}
+    "bottom": (lambda t: -t.y, ("the lowest {}", "the bottom {}", "the {} at the bottom"))}
 RELATIONS = {         # way -> (how far a thing is on that side of the anchor a, phrases; the second {} is the anchor)
     "left": (lambda t, a: a.x - t.x, ("the {} to the left of the {}", "the {} left of the {}")),
     "right": (lambda t, a: t.x - a.x, ("the {} to the right of the {}", "the {} right of the {}")),
     "above": (lambda t, a: a.y - t.y, ("the {} above the {}", "the {} higher than the {}")),
-    "below": (lambda t, a: t.y - a.y, ("the {} below the {}", "the {} under the {}")),
-}
+    "below": (lambda t, a: t.y - a.y, ("the {} below the {}", "the {} under the {}"))}
 ORDINALS = ("second", "third", "fourth")
 NOUNS = ("shape", "object")
 SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
@@ -137,79 +138,55 @@ def words(rng, description):
     return " ".join(w for w in (rng.choice(SIZE_WORDS[size]) if size else None, colour, noun) if w)
 
 
-def clearly_first(things, score, rank=0):
-    """The thing of that rank by score, or None unless its score is CLEAR pixels from all others'."""
-    if len(things) <= rank:
-        return None
+def ranked(things, score, rank):
+    """The thing of that rank by score, or None unless it and all before it are told apart by CLEAR pixels."""
     ordered = sorted(things, key=score)
     gaps = [score(b) - score(a) for a, b in zip(ordered, ordered[1:])]
-    return ordered[rank] if all(gap >= CLEAR for gap in gaps[max(rank - 1, 0):rank + 1]) else None
+    return ordered[rank] if len(ordered) > rank and min(gaps[:rank + 1], default=CLEAR) >= CLEAR else None
 
 
-# Each way below returns an expression that means `target` and nothing else, or None where its random choices fail.
-
-def by_attributes(rng, things, target):
-    said = random_description(rng, target, (0.7, 0.8, 0.4))
-    if any(said) and [t for t in things if fits(t, said)] == [target]:
+# Each way below returns an expression that means `target` and nothing else, or None where its random choices fail. said: what
+# it says of the target. candidates: the things that this fits.
+def by_attributes(rng, things, target, said, candidates):
+    if any(said) and candidates == [target]:
         return "the " + words(rng, said)
 
 
-def by_extreme(rng, things, target):
-    said = random_description(rng, target, (0.5, 0.5, 0.2))
-    candidates = [t for t in things if fits(t, said)]
+def by_extreme(rng, things, target, said, candidates):
     score, phrases = EXTREMES[rng.choice(list(EXTREMES))]
-    if len(candidates) > 1 and clearly_first(candidates, score) is target:
+    if len(candidates) > 1 and ranked(candidates, score, 0) is target:
         return rng.choice(phrases).format(words(rng, said))
 
 
-def by_ordinal(rng, things, target):
-    said = random_description(rng, target, (0.5, 0.4, 0.1))
-    candidates = [t for t in things if fits(t, said)]
+def by_ordinal(rng, things, target, said, candidates):
     way, rank = rng.choice(list(EXTREMES)), rng.randint(1, len(ORDINALS))
-    score, _ = EXTREMES[way]
-    ordered = sorted(candidates, key=score)
-    # Everything up to the rank must be told apart, or one could not count to it.
-    if len(candidates) > rank and all(clearly_first(candidates, score, k) is ordered[k] for k in range(rank + 1)) \
-            and ordered[rank] is target:
+    if ranked(candidates, EXTREMES[way][0], rank) is target:
         return f"the {ORDINALS[rank - 1]} {words(rng, said)} from the {way}"
 
 
-def by_relation(rng, things, target):
-    said = random_description(rng, target, (0.5, 0.5, 0.2))
+def by_relation(rng, things, target, said, candidates):
     anchor = rng.choice([t for t in things if t is not target])
     called = random_description(rng, anchor, (0.8, 0.9, 0.4))
-    candidates = [t for t in things if fits(t, said) and t is not anchor]
     distance, phrases = RELATIONS[rng.choice(list(RELATIONS))]
-    on_side = [t for t in candidates if distance(t, anchor) > 0]
-    if any(called) and [t for t in things if fits(t, called)] == [anchor] and len(candidates) > 1 \
-            and on_side == [target] and distance(target, anchor) >= CLEAR:
+    others = [t for t in candidates if t is not anchor]
+    if any(called) and [t for t in things if fits(t, called)] == [anchor] and len(others) > 1 \
+            and [t for t in others if distance(t, anchor) > 0] == [target] and distance(target, anchor) >= CLEAR:
         return rng.choice(phrases).format(words(rng, said), words(rng, called))
 
 
-WAYS = (*[by_attributes] * 8, *[by_extreme] * 5, *[by_relation] * 4, by_ordinal)
+# A way, and the chances that it says colour, shape and size; as often as they stand here.
+WAYS = (*[(by_attributes, (0.7, 0.8, 0.4))] * 8, *[(by_extreme, (0.5, 0.5, 0.2))] * 5, *[(by_relation, (0.5, 0.5, 0.2))] * 4,
+        (by_ordinal, (0.5, 0.4, 0.1)))
 
 
 def describe(rng, things):
     """(an expression that means exactly one of the things, that one's index), or None where 100 tries find none."""
-    way = rng.choice(WAYS)
+    way, chances = rng.choice(WAYS)
     for _ in range(100):
         target = rng.randrange(len(things))
-        text = way(rng, things, things[target])
-        if text:
+        said = random_description(rng, things[target], chances)
+        if text := way(rng, things, things[target], said, [t for t in things if fits(t, said)]):
             return text, target
-    return None
-
-
-def caption(rng, thing, box):
-    """What a thing is, and whereabouts in its square, in words or as on a map: "small red circle top left", "blue square
-    c 5". box: as in a batch. For the contrast that the tiny CLIP is pretrained by."""
-    cx, cy = box[:2]
-    size = rng.choice(SIZE_WORDS[thing.size]) if rng.random() < 0.7 else ""
-    if rng.random() < 0.5:
-        place = ("abcdefgh"[int(8 * cx)], str(1 + int(8 * cy)))
-    else:
-        place = ("top" if cy < 0.38 else "bottom" if cy > 0.62 else "", "left" if cx < 0.38 else "right" if cx > 0.62 else "")
-    return " ".join(word for word in (size, thing.colour, thing.shape, *place) if word)
 
 
 def render(number):
@@ -221,101 +198,169 @@ def render(number):
     pen = ImageDraw.Draw(picture)
     for t in things:
         ink = tuple(max(0, min(255, c + rng.randint(-14, 14))) for c in COLOURS[t.colour])
-        x, y, r = t.x, t.y, t.r
+        x1, y1, x2, y2 = t.box
         if t.shape == "circle":
             pen.ellipse(t.box, fill=ink)
         elif t.shape == "square":
             pen.rectangle(t.box, fill=ink)
         else:
-            pen.polygon([(x, y - r), (x + r, y + r), (x - r, y + r)], fill=ink)
+            pen.polygon([(t.x, y1), (x2, y2), (x1, y2)], fill=ink)
     return picture
 
 
 def shapes_samples(split):
     first, scenes, _, _ = SHAPES_SPLITS[split]
     for number in range(first, first + scenes):
-        _, things, expressions = scene(number)
-        for text, target in expressions:
-            yield Sample(number, text, tuple(map(float, things[target].box)), number)
-
-
-class ShapesScenes(torch.utils.data.Dataset):
-    """Pictures of the train split for the tiny encoders' pretraining -> image, padding, owner (Nv,), things: [(Thing, its
-    box as in a batch), ...]. owner: which of the things covers a cell of the encoder's grid, -1 where none does.
-    spec: of the encoder, from SIZES."""
-    def __init__(self, spec, pixels, seed):
-        self.first, self.count, _, _ = SHAPES_SPLITS["train"]
-        self.size, self.cells, self.pixels, self.seed = spec["image_size"], spec["image_size"] // spec["stride"], pixels, seed
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, i):
-        picture = render(self.first + i)
-        image, padding, place = letterbox(picture, self.size, seeded(self.seed, i), self.pixels)
-        owner, things = torch.full((self.cells, self.cells), -1), []
-        for index, thing in enumerate(scene(self.first + i)[1]):
-            cx, cy, w, h = box = to_square(thing.box, picture.size, place, self.size)
-            x1, x2, y1, y2 = (round(v * self.cells) for v in (cx - w / 2, cx + w / 2, cy - h / 2, cy + h / 2))
-            owner[y1:y2, x1:x2] = index                                         # cells whose centre lies in the box
-            things.append((thing, box))
-        return image, padding, owner.flatten(), things
-
-    def batches(self, steps, batch):
-        """images (B, 3, S, S), padding (B, S, S), owner (B, Nv), and a list of things for each picture; `steps` times."""
-        order = torch.randint(len(self), (steps * batch,)).tolist()
-        return torch.utils.data.DataLoader(self, batch, sampler=order, collate_fn=lambda items: [
-            torch.stack(part) if torch.is_tensor(part[0]) else part for part in zip(*items)])
+        for text, target in scene(number)[2]:
+            yield Sample(number, text, tuple(map(float, scene(number)[1][target].box)), number)
 
 
 # --- Datasets by name ------------------------------------------------------------------------------------------------
 
-def jsonl_samples(path, root=None):
-    """Yield (split, Sample) of each line {"image", "text", "box": [x1, y1, x2, y2] in pixels, "split"} of a file.
+# dataset: its name in REFER, TransVG and MDETR, and how many expressions it has by M²IST Section IV-A a and HiVG Table 6, where
+# of the google split's the sum alone is to be found.
+DATASETS = {
+    "refcoco": ("refcoco/refs(unc).p", "unc", "refcoco", dict(train=120_624, val=10_834, testA=5_657, testB=5_095)),
+    "refcoco+": ("refcoco+/refs(unc).p", "unc+", "refcoco+", dict(train=120_191, val=10_758, testA=5_726, testB=4_889)),
+    "refcocog-umd": ("refcocog/refs(umd).p", "gref_umd", "refcocog", dict(train=80_512, val=4_896, test=9_602)),
+    "refcocog-google": ("refcocog/refs(google).p", "gref", "", dict(train=85_474, val=9_536)),
+    "referit": ("", "referit", "", dict(train=54_127, val=5_842, test=60_103)),
+    "flickr30k": ("", "flickr", "", dict(train=427_193, val=14_433, test=14_481))}
+COCO = ("images/train2014", "train2014", "other/images/mscoco/images/train2014", "other/images/train2014")
+PICTURES = {"referit": ("referit/images",), "flickr30k": ("Flickr30k/flickr30k-images", "Flickr30k/flickr30k_images")}
+NUMPY = [np.ndarray, np.dtype, np._core.multiarray._reconstruct, np._core.multiarray.scalar,       # what an array is pickled as
+         *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8"))]
 
-    Image paths are relative to `root`, which is the file's own folder where it is not given.
-    """
-    folder = Path(root) if root else path.parent
+# A reader takes a file and yields (where in it, {"image": its name, "text", "box": [x1, y1, x2, y2] in pixels, "split"}).
+
+def read_refer(path):
+    """REFER: refs(BY).p beside instances.json. A ref's own file_name is of its annotation, not of the picture."""
+    with open(path, "rb") as file:
+        refs = PlainUnpickler(file, encoding="utf-8").load()
+    instances = json.loads((path.parent / "instances.json").read_bytes())
+    names = {image["id"]: image["file_name"] for image in instances["images"]}
+    boxes = {thing["id"]: thing["bbox"] for thing in instances["annotations"]}
+    for ref in refs:
+        for sentence in ref["sentences"]:
+            yield f"ref {ref['ref_id']}", {"image": names[ref["image_id"]], "text": sentence["sent"],
+                                           "box": corners(boxes[ref["ann_id"]]), "split": ref["split"]}
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """For numbers, strings, lists and dicts. Whatever else a pickle asks for by name, say a command to run, is refused."""
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}; annotations need no code")
+
+
+def corners(box):
+    """(x1, y1, w, h) -> [x1, y1, x2, y2]. Floats stay floats; the released loaders cut them to integers. [D36]"""
+    x, y, w, h = (float(v) for v in box)
+    return [x, y, x + w, y + h]
+
+
+def read_index(path):
+    """TransVG: DATASET_SPLIT.pth, a list of (picture, size, box, text, ...), of Flickr30k (picture, box, text)."""
+    dataset, _, split = path.stem.rpartition("_")
+    with torch.serialization.safe_globals(NUMPY):                           # boxes may be arrays
+        rows = torch.load(path, map_location="cpu", weights_only=True)
+    for number, row in enumerate(rows):
+        image, box, text = row if len(row) == 3 else (row[0], *row[2:4])
+        box = [float(v) for v in box] if dataset in ("referit", "flickr") else corners(box)
+        yield f"item {number}", {"image": image, "text": text, "box": box, "split": split}
+
+
+def read_mdetr(path):
+    """MDETR: finetune_DATASET_SPLIT.json, COCO's format with one "image" an expression."""
+    content, split = json.loads(path.read_bytes()), path.stem.rpartition("_")[2]
+    boxes = {thing["image_id"]: thing["bbox"] for thing in content["annotations"]}
+    for image in content["images"]:
+        yield f"image {image['id']}", {"image": image["file_name"], "text": image["caption"],
+                                       "box": corners(boxes[image["id"]]), "split": split}
+
+
+def read_jsonl(path):
+    """One's own pictures: an object with these four keys a line, in UTF-8."""
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            item = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: not JSON in UTF-8 ({error})") from None
-        if not isinstance(item, dict):
-            raise InputError(f"{where}: not an object with the keys image, text, box, split")
-        missing = [key for key in ("image", "text", "box", "split") if key not in item]
-        if missing:
-            raise InputError(f"{where}: lacks {', '.join(missing)}")
-        box = item["box"]
-        if not (isinstance(box, list) and len(box) == 4
-                and all(type(v) in (int, float) and abs(v) < 1e9 for v in box)):           # NaN is not < 1e9 either
-            raise InputError(f"{where}: box is {box}, not four numbers [x1, y1, x2, y2]")
-        if box[2] <= box[0] or box[3] <= box[1]:
-            raise InputError(f"{where}: box {box} has no area; it is [x1, y1, x2, y2] in pixels, x2 > x1 and y2 > y1")
-        if not all(isinstance(item[key], str) and item[key].strip() for key in ("image", "text", "split")):
-            raise InputError(f"{where}: image, text and split must be strings that are not empty")
-        yield item["split"], Sample(folder / item["image"], item["text"], tuple(map(float, box)), item["image"])
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path}, line {number}: not JSON in UTF-8 ({error})") from None
 
 
-@functools.lru_cache(maxsize=4)
+READERS = {".p": read_refer, ".pth": read_index, ".json": read_mdetr, ".jsonl": read_jsonl}
+
+
+def checked(where, item):
+    """(picture, text, box, split) of a reader's item, or an InputError that says what is wrong with it, and where."""
+    item = item if isinstance(item, dict) else {}
+    if missing := [key for key in ("image", "text", "box", "split") if key not in item]:
+        raise InputError(f"{where}: lacks {', '.join(missing)}")
+    image, text, box, split = (item[key] for key in ("image", "text", "box", "split"))
+    if not (isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) and abs(v) < 1e9 for v in box)):  # nor NaN
+        raise InputError(f"{where}: box is {box}, not four numbers [x1, y1, x2, y2]")
+    if box[2] <= box[0] or box[3] <= box[1]:
+        raise InputError(f"{where}: box {box} has no area; it is [x1, y1, x2, y2] in pixels, x2 > x1 and y2 > y1")
+    if not all(isinstance(value, str) and value.strip() for value in (image, text, split)):
+        raise InputError(f"{where}: image, text and split must be strings that are not empty")
+    return image, text, tuple(map(float, box)), split
+
+
+def find_files(dataset, root):
+    """([annotation file, ...] of one format, the folder of their pictures). What is there says which format it is."""
+    path, base = Path(dataset), Path(root or "data")
+    if dataset not in DATASETS and not (path.suffix == ".jsonl" and path.is_file()):
+        raise InputError(f"{dataset}: no such dataset (choose shapes, {', '.join(DATASETS)}, or several joined by commas) and no such "
+                         f"file, FILE.jsonl, of one object a line: "
+                         '{"image": "a.jpg", "text": "the red cup", "box": [x1, y1, x2, y2], "split": "train"}')
+    if root and not base.is_dir():
+        raise InputError(f"--root {root}: no such folder; expected the one of the annotations and pictures of {dataset}")
+    if dataset not in DATASETS:
+        return [path], base if root else path.parent
+    refer, code, mdetr, counts = DATASETS[dataset]
+    pictures, patterns = PICTURES.get(dataset, COCO), [refer, f"{code}/{code}_*.pth", f"finetune_{mdetr}_*.json"]
+    for place, pattern in itertools.product([base, *sorted(base.glob("*/"))], filter(None, patterns)):
+        if found := [f for f in sorted(place.glob(pattern)) if f.suffix == ".p" or f.stem.rpartition("_")[2] in counts]:
+            folders = [folder / name for folder in (base, place) for name in pictures]
+            return found, next(filter(Path.is_dir, folders), folders[0])
+    raise InputError(f"--root {base}: no annotations of {dataset} there or one folder below; looked for "
+                     f"{', '.join(filter(None, patterns))} (pictures in {' or '.join(pictures)}); the README, `The data`, says where "
+                     f"they come from")
+
+
+def mixed(datasets, root):
+    """The papers' mixed setting: a picture of val or test of any dataset, told by its file's name, is in train of none. The
+    splits are train and val, of all, and the others as DATASET/SPLIT."""
+    if "shapes" in datasets:
+        raise InputError("shapes, which is generated, cannot be joined with other datasets")
+    parts = [(dataset, split, samples) for dataset in datasets for split, samples in _by_split(dataset, root).items()]
+    held_out = {Path(sample.image).name for _, split, samples in parts if split != "train" for sample in samples}
+    train = [sample for _, split, samples in parts if split == "train" for sample in samples]
+    clean = [sample for sample in train if Path(sample.image).name not in held_out]
+    print(f"{','.join(datasets)}: {len(train) - len(clean):,} of {len(train):,} expressions left out of train, whose pictures are "
+          f"in val or test of one of them")
+    return {"train": clean, "val": [sample for _, split, samples in parts if split == "val" for sample in samples],
+            **{f"{dataset}/{split}": samples for dataset, split, samples in parts if split != "train"}}
+
+
+@functools.lru_cache(maxsize=8)
 def _by_split(dataset, root):
     """{split: [Sample, ...]} of a dataset, or of `shapes` {split: None}, whose splits are made one at a time."""
     if dataset == "shapes":
         return dict.fromkeys(SHAPES_SPLITS)
-    path = Path(dataset)
-    if path.suffix != ".jsonl":
-        raise InputError(f"unknown dataset {dataset!r}: choose shapes, or the path of a FILE.jsonl")
-    if not path.is_file():
-        raise InputError(f"{dataset}: no such file; expected one JSON object a line, "
-                         '{"image": "a.jpg", "text": "the red cup", "box": [x1, y1, x2, y2], "split": "train"}')
-    if root and not Path(root).is_dir():
-        raise InputError(f"--root {root}: no such folder; expected the one that the image paths in {dataset} start from")
+    if "," in dataset:
+        return mixed(dataset.split(","), root)
+    files, folder = find_files(dataset, root)
     splits = {}
-    for split, sample in jsonl_samples(path, root):
-        splits.setdefault(split, []).append(sample)
+    for file in files:
+        try:
+            for where, item in READERS[file.suffix](file):
+                image, text, box, split = checked(f"{file}, {where}", item)
+                splits.setdefault(split, []).append(Sample(folder / image, text, box, image))
+        except InputError:
+            raise
+        except Exception as error:                      # whatever somebody's file may hold in place of what it should
+            raise InputError(f"{file}: not as {READERS[file.suffix].__name__}() expects it ({type(error).__name__}: {error})") from None
     if not splits:
         raise InputError(f"{dataset}: holds no line")
     return splits
@@ -323,14 +368,13 @@ def _by_split(dataset, root):
 
 def split_names(dataset, root=None):
     """The splits of a dataset, in its own order."""
-    return list(_by_split(dataset, root and str(root)))
+    return list(_by_split(str(dataset), root and str(root)))
 
 
 def load_samples(dataset, split, root=None):
-    """List of Sample. dataset: "shapes" or the path of a FILE.jsonl. root: the folder that holds its pictures.
-
-    Raises InputError for an unknown dataset or split (and lists the valid ones), a missing file or folder, a bad line.
-    """
+    """List of Sample. dataset: "shapes", one of DATASETS, the path of a FILE.jsonl, or several joined by commas. root: the
+    folder that holds annotations and pictures; of a FILE.jsonl, the one that its image paths start from.
+    Raises InputError for an unknown dataset or split (and lists the valid ones), a missing file or folder, a bad line."""
     dataset = str(dataset)
     one_of(f"split of {dataset}", split, split_names(dataset, root))
     return list(shapes_samples(split)) if dataset == "shapes" else _by_split(dataset, root and str(root))[split]
@@ -338,43 +382,75 @@ def load_samples(dataset, split, root=None):
 
 # --- From a Sample to a batch ----------------------------------------------------------------------------------------
 
-def load_picture(image):
-    """A path, or a scene's number -> an RGB picture."""
-    if isinstance(image, int):
-        return render(image)
+def load_picture(image, upright=False):
+    """A path, a scene's number, or a picture -> an RGB picture, transparent parts white. upright: turned as its EXIF says; the
+    boxes of datasets are of the stored pixels."""
+    if isinstance(image, (int, Image.Image)):
+        return render(image) if isinstance(image, int) else image
     try:
-        return Image.open(image).convert("RGB")
-    except FileNotFoundError:
-        raise InputError(f"{image}: no such picture; image paths are relative to the .jsonl, or to --root") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        picture = ImageOps.exif_transpose(Image.open(image)) if upright else Image.open(image)
+        if picture.mode.startswith("I"):                                    # 16 bits a pixel, which PIL would cut off at 255
+            picture = Image.fromarray(np.uint8(np.asarray(picture).clip(0, 65535) // 256))
+        if picture.has_transparency_data:
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+        return picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
         raise InputError(f"{image}: cannot be decoded as a picture ({error})") from None
 
 
-def placement(width, height, size, rng=None):
-    """Where a picture lies in its square: (its width, its height, left, top) in pixels of the square.
+# Words that a crop or a mirror image may make false. Whole words: there is no side in "bright" or "Wright".
+SIDE = re.compile(r"\b(left|right)(?=(most|hand|side)?\b)", re.I)
+PLACE = re.compile(SIDE.pattern + r"|\b((top|bottom|upper|lower)(most)?|middle|cent(er|re)|corner|edge|lft|rt|l|r)\b", re.I)
+UNMIRRORED = re.compile(r"\d|\b(first|second|third|fourth|fifth|last|lft|rt|l|r|east|west|(counter)?clockwise)\b", re.I)
 
-    The long side becomes `size`; the picture is centred, or put anywhere along the short side by `rng` (training).
+
+def augment(picture, box, text, size, rng, mirror):
+    """The transforms of TransVG, which both papers take over -> picture, box, text. box: (x1, y1, x2, y2) in pixels.
+
+    A crop with chance 1/2, unless the words are about a place; brightness, contrast, saturation with chance 0.8; with
+    `mirror` the mirror image with chance 1/2, left and right exchanged in the text, unless its other words forbid it (HiVG
+    Appendix B mirrors nothing). [D36] The released code compares the box's x with the crop's top, and swaps "bright".
     """
-    scale = size / max(width, height)
+    if rng.random() < 0.5 and not PLACE.search(text):
+        picture, box = crop(picture, box, size, rng)
+    if rng.random() < 0.8:
+        for enhance in rng.sample((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), 3):
+            picture = enhance(picture).enhance(rng.uniform(0.6, 1.4))
+    if mirror and rng.random() < 0.5 and not UNMIRRORED.search(text):
+        picture, box = ImageOps.mirror(picture), (picture.width - box[2], box[1], picture.width - box[0], box[3])
+        text = SIDE.sub(lambda side: "right" if side[0].lower() == "left" else "left", text)
+    return picture, box, text
+
+
+def crop(picture, box, size, rng):
+    """A random part of the picture that keeps the box's centre, or the whole where 20 tries find none."""
+    scale = min(picture.size) / (size * rng.choice((400, 500, 600)) / 640)       # the picture's pixels for one of the square's
+    centre = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    for _ in range(20):
+        w, h = (min(side, round(scale * size * rng.uniform(384, 600) / 640)) for side in picture.size)
+        x, y = rng.randint(0, picture.width - w), rng.randint(0, picture.height - h)
+        if x < centre[0] < x + w and y < centre[1] < y + h:
+            return picture.crop((x, y, x + w, y + h)), tuple(v - start for v, start in zip(box, (x, y, x, y)))
+    return picture, box
+
+
+def placement(width, height, size, rng=None, fill=1.0):
+    """Where a picture lies in its square: (its width, its height, left, top) in pixels of the square. The long side becomes
+    `fill` of the square's; the picture is centred, or put anywhere by `rng` (training)."""
+    scale = fill * size / max(width, height)
     w, h = max(1, round(width * scale)), max(1, round(height * scale))
     if rng is None:
         return w, h, (size - w) // 2, (size - h) // 2
     return w, h, rng.randint(0, size - w), rng.randint(0, size - h)
 
 
-def letterbox(picture, size, rng=None, pixels=PIXELS["detr"]):
+def letterbox(picture, size, rng=None, pixels=PIXELS["detr"], fill=1.0):
     """An RGB picture -> (image (3, size, size) normalised by `pixels`, padding (size, size) bool, (w, h, left, top)).
-
-    Padding is 0 after normalisation: the mean colour.
-    """
-    w, h, left, top = placement(*picture.size, size, rng)
-    values = np.asarray(picture.resize((w, h), Image.Resampling.BILINEAR), dtype=np.float32) / 255
-    values = (values - np.float32(pixels[0])) / np.float32(pixels[1])
-    image = torch.zeros(3, size, size)
-    padding = torch.ones(size, size, dtype=torch.bool)
-    image[:, top:top + h, left:left + w] = torch.from_numpy(values).permute(2, 0, 1)
-    padding[top:top + h, left:left + w] = False
-    return image, padding, (w, h, left, top)
+    Padding is 0 after normalisation: the mean colour."""
+    w, h, left, top = place = placement(*picture.size, size, rng, fill)
+    image = TF.normalize(TF.to_tensor(picture.resize((w, h), Image.Resampling.BILINEAR)), *pixels)
+    edges = (left, size - w - left, top, size - h - top)
+    return F.pad(image, edges), F.pad(torch.zeros(h, w, dtype=torch.bool), edges, value=True), place
 
 
 def to_square(box, picture_size, place, size):
@@ -395,24 +471,21 @@ def from_square(box, picture_size, size):
 
 
 class Tokenizer:
-    """WordPiece with [CLS] and [SEP]: BERT's own vocabulary, or one of the words of `shapes` and single letters.
-
-    Calling it gives at most max_tokens ids; of a longer text the end is cut, [SEP] stays.
-    """
-
+    """The text encoder's own, by a hub name or a folder, or WordPiece of the words of `shapes` and single letters. Calling it
+    gives at most max_tokens ids; of a longer text the end is cut, but not the token that ends it."""
     def __init__(self, weights, name, max_tokens, vocabulary=None, flag="--text-weights"):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")          # its threads do not survive DataLoader's fork
         from transformers import AutoTokenizer, BertTokenizer
         self.max_tokens = max_tokens
         if weights == "pretrained":
-            way_out = f"give a hub name or a folder by {flag}, or take --weights random or --size tiny"
             try:
                 self.wordpiece = AutoTokenizer.from_pretrained(name)
+                if vocabulary and len(self.wordpiece) != vocabulary:       # transformers makes an empty one where files lack
+                    raise ValueError(f"of {len(self.wordpiece)} words, the text encoder has {vocabulary}; is tokenizer.json "
+                                     f"missing there, or vocab.txt, or vocab.json with merges.txt?")
             except (OSError, ValueError) as error:
-                raise InputError(f"no tokenizer in {name} ({str(error).splitlines()[0]}): {way_out}") from None
-            if vocabulary and len(self.wordpiece) != vocabulary:         # transformers makes an empty one where files lack
-                raise InputError(f"{name}: its tokenizer has {len(self.wordpiece)} words, the text encoder {vocabulary}; are "
-                                 f"tokenizer.json, vocab.txt or vocab.json with merges.txt missing there? Else {way_out}")
+                raise InputError(f"no tokenizer in {name} ({str(error).splitlines()[0]}): give a hub name or a folder by {flag}, "
+                                 f"or take --weights random or --size tiny") from None
         else:
             said = " ".join([*COLOURS, *SHAPES, *NOUNS, *ORDINALS, "to from", *sum(SIZE_WORDS.values(), ()),
                              *EXTREMES, *(p for _, ways in (*EXTREMES.values(), *RELATIONS.values()) for p in ways)])
@@ -432,35 +505,39 @@ def seeded(*key):
 
 
 class GroundingDataset(torch.utils.data.Dataset):
-    """Samples as tensors. size: the square's side in pixels. train: put the picture at a random place of its square,
-    drawn from seed and index alone, so that neither workers nor a resumed run change what is seen. [D32]"""
+    """Samples as tensors, decoded when asked for. size: the square's side in pixels. train: put the picture at a random place
+    of its square. transforms: and augment and scale it, as `augment` says; {"mirror": bool}. All is drawn from seed and index
+    alone, so that neither workers nor a resumed run change what is seen. [D32]"""
 
-    def __init__(self, samples, size, tokenizer, train=False, seed=0, pixels=PIXELS["detr"]):
-        self.samples, self.size, self.tokenizer, self.train, self.seed, self.pixels = samples, size, tokenizer, train, seed, pixels
+    def __init__(self, samples, size, tokenizer, train=False, seed=0, pixels=PIXELS["detr"], transforms=None):
+        self.samples, self.size, self.tokenizer, self.train, self.seed = samples, size, tokenizer, train, seed
+        self.pixels, self.transforms = pixels, transforms if train else None
+        if gone := [path for path in {s.image for s in samples if isinstance(s.image, Path)} if not path.exists()]:
+            raise InputError(f"{gone[0]}: no such picture, nor {len(gone) - 1} others; image paths are relative to the .jsonl, or "
+                             f"to --root; `python data.py DATASET --root DIR` tells what is there")
 
     def __len__(self):
         return len(self.samples)
 
     def __getitem__(self, i):
-        sample = self.samples[i]
-        picture = load_picture(sample.image)
-        rng = seeded(self.seed, i) if self.train else None
-        image, padding, place = letterbox(picture, self.size, rng, self.pixels)
-        box = to_square(sample.box, picture.size, place, self.size)
-        if box[2] <= 0 or box[3] <= 0:
-            raise InputError(f"{sample.image}: box {list(sample.box)} of {sample.text!r} lies outside the picture, which "
-                             f"is {picture.width} x {picture.height}")
-        return image, padding, self.tokenizer(sample.text), box, i
+        image, text, box, _ = self.samples[i]
+        picture, rng, fill = load_picture(image), seeded(self.seed, i) if self.train else None, 1.0
+        if min(box[2], picture.width) <= max(box[0], 0) or min(box[3], picture.height) <= max(box[1], 0):
+            raise InputError(f"{image}: box {list(box)} of {text!r} lies outside the picture, which is {picture.width} x "
+                             f"{picture.height}")
+        if self.transforms:
+            picture, box, text = augment(picture, box, text, self.size, rng, **self.transforms)
+            fill = rng.choice((1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7))                 # 640, 608, ... 448 of 640
+        square, padding, place = letterbox(picture, self.size, rng, self.pixels, fill)
+        return square, padding, self.tokenizer(text), to_square(box, picture.size, place, self.size), i
 
 
 def collate(items, pad):
     """Items -> {images (B, 3, S, S), image_padding (B, S, S), tokens (B, T), token_padding (B, T), boxes (B, 4), index (B,)},
     T the longest text of the batch. pad: the tokenizer's padding id."""
     images, padding, texts, boxes, index = zip(*items)
-    lengths = torch.tensor([len(t) for t in texts])
-    tokens = torch.full((len(texts), int(lengths.max())), pad)
-    for row, text in zip(tokens, texts):
-        row[:len(text)] = torch.tensor(text)
+    lengths = torch.tensor([len(text) for text in texts])
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True, padding_value=pad)
     return dict(images=torch.stack(images), image_padding=torch.stack(padding), tokens=tokens,
                 token_padding=torch.arange(tokens.shape[1]) >= lengths[:, None],
                 boxes=torch.tensor(boxes, dtype=torch.float32), index=torch.tensor(index))
@@ -477,27 +554,23 @@ def spread(samples, count=12):
 
 
 def draw(picture, caption, boxes, attention=None, side=256):
-    """A tile: the picture at `side` pixels, boxes [(box in its pixels, colour), ...], a caption below, and attention,
-    a (rows, columns) array over the letterboxed square, as warmth."""
+    """A tile: the picture at `side` pixels, boxes [(box in its pixels, colour), ...], a caption below, and attention (Nv,) over
+    the letterboxed square, as warmth."""
     scale = side / max(picture.size)
     w, h, left, top = placement(*picture.size, side)
     view = picture.resize((w, h), Image.Resampling.BICUBIC)
     if attention is not None:
-        heat = Image.fromarray(np.uint8(255 * attention / attention.max()))
+        cells = attention.float().cpu().unflatten(0, (math.isqrt(len(attention)), -1))
+        heat = Image.fromarray(np.uint8(255 * cells / cells.max().clamp(min=1e-9)))
         heat = heat.resize((side, side), Image.Resampling.BICUBIC).crop((left, top, left + w, top + h))
         view = Image.composite(Image.new("RGB", view.size, WARM), view, heat.point(lambda v: v * 3 // 4))
     pen, font = ImageDraw.Draw(view), ImageFont.load_default(13)
     for box, colour in boxes:
         pen.rectangle([v * scale for v in box], outline=colour, width=3)
-    lines, line = [], ""
-    for word in caption.split():
-        if pen.textlength(f"{line} {word}", font) > side - 8 and line:
-            lines, line = lines + [line], word
-        else:
-            line = f"{line} {word}".strip()
     tile = Image.new("RGB", (side, side + 36), "white")
     tile.paste(view, (left, top))
-    ImageDraw.Draw(tile).text((4, side + 2), "\n".join([*lines, line][:2]), "black", font)
+    lines = textwrap.wrap(caption, (side - 8) // 7, max_lines=2, placeholder=" ...")         # a letter is about 7 pixels wide
+    ImageDraw.Draw(tile).text((4, side + 2), "\n".join(lines), "black", font)
     return tile
 
 
@@ -508,3 +581,60 @@ def contact_sheet(tiles, columns=4):
     for i, tile in enumerate(tiles):
         sheet.paste(tile, (i % columns * (w + 8) + 4, i // columns * (h + 8) + 4))
     return sheet
+
+
+# --- The command line: look at a dataset before it is trained on -----------------------------------------------------
+
+def report(dataset, root, max_tokens):
+    """Print what each split holds beside the papers' counts; then how often there is what hurts in training, with examples."""
+    counts, found, pictures, sizes = DATASETS.get(dataset, [{}])[-1], {}, {}, {}
+    print(f"{'split':12}{'images':>9}{'objects':>9}{'expressions':>13}{'the papers':>12}")
+    for split in split_names(dataset, root):
+        samples, said = load_samples(dataset, split, root), counts.get(split)
+        pictures[split], objects = {s.image for s in samples}, len({(s.image, s.box) for s in samples})
+        paper = f"{said:12,}{'  differs' * (said != len(samples))}" if said else f"{'-':>12}"
+        print(f"{split:12}{len(pictures[split]):9,}{objects:9,}{len(samples):13,}{paper}")
+        for image in tqdm(pictures[split] - set(sizes), "opening each picture", leave=False):
+            try:
+                sizes[image] = load_picture(image).size
+            except InputError as error:
+                found.setdefault("pictures that are missing or broken", []).append(error)
+        for image, text, (x1, y1, x2, y2), _ in samples:
+            width, height = sizes.get(image, (math.inf, math.inf))
+            if min(x1, y1) < -1 or x2 > width + 1 or y2 > height + 1:
+                found.setdefault("boxes that reach out of the picture", []).append(f"{image}, {text!r}, {[x1, y1, x2, y2]}")
+            if len(text.split()) > max_tokens - 2:
+                found.setdefault(f"expressions of more than {max_tokens} tokens, if a word is one", []).append(repr(text))
+    for a, b in itertools.combinations(pictures, 2):
+        found |= {f"pictures both in {a} and in {b}": both for both in [list(pictures[a] & pictures[b])] if both}
+    for fault, where in found.items():
+        print(f"{len(where):,} {fault}, such as {where[0]}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="What a dataset holds, and what is wrong with it.")
+    add = parser.add_argument
+    add("dataset", help=f"{', '.join(DATASETS)}, shapes, a FILE.jsonl, or several joined by commas")
+    add("--root", help="folder of annotations and pictures (default: data; of a .jsonl its own)")
+    add("--draw", type=int, help="how many samples of each split to draw (default: none)")
+    add("--save", default=".", help="folder for what is drawn (default: this one)")
+    add("--write", help="FILE.jsonl to write all splits to (default: none)")
+    add("--max-tokens", type=int, default=20, help="limit that expressions are held against (default: 20)")
+    asked = parser.parse_args(argv)
+    report(asked.dataset, asked.root, asked.max_tokens)
+    samples = {split: load_samples(asked.dataset, split, asked.root) for split in split_names(asked.dataset, asked.root)}
+    for split, chosen in samples.items() if asked.draw else ():
+        path = Path(asked.save) / f"{split.replace('/', '-')}.png"
+        contact_sheet([draw(load_picture(s.image), s.text, [(s.box, TRUE)]) for s in spread(chosen, asked.draw)]).save(path)
+        print(path)
+    if asked.write:
+        path = Path(asked.write)
+        if path.exists() or asked.dataset == "shapes":
+            raise InputError(f"--write {path}: is there already, or is of shapes, which has no files")
+        save_whole(path, lambda partial: partial.write_text("".join(json.dumps(
+            {"image": os.path.relpath(s.image, path.parent), "text": s.text, "box": s.box, "split": split}) + "\n"
+            for split, chosen in samples.items() for s in chosen)))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,14 +1,17 @@
-"""Evaluate a checkpoint of train.py.
+"""Evaluate a checkpoint of train.py, or one that the authors of HiVG have released.
 
     python evaluate.py runs/shapes-m2ist-0                          every split but train, as a table
     python evaluate.py runs/shapes-m2ist-0 --split val --json val.json
     python evaluate.py runs/shapes-m2ist-0 --figures pictures       and a sheet of predictions of each split
+    python evaluate.py runs/refcoco-m2ist-0 --image a.jpg --text "the red cup" --save a.png
+    python evaluate.py best_checkpoint.pth --dataset refcoco --root data
 
 Acc@0.5 is the part of the expressions whose box has IoU >= 0.5 with the true one (M²IST Section IV-A b, HiVG Section
-4.1); mean IoU is over all of them.
+4.1), in all and by their length (HiVG Fig. 4 c); mean IoU is over all of them.
 """
 import argparse
 import json
+import re
 import time
 from pathlib import Path
 
@@ -18,24 +21,33 @@ from safetensors.torch import load_file
 
 import data
 import train
-from model import InputError, build_model
+from model import CLIP_IGNORED, CLIP_TABLE, DETR_TABLE, InputError, build_model, import_weights, plain, read_state
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="the --out folder of a run, or its best.safetensors")
-    parser.add_argument("--dataset", help="shapes, or a FILE.jsonl (default: that of the training)")
-    parser.add_argument("--root", help="folder that image paths start from (default: that of the training)")
-    parser.add_argument("--split", action="append", help="only this split; may be given more than once (default: all but train)")
-    parser.add_argument("--json", help="file to write the results to (default: none)")
-    parser.add_argument("--figures", help="folder for a sheet of predictions of each split (default: none)")
-    parser.add_argument("--batch-size", type=int, default=64, help="samples at once (default: 64)")
-    parser.add_argument("--workers", type=int, help="processes that load pictures (default: as in training)")
-    parser.add_argument("--limit", type=int, help="only the first N expressions of each split (default: as in training)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="cpu, cuda, cuda:1 (default: cuda if there is one)")
-    return parser.parse_args(argv)
+    add = parser.add_argument
+    add("checkpoint", help="the --out folder of a run, its best.safetensors, or a released .pth of HiVG")
+    add("--dataset", help="as in train.py (default: that of the training)")
+    add("--root", help="folder of annotations and pictures (default: that of the training)")
+    add("--split", action="append", help="only this split; may be given more than once (default: all but train)")
+    add("--image", help="a picture to find --text in, instead of a dataset (default: none)")
+    add("--text", action="append", help="an expression; may be given more than once (default: none)")
+    add("--save", help="FILE.png: the picture with box and attention (default: none)")
+    add("--json", help="file to write the results to (default: none)")
+    add("--figures", help="folder for a sheet of predictions of each split (default: none)")
+    add("--clip-weights", help="hub name or folder of a CLIP, whose tokenizer a released .pth needs (default: OpenAI's)")
+    add("--batch-size", type=int, default=64, help="samples at once (default: 64)")
+    add("--workers", type=int, help="processes that load pictures (default: as in training)")
+    add("--limit", type=int, help="only the first N expressions of each split (default: as in training)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1 (default: cuda if any)")
+    asked = parser.parse_args(argv)
+    if bool(asked.image) != bool(asked.text) or asked.save and not asked.image or "" in map(str.strip, asked.text or ()):
+        raise InputError("--image and --text, which must not be empty, go together; --save is for them")
+    return asked
 
+
+# --- Checkpoints -----------------------------------------------------------------------------------------------------
 
 def read_config(path):
     """The config of a checkpoint: a file, or the --out folder of a run, of which best.safetensors is taken."""
@@ -62,22 +74,118 @@ def load_checkpoint(path):
     return model.eval(), config
 
 
-def leaky_pretraining(config):
-    """Whether the vision encoder's pretraining has seen the pictures it is tested on: False, or None for not known."""
-    return None if config["model"]["weights"] == "pretrained" else False
+# HiVG's released checkpoints, when `plain` has taken PEFT out of them -> ClipGrounding.
+BRIDGE = r"clip\.vision_model\.encoder\.layers\.(\d+)\.cross_", r"clip.vision.layers.\1.plugs.attention."
+RELEASED_TABLE = [
+    *((r"clip\." + theirs, "clip." + ours) for theirs, ours in CLIP_TABLE),
+    *((r"vl_" + theirs, "grounding." + ours) for theirs, ours in DETR_TABLE if r"\.encoder\." in theirs),
+    (BRIDGE[0] + r"attn\.(q|k|v|out)_proj\.(.+)", BRIDGE[1] + r"\2.\3"),
+    (BRIDGE[0] + r"(?:mlp\.)?(fc[12]|norm|weights)(.*)", BRIDGE[1] + r"\2\3"),
+    (BRIDGE[0] + r"gate\.(.+)", BRIDGE[1] + r"projection.\2"),
+    *((rf"bbox_embed\.layers\.{i}\.(.+)", rf"grounding.head.{2 * i}.\1") for i in range(3)),
+    (r"(vision|text)_proj\.(.+)", r"grounding.\1_projection.\2"),
+    (r"reg_token\.weight", "grounding.reg"),
+    (r"vl_pos_embed\.weight", "grounding.position"),
+    (r"vl_transformer\.encoder\.norm\.(.+)", r"grounding.norm.\1"),
+    (r"visu_token_(?:mlp\.)?(fc[12]|norm)\.(.+)", r"grounding.region.\1.\2"),
+]
+# What no box of theirs depends on: what their forward never calls, and the head of a loss that is not in the paper [D26].
+UNUSED = r"ml_text_feat_perceiver\.|reg_pos_embed\.|condition_text_pos_embed\.|condition_text_proj\.|seg_conv\d\."
+
+
+def load_released(path, clip_weights):
+    """A checkpoint of HiVG's authors -> (model in eval mode, config); what it was built with is read off its keys. [D37] Here a
+    sample attends to its own text, and not to padding; its authors' figures were made otherwise."""
+    state = plain(read_state(path), path)
+    bridges = sorted({int(key.split(".")[4]) for key in state if ".cross_gate." in key})
+    texts = sum(f"layers.{bridges[0]}.cross_adaptive_weights." in key for key in state) if bridges else 0
+    if not texts:
+        raise InputError(f"{path}: no bridge with sample-agnostic weights; those trained on mixed data are not read here")
+    try:
+        for layer in bridges:
+            name = f"clip.vision_model.encoder.layers.{layer}.cross_"
+            state[f"{name}weights"] = torch.stack([state.pop(f"{name}adaptive_weights.{i}.weight") for i in range(texts)])
+        (W1, b1), (W2, b2) = ((state.pop(f"{name}.weight"), state.pop(f"{name}.bias"))
+                              for name in ("ml_visual_projection", "visu_proj"))
+        state |= {"vision_proj.weight": W2 @ W1, "vision_proj.bias": W2 @ b1 + b2}       # two linears in a row are one [D28]
+        size = {768: "base", 1024: "large"}[len(state["clip.vision_model.embeddings.class_embedding"])]
+    except KeyError as error:
+        raise InputError(f"{path}: {error} is missing") from None
+    options = dict(bridge_layers=[layer + 1 for layer in bridges], pixels="detr",
+                   text_layers={1: [12], 2: [6, 12]}.get(texts))                             # more are all
+    model = build_model("hivg", size, "random", **options)
+    import_weights(model, state, RELEASED_TABLE, f"{CLIP_IGNORED}|{UNUSED}", path)
+    print(f"{path}: not used, {', '.join(key for key in state if re.match(UNUSED, key))}")
+    args = argparse.Namespace(**{**vars(train.build_parser().parse_args([])), **options, "method": "hivg", "size": size,
+                                 "clip_weights": clip_weights, "dataset": "refcoco"})
+    return model.eval(), {"epoch": "released", "args": vars(train.complete(args))}
+
+
+# --- Accuracy --------------------------------------------------------------------------------------------------------
+
+def by_length(samples, ious):
+    """Acc@0.5 by number of words, HiVG Fig. 4 (c), as a line; the bounds are ours."""
+    parts = []
+    for least, most in ((1, 5), (6, 10), (11, 20), (21, 1000)):
+        right = [iou >= 0.5 for sample, iou in zip(samples, ious.tolist()) if least <= len(sample.text.split()) <= most]
+        if right:
+            parts.append(f"{least}-{most if most < 1000 else ''} words {sum(right) / len(right):.4f} of {len(right)}")
+    return ", ".join(parts)
 
 
 def evaluate_split(model, samples, args):
-    """One row of the results; `seconds` is the whole pass, pictures loaded and all."""
+    """(one row of the results, accuracy by length); `seconds` is the whole pass, pictures loaded and all."""
     began = time.time()
     ious = train.predict(model, train.make_loader(samples, args, False), args)[2]
     return {**train.scores(ious), "expressions": len(samples), "images": len({s.image_id for s in samples}),
-            "seconds": time.time() - began}
+            "seconds": time.time() - began}, by_length(samples, ious)
+
+
+def evaluate_dataset(model, args, asked):
+    """Print and return the results of the splits that are asked for, and draw their figures."""
+    names, splits = data.split_names(args.dataset, args.root), {}
+    for split in asked.split or [name for name in names if name != "train"] or names:
+        samples = data.load_samples(args.dataset, split, args.root)[:args.limit]
+        splits[split], lengths = evaluate_split(model, samples, args)
+        row = splits[split]
+        print(f"{split:8}  Acc@0.5 {row['acc@0.5']:.4f}  mean IoU {row['mean_iou']:.4f}  {row['expressions']:6} expressions "
+              f"of {row['images']} images in {row['seconds']:.1f} s\n{'':8}  {lengths}")
+        if args.figures:
+            path = Path(args.figures) / f"{split.replace('/', '-')}.png"
+            train.picture_predictions(model, data.spread(samples), args, path)
+            print(f"{'':8}  {path}")
+    return {"dataset": args.dataset, "method": args.method, "leaky_pretraining": train.leaky_pretraining(args),
+            "splits": splits}
+
+
+@torch.no_grad()
+def evaluate_image(model, args, asked):
+    """Print and return [{"text", "box": (x1, y1, x2, y2) in pixels of the picture as it is seen}, ...] of one's own."""
+    args = argparse.Namespace(**{**vars(args), "batch_size": 1, "workers": 0})
+    picture, image, results, tiles = data.load_picture(Path(asked.image), upright=True), None, [], []
+    samples = [data.Sample(picture, text, (0, 0, *picture.size), asked.image) for text in asked.text]
+    for text, batch in zip(asked.text, train.make_loader(samples, args, False)):
+        images, padding, *tokens = (batch[name].to(args.device) for name in train.INPUTS)
+        with train.autocast(args):
+            said = model.encode_text(*tokens)
+            if hasattr(model, "clip"):                         # HiVG sees a picture through its text
+                image = model.encode_image(images, padding, said)
+            elif image is None:                                # M²IST does not: it is encoded once for all texts
+                image = model.encode_image(images, padding)
+            found = model.ground(image, said, attention=True)
+        box = data.from_square(found.boxes[0].cpu(), picture.size, images.shape[-1])
+        results.append({"text": text, "box": [round(v, 1) for v in box]})
+        print(json.dumps(results[-1], ensure_ascii=False))
+        tiles.append(data.draw(picture, text, [(box, data.PREDICTED)], found.attention[0], side=512))
+    if asked.save:
+        data.contact_sheet(tiles, min(len(tiles), 2)).save(asked.save)
+    return results
 
 
 def make_folders(asked):
-    """Where --json and --figures go, before minutes are spent on what could not be written."""
-    for flag, folder in (("--json", asked.json and Path(asked.json).parent), ("--figures", asked.figures)):
+    """Where results go, before minutes are spent on what could not be written."""
+    for flag, folder in (("--json", asked.json and Path(asked.json).parent), ("--figures", asked.figures),
+                         ("--save", asked.save and Path(asked.save).parent)):
         try:
             if folder:
                 Path(folder).mkdir(parents=True, exist_ok=True)
@@ -89,27 +197,18 @@ def main(argv=None):
     asked = parse_args(argv)
     train.check(asked)
     make_folders(asked)
-    model, config = load_checkpoint(asked.checkpoint)
+    released = asked.checkpoint.endswith(".pth")
+    model, config = load_released(asked.checkpoint, asked.clip_weights) if released else load_checkpoint(asked.checkpoint)
     # The flags of the training, with what was asked here in their place.
     said = {flag: value for flag, value in vars(asked).items() if value is not None}
     args = argparse.Namespace(**{**vars(asked), **config["args"], **said})
     if asked.dataset:
         args.root = asked.root                            # the training's folder is not another dataset's
     model.to(args.device)
-    names = data.split_names(args.dataset, args.root)
-    splits = {}
-    print(f"{args.method} {args.size} on {args.dataset}, epoch {config['epoch']}")
-    for split in asked.split or [name for name in names if name != "train"] or names:
-        samples = data.load_samples(args.dataset, split, args.root)[:args.limit]
-        row = splits[split] = evaluate_split(model, samples, args)
-        print(f"{split:8}  Acc@0.5 {row['acc@0.5']:.4f}  mean IoU {row['mean_iou']:.4f}  {row['expressions']:6} expressions "
-              f"of {row['images']} images in {row['seconds']:.1f} s")
-        if args.figures:
-            path = Path(args.figures) / f"{split}.png"
-            train.picture_predictions(model, data.spread(samples), args, path)
-            print(f"{'':8}  {path}")
-    result = {"dataset": args.dataset, "method": args.method, "leaky_pretraining": leaky_pretraining(config),
-              "splits": splits}
+    if not asked.image:
+        print(f"{args.method} {args.size} on {args.dataset}, epoch {config['epoch']}; leaky pretraining "
+              f"{train.leaky_pretraining(args)}")
+    result = (evaluate_image if asked.image else evaluate_dataset)(model, args, asked)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
     return result

@@ -39,9 +39,7 @@ class LoRALinear(nn.Module):
     """h = W x + α/r B A x, HiVG Eq. (5): a linear whose own weight is frozen, and a low-rank pair that is trained.
 
     linear: nn.Linear (k -> d), whose parameters it takes over under the same names, so that a state dict gains A
-    (r, k) and B (d, r) and changes in nothing else. rank: r. alpha: α. forward: (..., k) -> (..., d).
-    """
-
+    (r, k) and B (d, r) and changes in nothing else. rank: r. alpha: α. forward: (..., k) -> (..., d)."""
     def __init__(self, linear, rank=32, alpha=16):
         super().__init__()
         check_linear(linear, rank)
@@ -83,8 +81,7 @@ def add_stage(layers, stage, groups, rank=32, alpha=16, targets=("q", "k", "v", 
     every stage, as the text tower does. Only the linears that get a pair are frozen here; freeze the rest yourself.
     Raises ValueError if the stages before are not done or not merged, or if a layer lacks a target; TypeError for a target
     that is no plain nn.Linear. How many stages were done is kept on the layers, not in their state dict: who loads merged
-    weights of j stages into a fresh model begins and merges j stages first, whose pairs, still 0, change nothing.
-    """
+    weights of j stages into a fresh model begins and merges j stages first, whose pairs, still 0, change nothing."""
     layers = list(layers)
     if not layers or stage < 1 or (groups > 1 and stage > groups):
         raise ValueError(f"there is no stage {stage} of {groups} groups in {len(layers)} layers")
@@ -114,8 +111,7 @@ def add_stage(layers, stage, groups, rank=32, alpha=16, targets=("q", "k", "v", 
 def merge(module):
     """End a stage: every pair within `module` goes into its weight, and plain nn.Linear modules are left.
 
-    The outputs stay what they were, to rounding. Raises ValueError if there is no pair: merged already, or never begun.
-    """
+    The outputs stay what they were, to rounding. Raises ValueError if there is no pair: merged already, or never begun."""
     found = find_pairs(module)
     if not found:
         raise ValueError("nothing to merge: there is no LoRA pair in this module (merged already, or no stage begun)")

@@ -45,8 +45,7 @@ def box_loss(pred, target, l1=1.0, giou=1.0):
     """L = l1 * smooth-L1 + giou * (1 - GIoU), M²IST Eq. (6), whose λ is `giou`; HiVG Eq. (14) weighs both.
 
     pred, target: (B, 4) as (cx, cy, w, h) in [0, 1]. Returns a float32 scalar. The four coordinates are summed and
-    the batch is averaged, as in the released code.
-    """
+    the batch is averaged, as in the released code."""
     pred, target = pred.float(), target.float()
     # M²IST Eq. (6), first term. [D1] both papers write smooth L1; the released code of both has plain L1.
     smooth_l1 = F.smooth_l1_loss(pred, target, reduction="none").sum(-1).mean()
@@ -58,8 +57,7 @@ def contrastive_loss(text, image, temperature):
     """L_CLC, HiVG Eqs. (9)-(11): each expression finds its picture in the batch, and each picture its expression.
 
     text, image: (N, C) embeddings, row i of both from pair i; they are normalised here. temperature: τ, CLIP's own
-    (0.01 after its pretraining). All other pairs count as negatives, as in the paper, a picture that occurs twice too.
-    """
+    (0.01 after its pretraining). All other pairs count as negatives, as in the paper, a picture that occurs twice too."""
     text, image = F.normalize(text.float(), dim=-1), F.normalize(image.float(), dim=-1)
     logits = text @ image.T / temperature                                # (N, N): row = text, column = picture
     pair = torch.arange(len(logits), device=logits.device)
@@ -71,8 +69,7 @@ def box_mask(boxes, side):
     """m_d of HiVG Eq. (13): which cells of a side x side grid lie in the box. (B, 4) -> (B, side * side) bool, row by row.
 
     A cell is in if its centre is. [D17] Nearest downsampling, the paper's word, would look at a cell's corner. A box
-    that holds no centre takes the cell that holds the box's own centre, so that no target is without a positive.
-    """
+    that holds no centre takes the cell that holds the box's own centre, so that no target is without a positive."""
     x1, y1, x2, y2 = to_corners(boxes.float()).unbind(-1)
     centres = (torch.arange(side, device=boxes.device) + 0.5) / side
     columns = (centres >= x1[:, None]) & (centres <= x2[:, None])        # (B, side)
@@ -88,9 +85,7 @@ class RegionText(nn.Module):
 
     forward: t (B, C), v (B, N, C), both out of the grounding encoder -> scores (B, N), before the sigmoid. [D19] "After
     normalization" is a LayerNorm of v and the unit length of t, as released: with both of unit length, scores could not
-    leave [-1, 1] and σ not come near 0 or 1.
-    """
-
+    leave [-1, 1] and σ not come near 0 or 1."""
     def __init__(self, dim, hidden):
         super().__init__()
         self.norm, self.fc1, self.fc2 = nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.Linear(hidden, dim)
@@ -106,8 +101,7 @@ def region_text_loss(scores, mask, padding, focal=20.0, dice=2.0):
     scores: (B, N), <t_eos, MLP(v_i)> before the sigmoid of Eq. (12), which is in here for its logarithm's sake.
     mask: (B, N) bool, from box_mask. padding: (B, N) bool; padded cells count for nothing. [D18]
     focal, dice: λ_focal and λ_dice. Focal loss with α 0.25 and γ 2 (Lin et al., ICCV 2017), the mean over a picture's
-    cells; dice with 1 added above and below (Milletari et al., 3DV 2016).
-    """
+    cells; dice with 1 added above and below (Milletari et al., 3DV 2016)."""
     scores, target, real = scores.float(), mask.float(), (~padding).float()
     s = scores.sigmoid()                                                 # HiVG Eq. (12)
     right = torch.where(mask, s, 1 - s)
@@ -124,8 +118,7 @@ def total_loss(found, boxes, l1, giou, contrast=0.0, focal=0.0, dice=0.0):
 
     [D26] The released code adds a third, of a segmentation head.
     found: a Grounding (model.py): .boxes, and for the constraints .text, .image, .temperature, .scores, .padding.
-    boxes: (B, 4), the true ones. HiVG's Table 8: l1 2, giou 2, focal 20, dice 2.
-    """
+    boxes: (B, 4), the true ones. HiVG's Table 8: l1 2, giou 2, focal 20, dice 2."""
     loss = box_loss(found.boxes, boxes, l1, giou)                                          # HiVG Eq. (14)
     if contrast:
         loss = loss + contrast * contrastive_loss(found.text, found.image, found.temperature)

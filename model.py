@@ -13,11 +13,12 @@ C_p = dim of the GroundingEncoder; HiVG: f_v^i, f_l^i = Encoded.states[i - 1], W
 """
 import argparse
 import math
+import os
 import re
+import sys
 import zlib
-from collections import OrderedDict
+from collections import OrderedDict, namedtuple
 from pathlib import Path
-from typing import NamedTuple, Optional
 
 import torch
 import torch.nn as nn
@@ -34,6 +35,22 @@ class InputError(ValueError):
     """Something the user gave is wrong; the message names it and the way out. The command lines print it and exit 2."""
 
 
+def run(main):
+    """Run a command line: what is wrong with the input is one line on stderr and exit status 2, never a traceback."""
+    try:
+        main()
+    except InputError as error:        # of a DataLoader's worker the message is a whole traceback, whose last line is ours
+        print(f"error: {str(error).rsplit('InputError: ', 1)[-1].strip()}", file=sys.stderr)
+        sys.exit(2)
+
+
+def save_whole(path, write):
+    """Call write(a path beside `path`), then rename: killed at any time, what stood at `path` before still stands."""
+    partial = Path(f"{path}.{os.getpid()}.partial")
+    write(partial)
+    partial.replace(path)
+
+
 # --- One layer for every encoder -------------------------------------------------------------------------------------
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "quick_gelu": quick_gelu}        # DETR and grounding encoders, BERT, CLIP
@@ -45,11 +62,10 @@ class TransformerLayer(nn.Module):
         post-norm (DETR, BERT):  x = norm1(x + a),  a = attention(x);          x = norm2(x + g),  g = ffn(x)
         pre-norm (CLIP):         x = x + a,         a = attention(norm1(x));   x = x + g,         g = ffn(norm2(x))
 
-    Its two ports are where a and g appear, before the residual. A side network reads them from what forward returns;
-    an inserted module writes them: `plugs["attention"]` or `plugs["ffn"]`, called as plug(out, x, context) with the
-    sublayer's output, the residual stream that entered the sublayer and the layer's context, gives the new output.
-    x, position: (B, N, C). padding: (B, N), not with causal. Returns x, a, g, each (B, N, C).
-    """
+    Its two ports are where a and g appear, before the residual. A side network reads them from what forward returns; an
+    inserted module writes them: `plugs["attention"]` or `plugs["ffn"]` turns a sublayer's output into another, called as
+    plug(output, x, context) with the residual stream x that entered the sublayer and the layer's context.
+    x, position: (B, N, C). padding: (B, N), not with causal. Returns x, a, g, each (B, N, C)."""
     def __init__(self, dim, heads, hidden, activation="relu", pre_norm=False, dropout=0.0, ffn_dropout=0.0, eps=1e-5,
                  causal=False):
         super().__init__()
@@ -86,8 +102,7 @@ class TransformerLayer(nn.Module):
         q, k = self.queries_keys(h, position)
         mask = None if padding is None else ~padding[:, None, None, :]      # True = may be looked at; over the keys
         dropout = self.dropout.p if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, self.split(self.v(h)), attn_mask=mask, dropout_p=dropout,
-                                             is_causal=self.causal)
+        out = F.scaled_dot_product_attention(q, k, self.split(self.v(h)), mask, dropout, self.causal)
         return self.out(out.transpose(1, 2).flatten(2))
 
     def attention_map(self, x, padding, position):
@@ -99,15 +114,9 @@ class TransformerLayer(nn.Module):
 
 # --- The encoders ----------------------------------------------------------------------------------------------------
 
-class Encoded(NamedTuple):
-    """An encoded image or text: x (B, N, C), padding (B, N); x0 (B, N, C), what entered the layers; ports, [(a_1, g_1), ...],
-    and states, [x_1, ...], what left each layer, shallow first; of CLIP the embedding (B, C) that it compares."""
-    x: torch.Tensor
-    padding: torch.Tensor
-    x0: Optional[torch.Tensor] = None
-    ports: list = ()
-    states: list = ()
-    embedding: Optional[torch.Tensor] = None
+# An encoded image or text: x (B, N, C), padding (B, N); x0 (B, N, C), what entered the layers; ports, [(a_1, g_1), ...], and
+# states, [x_1, ...], what left each layer, shallow first; of CLIP the embedding (B, C) that it compares.
+Encoded = namedtuple("Encoded", "x padding x0 ports states embedding", defaults=(None, (), (), None))
 
 
 def run_layers(layers, x, padding, position=None, context=None, mask=True):
@@ -143,14 +152,13 @@ class SmallStem(nn.Module):
 
 def sine_position(padding, dim):
     """DETR's 2-D sine positions (Carion et al., ECCV 2020): padding (B, H, W) -> (B, H*W, dim), half of dim for y, half
-    for x. Counted over what is not padding and scaled to [0, 2π]: where the picture lies in its square makes no difference."""
+    for x. Counted over what is not padding and scaled to [0, 2π], so a picture's place in its square makes no difference."""
     real = ~padding
     y, x = real.cumsum(1, dtype=torch.float32), real.cumsum(2, dtype=torch.float32)             # (B, H, W), from 1
     y, x = y / (y[:, -1:, :] + 1e-6) * 2 * math.pi, x / (x[:, :, -1:] + 1e-6) * 2 * math.pi
     frequency = 10000 ** (2 * torch.arange(dim // 4, device=padding.device) / (dim // 2))       # (dim / 4,)
-    halves = []
-    for angle in (y[..., None] / frequency, x[..., None] / frequency):                          # (B, H, W, dim / 4)
-        halves.append(torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2))              # sin, cos in turn
+    angles = y[..., None] / frequency, x[..., None] / frequency                                 # (B, H, W, dim / 4)
+    halves = [torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2) for angle in angles]  # sin, cos in turn
     return torch.cat(halves, dim=-1).flatten(1, 2)
 
 
@@ -159,8 +167,7 @@ class VisionEncoder(nn.Module):
     ReLU; positions are added to queries and keys in each layer; no norm at the end."""
     def __init__(self, backbone, channels, dim, heads, hidden, layers, dropout):
         super().__init__()
-        self.backbone = backbone
-        self.projection = nn.Conv2d(channels, dim, 1)
+        self.backbone, self.projection = backbone, nn.Conv2d(channels, dim, 1)
         self.layers = nn.ModuleList(TransformerLayer(dim, heads, hidden, "relu", dropout=dropout, ffn_dropout=dropout)
                                     for _ in range(layers))
 
@@ -176,11 +183,8 @@ class TextEncoder(nn.Module):
     Every token is of type 0, whose embedding BERT adds all the same; [D8] the released code has lost it."""
     def __init__(self, vocabulary, positions, dim, heads, hidden, layers, dropout):
         super().__init__()
-        self.word = nn.Embedding(vocabulary, dim)
-        self.position = nn.Embedding(positions, dim)
-        self.token_type = nn.Embedding(2, dim)
-        self.norm = nn.LayerNorm(dim, eps=1e-12)
-        self.dropout = nn.Dropout(dropout)
+        self.word, self.position, self.token_type = (nn.Embedding(count, dim) for count in (vocabulary, positions, 2))
+        self.norm, self.dropout = nn.LayerNorm(dim, eps=1e-12), nn.Dropout(dropout)
         self.layers = nn.ModuleList(TransformerLayer(dim, heads, hidden, "gelu", dropout=dropout, eps=1e-12)
                                     for _ in range(layers))
 
@@ -210,8 +214,7 @@ class ClipVision(nn.Module):
         found = run_layers(self.layers, self.pre_norm(x + self.position), F.pad(~real, (1, 0)), context=context, mask=False)
         return found._replace(embedding=self.embed(found.x[:, 0]))
 
-    def embed(self, x):
-        """(..., dim) -> (..., embedding): what CLIP makes of [CLS]."""
+    def embed(self, x):                                     # (..., dim) -> (..., embedding): what CLIP makes of [CLS]
         return self.projection(self.norm(x))
 
 
@@ -222,11 +225,10 @@ class ClipText(nn.Module):
         super().__init__()
         self.word = nn.Embedding(vocabulary, dim)
         self.position = nn.Parameter(0.25 * torch.randn(positions, dim))
-        nn.init.normal_(self.word.weight, std=0.5)         # so that words are told apart, and places, before they are learned
+        nn.init.normal_(self.word.weight, std=0.5)         # words and places are told apart before they are learned
         self.layers = nn.ModuleList(TransformerLayer(dim, heads, hidden, "quick_gelu", True, causal=True)
                                     for _ in range(layers))
-        self.norm = nn.LayerNorm(dim)
-        self.projection = nn.Linear(dim, embedding, bias=False)
+        self.norm, self.projection = nn.LayerNorm(dim), nn.Linear(dim, embedding, bias=False)
 
     def forward(self, tokens, padding):
         found = run_layers(self.layers, self.word(tokens) + self.position[:tokens.shape[1]], padding, mask=False)
@@ -248,23 +250,16 @@ class Clip(nn.Module):
 
 # --- Grounding -------------------------------------------------------------------------------------------------------
 
-class Grounding(NamedTuple):
-    """boxes (B, 4) as (cx, cy, w, h) in [0, 1]; attention (B, Nv), how [REG] looks at the image, where asked for; and
-    what HiVG's constraints compare: scores and padding (B, Nv), in training; text, image (B, C) and temperature, CLIP's."""
-    boxes: torch.Tensor
-    attention: Optional[torch.Tensor] = None
-    scores: Optional[torch.Tensor] = None
-    padding: Optional[torch.Tensor] = None
-    text: Optional[torch.Tensor] = None
-    image: Optional[torch.Tensor] = None
-    temperature: Optional[torch.Tensor] = None
+# What is found: boxes (B, 4) as (cx, cy, w, h) in [0, 1]; attention (B, Nv), how [REG] looks at the image, where asked for;
+# what HiVG's constraints compare: scores and padding (B, Nv), in training; text, image (B, C) and temperature, CLIP's.
+Grounding = namedtuple("Grounding", "boxes attention scores padding text image temperature", defaults=[None] * 6)
 
 
 class GroundingEncoder(nn.Module):
     """The V-L encoder of M²IST (Section III-A c), the grounding encoder of HiVG (Section 3.1), and the box head.
-    vision, text: Encoded, of widths vision_dim and text_dim, text of at most max_tokens tokens. Returns Grounding.
-    The sequence is [REG], text, vision, or with `clip` [REG], [CLS], vision, text, HiVG Eq. (2). Learned positions are
-    added to queries and keys in every layer. region_hidden: width of the MLP of HiVG Eq. (12), if there is to be one."""
+    vision, text: Encoded, of widths vision_dim and text_dim, text of at most max_tokens tokens -> Grounding. The sequence
+    is [REG], text, vision, or with `clip` [REG], [CLS], vision, text, HiVG Eq. (2), with learned positions in the queries
+    and keys of every layer. region_hidden: width of the MLP of HiVG Eq. (12), if there is to be one."""
     def __init__(self, vision_dim, text_dim, vision_tokens, max_tokens, dim, heads, hidden, layers, dropout,
                  pre_norm=False, position_std=1.0, clip=False, region_hidden=None):
         super().__init__()
@@ -276,7 +271,7 @@ class GroundingEncoder(nn.Module):
         self.layers = nn.ModuleList(TransformerLayer(dim, heads, hidden, "relu", pre_norm, dropout, dropout)
                                     for _ in range(layers))
         self.norm = nn.LayerNorm(dim) if pre_norm else nn.Identity()       # post-norm layers end in one of their own
-        self.head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 4))     # [D29]
+        self.head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 4))  # [D29]
         self.region = region_hidden and RegionText(dim, region_hidden)
 
     def sequence(self, vision, text):
@@ -299,11 +294,11 @@ class GroundingEncoder(nn.Module):
         found = Grounding(self.head(x[:, 0]).float().sigmoid(), looks)                  # the head reads [REG] alone
         if self.region is None or not self.training:
             return found
-        eos = x[torch.arange(len(x), device=x.device), vision.x.shape[1] + (~text.padding).sum(1)]   # the last of its text
+        eos = x[torch.arange(len(x), device=x.device), vision.x.shape[1] + (~text.padding).sum(1)]   # [EOS] ends its text
         return found._replace(scores=self.region(eos, x[:, cells]), padding=padding[:, cells])
 
 
-def trimmed(tokens, padding, limit):
+def trim(tokens, padding, limit):
     """Tokens and padding (B, T), cut to `limit`; only padding may be cut."""
     if not padding[:, limit:].all():
         raise ValueError(f"a text has more than max_tokens = {limit} tokens")
@@ -314,14 +309,13 @@ def chosen_layers(spec, name, count):
     """Layers that the size or the user chose of an encoder with `count`, each once; [] if the choice is the method's."""
     layers = spec[name] or []
     if not all(1 <= layer <= count for layer in layers) or len(set(layers)) < len(layers):
-        raise InputError(f"--{name.replace('_', '-')} {' '.join(map(str, layers))}: they must differ and lie in 1 .. {count}")
+        raise InputError(f"--{name.replace('_', '-')} {' '.join(map(str, layers))}: must differ and lie in 1 .. {count}")
     return layers
 
 
 class DetrBert(nn.Module):
-    """Every method on DETR and BERT: the two encoders, what a method puts beside them, the grounding encoder.
-    spec: from `architecture`. Encoders that are not to be trained run under no_grad and in eval mode: [D7] the released
-    code leaves dropout on in them."""
+    """Every method on DETR and BERT: encoders, what stands beside them, the grounding encoder. spec: from `architecture`.
+    Encoders not to be trained run under no_grad and in eval mode: [D7] the released code leaves dropout on in them."""
     def __init__(self, vision, text, spec):
         super().__init__()
         dims = dict(vision_dim=spec["vision"]["dim"], text_dim=spec["text"]["dim"])
@@ -330,8 +324,8 @@ class DetrBert(nn.Module):
         self.grounding = GroundingEncoder(**dims, vision_tokens=(spec["image_size"] // spec["stride"]) ** 2,
                                           max_tokens=spec["max_tokens"], **spec["grounding"])
         if spec["side"]:
-            widths = {name: spec[name] for name in ("bottleneck", "interaction_dim", "interaction_bottleneck", "scale", "residual")}
-            self.side = SideNetworks(**dims, layers=spec["vision"]["layers"], **widths,
+            widths = ("bottleneck", "interaction_dim", "interaction_bottleneck", "scale", "residual")
+            self.side = SideNetworks(**dims, layers=spec["vision"]["layers"], **{name: spec[name] for name in widths},
                                      text_layers=chosen_layers(spec, "text_layers", spec["text"]["layers"]))
 
     def train(self, mode=True):
@@ -346,8 +340,7 @@ class DetrBert(nn.Module):
 
     def encode_text(self, tokens, token_padding):
         """tokens, token_padding (B, T) -> Encoded (B, T, C_l). T beyond max_tokens may hold nothing but padding."""
-        return self._encode(self.text, self.side and self.side.text,
-                            *trimmed(tokens, token_padding, self.grounding.max_tokens))
+        return self._encode(self.text, self.side and self.side.text, *trim(tokens, token_padding, self.grounding.max_tokens))
 
     def _encode(self, encoder, side, inputs, padding):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):       # the memory that M²IST saves
@@ -364,8 +357,8 @@ class DetrBert(nn.Module):
 
 class ClipGrounding(nn.Module):
     """Every method on CLIP, HiVG Section 3.1: the two towers, bridges within the vision tower, the grounding encoder.
-    spec: from `architecture`. CLIP itself is frozen; what LoRA trains of it is for `begin_stage`. Of m vision layers the
-    features are grounded; n text layers are given to the bridges."""
+    spec: from `architecture`. CLIP is frozen; what LoRA trains of it is for `begin_stage`. m, n of the paper: len(levels),
+    the vision layers whose features are grounded, and len(text_layers), which the bridges see."""
     def __init__(self, clip, spec):
         super().__init__()
         vision, text = spec["vision"], spec["text"]
@@ -388,11 +381,11 @@ class ClipGrounding(nn.Module):
 
     def encode_text(self, tokens, token_padding):
         """tokens, token_padding (B, T) -> Encoded (B, T, H_g): the last layer, by CLIP's own projection."""
-        return self.clip.text(*trimmed(tokens, token_padding, self.grounding.max_tokens))
+        return self.clip.text(*trim(tokens, token_padding, self.grounding.max_tokens))
 
     def encode_image(self, images, image_padding, text):
         """images (B, 3, S, S), image_padding (B, S, S), text from encode_text -> Encoded (B, 1 + Nv, m H_v)."""
-        image = self.clip.vision(images, image_padding, ([text.states[layer - 1] for layer in self.text_layers], text.padding))
+        image = self.clip.vision(images, image_padding, ([text.states[i - 1] for i in self.text_layers], text.padding))
         return image._replace(x=torch.cat([image.states[level - 1] for level in self.levels], -1))    # HiVG Eq. (1)
 
     def ground(self, vision, text, attention=False):
@@ -407,28 +400,28 @@ class ClipGrounding(nn.Module):
 # --- Weights of others. A table is [(regular expression of their key, our key), ...]. --------------------------------
 
 DETR_URL = "https://dl.fbaipublicfiles.com/detr/detr-r50-e632da11.pth"
-DETR_TABLE = [                                            # official DETR, and TransVG's DETR without REC's test pictures
-    (r"backbone\.0\.body\.(.+)", r"backbone.\1"),
-    (r"input_proj\.(.+)", r"projection.\1"),
+DETR_TABLE = [                                                                # official DETR and TransVG's; transformers'
+    (r"(?:backbone\.0\.body|model\.backbone\.conv_encoder\.model)\.(.+)", r"backbone.\1"),
+    (r"(?:input_proj|model\.input_projection)\.(.+)", r"projection.\1"),
     (r"transformer\.encoder\.layers\.(\d+)\.self_attn\.in_proj_(.+)", r"layers.\1.q,k,v.\2"),    # three in one
     (r"transformer\.encoder\.layers\.(\d+)\.self_attn\.out_proj\.(.+)", r"layers.\1.out.\2"),
-    (r"transformer\.encoder\.layers\.(\d+)\.linear([12])\.(.+)", r"layers.\1.fc\2.\3"),
+    (r"model\.encoder\.layers\.(\d+)\.self_attn\.(q|k|v|out)_proj\.(.+)", r"layers.\1.\2.\3"),
+    (r"(?:transformer|model)\.encoder\.layers\.(\d+)\.(?:linear|fc)([12])\.(.+)", r"layers.\1.fc\2.\3"),
     (r"transformer\.encoder\.layers\.(\d+)\.norm([12])\.(.+)", r"layers.\1.norm\2.\3"),
-]
-DETR_IGNORED = r"transformer\.decoder\.|class_embed\.|bbox_embed\.|query_embed\."          # the decoder and its heads
+    (r"model\.encoder\.layers\.(\d+)\.self_attn_layer_norm\.(.+)", r"layers.\1.norm1.\2"),
+    (r"model\.encoder\.layers\.(\d+)\.final_layer_norm\.(.+)", r"layers.\1.norm2.\2")]
+DETR_IGNORED = (r"(transformer|model)\.decoder\.|class_embed\.|bbox_embed\.|query_embed\.|model\.query_position_embeddings\.|"
+                r"class_labels_classifier\.|bbox_predictor\.")                                # the decoder and its heads
 
 BERT_TABLE = [                                                                             # transformers' BertModel
-    (r"embeddings\.word_embeddings\.(.+)", r"word.\1"),
-    (r"embeddings\.position_embeddings\.(.+)", r"position.\1"),
-    (r"embeddings\.token_type_embeddings\.(.+)", r"token_type.\1"),
+    (r"embeddings\.(word|position|token_type)_embeddings\.(.+)", r"\1.\2"),
     (r"embeddings\.LayerNorm\.(.+)", r"norm.\1"),
     (r"encoder\.layer\.(\d+)\.attention\.self\.(q|k|v)[a-z]+\.(.+)", r"layers.\1.\2.\3"),
     (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.(.+)", r"layers.\1.out.\2"),
     (r"encoder\.layer\.(\d+)\.attention\.output\.LayerNorm\.(.+)", r"layers.\1.norm1.\2"),
     (r"encoder\.layer\.(\d+)\.intermediate\.dense\.(.+)", r"layers.\1.fc1.\2"),
     (r"encoder\.layer\.(\d+)\.output\.dense\.(.+)", r"layers.\1.fc2.\2"),
-    (r"encoder\.layer\.(\d+)\.output\.LayerNorm\.(.+)", r"layers.\1.norm2.\2"),
-]
+    (r"encoder\.layer\.(\d+)\.output\.LayerNorm\.(.+)", r"layers.\1.norm2.\2")]
 BERT_IGNORED = r"cls\.|pooler\.|embeddings\.position_ids"             # heads of its pretraining; a buffer of old files
 
 CLIP_TABLE = [                                                                             # transformers' CLIPModel
@@ -443,15 +436,13 @@ CLIP_TABLE = [                                                                  
     (r"visual_projection\.(.+)", r"vision.projection.\1"),
     (r"text_model\.final_layer_norm\.(.+)", r"text.norm.\1"),
     (r"text_projection\.(.+)", r"text.projection.\1"),
-    (r"(logit_scale)", r"\1"),
-]
+    (r"(logit_scale)", r"\1")]
 CLIP_IGNORED = r".*\.position_ids"
 
 
 def import_weights(module, state, table, ignored, source):
-    """Load `state`, a dict in another project's names, into `module`. ignored: a pattern of keys that are known and not
-    wanted; every other key must be accounted for. source: what to call the state in an error. Raises InputError that
-    names the keys which are missing, unexpected or of another shape."""
+    """Load `state`, a dict in another project's names, into `module`. ignored: a pattern of keys known and not wanted.
+    source: what to call the state in an error. Raises InputError that names keys missing, unexpected or of another shape."""
     wanted, found, unexpected = module.state_dict(), {}, []
     for key, value in state.items():
         name = next((re.sub(pattern, ours, key) for pattern, ours in table if re.fullmatch(pattern, key)), None)
@@ -486,30 +477,50 @@ def read_state(path):
     return state.get("model", state)
 
 
+def plain(state, source):
+    """A state dict without PEFT in its names, and its pairs merged, W + α/r B A; α/r is HiVG's 16/32, which no file says."""
+    state = {re.sub(r"base_model\.model\.|base_layer\.|default\.", "", key): value for key, value in state.items()}
+    for key in [key for key in state if key.endswith(".lora_A.weight")]:
+        name = key.removesuffix("lora_A.weight")
+        try:
+            state[f"{name}weight"] = state[f"{name}weight"] + 16 / 32 * state.pop(f"{name}lora_B.weight") @ state.pop(key)
+        except KeyError as missing:
+            raise InputError(f"{source}: {missing} is missing") from None
+    return state
+
+
 def load_detr(vision, weights=None):
-    """DETR R-50 in official naming, from a file, or from where its authors keep it."""
+    """DETR R-50: a file or where its authors keep it, in their naming; the hub's name or a folder, in transformers'."""
+    if weights and Path(weights).suffix not in (".pth", ".pt"):
+        return load_hub(vision, weights, "--vision-weights", DETR_TABLE, DETR_IGNORED)
     try:
         state = read_state(weights) if weights else torch.hub.load_state_dict_from_url(
             DETR_URL, map_location="cpu", weights_only=True)["model"]
     except OSError as error:
-        raise InputError(f"cannot fetch {DETR_URL} ({error}): give a file by --vision-weights, or take --weights random") from None
+        raise InputError(f"cannot fetch {DETR_URL} ({error}): give --vision-weights FILE, or --weights random") from None
     import_weights(vision, state, DETR_TABLE, DETR_IGNORED, weights or DETR_URL)
 
 
 def load_hub(module, weights, flag, table, ignored):
-    """BERT or CLIP as transformers saves it: a name on the hub, or a folder. Half precision is loaded as float32."""
+    """DETR, BERT or CLIP as transformers saves it: a name on the hub, a folder or a file; of a file of HiVG's, its CLIP. Half
+    precision is loaded as float32."""
     from transformers.utils import cached_file
     path, why = None, "no model.safetensors and no pytorch_model.bin there, or no connection to it"
+    if Path(weights).is_file():
+        path = weights
     for name in ("model.safetensors", "pytorch_model.bin"):
         try:
             path = path or cached_file(weights, name, _raise_exceptions_for_missing_entries=False)
         except OSError as error:
             why = str(error).splitlines()[0]
     if path is None:
-        raise InputError(f"cannot find {weights} as a folder or on the hub ({why}): give a folder by {flag}, or take --weights random")
-    old = {"gamma": "weight", "beta": "bias"}                  # what the first BERT files call a LayerNorm's parameters
-    state = {re.sub(r"(gamma|beta)$", lambda found: old[found[0]], key.removeprefix("bert.")): value
-             for key, value in read_state(path).items()}
+        raise InputError(f"no {weights} as a folder or on the hub ({why}): give {flag} FOLDER, or --weights random")
+    state = {re.sub("gamma$", "weight", re.sub("beta$", "bias", key.removeprefix("bert."))): value
+             for key, value in plain(read_state(path), path).items()}     # gamma, beta: LayerNorm's in the first BERT files
+    if any(key.startswith("clip.") for key in state):
+        other = [key for key in state if not key.startswith("clip.") or ".cross_" in key]
+        print(f"{path}: its CLIP alone is taken, without {', '.join(other)}")
+        state = {key.removeprefix("clip."): value for key, value in state.items() if key not in other}
     import_weights(module, state, table, ignored, path)
 
 
@@ -517,27 +528,24 @@ def load_hub(module, weights, flag, table, ignored):
 
 SIZES = {       # size: family: everything about the architecture, and what options are where they are not given
     "base": {
-        # M²IST Section III-A and IV-B; dropout and heads as released.
-        "detr": dict(
+        "detr": dict(           # M²IST Section III-A and IV-B; dropout and heads as released
             image_size=640, stride=32, max_tokens=20, text_layers=[7, 8, 9, 10, 11, 12],
             vision=dict(channels=2048, dim=256, heads=8, hidden=2048, layers=6, dropout=0.1),
             text=dict(vocabulary=30522, positions=512, dim=768, heads=12, hidden=3072, layers=12, dropout=0.1),
             grounding=dict(dim=256, heads=8, hidden=2048, layers=6, dropout=0.1),
             bottleneck=128, interaction_dim=256, interaction_bottleneck=128, text_weights="bert-base-uncased"),
-        # HiVG Section 4.1 and Table 7 [D16]; hidden widths of the grounding encoder and of the region MLP as released.
-        "clip": dict(
+        "clip": dict(           # HiVG Section 4.1 and Table 7 [D16]; the hidden widths of grounding and region as released
             image_size=224, stride=16, max_tokens=77, vision_layers=[1, 4, 8, 12], bridge_layers=[4, 8, 12],
             vision=dict(dim=768, heads=12, hidden=3072, layers=12, embedding=512),
             text=dict(vocabulary=49408, positions=77, dim=512, heads=8, hidden=2048, layers=12, embedding=512),
             grounding=dict(dim=512, heads=8, hidden=2048, layers=6, dropout=0.1, pre_norm=True), region_hidden=3072,
             clip_weights="openai/clip-vit-base-patch16")},      # [D31]
-    "large": {
-        "clip": dict(
-            image_size=224, stride=14, max_tokens=77, vision_layers=[6, 12, 18, 24], bridge_layers=[6, 12, 18, 24],
-            vision=dict(dim=1024, heads=16, hidden=4096, layers=24, embedding=768),
-            text=dict(vocabulary=49408, positions=77, dim=768, heads=12, hidden=3072, layers=12, embedding=768),
-            grounding=dict(dim=768, heads=8, hidden=2048, layers=6, dropout=0.1, pre_norm=True), region_hidden=3072,
-            clip_weights="openai/clip-vit-large-patch14")},
+    "large": {"clip": dict(
+        image_size=224, stride=14, max_tokens=77, vision_layers=[6, 12, 18, 24], bridge_layers=[6, 12, 18, 24],
+        vision=dict(dim=1024, heads=16, hidden=4096, layers=24, embedding=768),
+        text=dict(vocabulary=49408, positions=77, dim=768, heads=12, hidden=3072, layers=12, embedding=768),
+        grounding=dict(dim=768, heads=8, hidden=2048, layers=6, dropout=0.1, pre_norm=True), region_hidden=3072,
+        clip_weights="openai/clip-vit-large-patch14")},
     # Ours, small enough to learn `shapes` on two cores in minutes. Pre-norm, as HiVG's grounding encoder, and small
     # positions: with post-norm and N(0, 1) it takes several times as long to leave the mean box.
     "tiny": {
@@ -552,24 +560,21 @@ SIZES = {       # size: family: everything about the architecture, and what opti
             vision=dict(dim=64, heads=4, hidden=128, layers=6, embedding=64),
             text=dict(vocabulary=256, positions=32, dim=64, heads=4, hidden=128, layers=3, embedding=64),
             grounding=dict(dim=96, heads=6, hidden=192, layers=3, dropout=0.0, pre_norm=True, position_std=0.1),
-            region_hidden=96, pretext_steps=1200)},
-}
+            region_hidden=96, pretext_steps=1200)}}
 
 # What a method puts in or beside the encoders of its family; it may replace what the size says.
 METHODS = {
     "full": dict(family="detr", tune_encoders=True, side=False),                                    # Table I [D10]
     "frozen": dict(family="detr", tune_encoders=False, side=False),                                 # Table V (a)
     "m2ist": dict(family="detr", tune_encoders=False, side=True, scale=0.1),                        # Tables I and V (f)
-    "clip-frozen": dict(family="clip", vision_layers=[], bridge_layers=[], region_hidden=None),     # HiVG Fig. 4 (d), original CLIP
-    "clip-lora": dict(family="clip", vision_layers=[], bridge_layers=[], region_hidden=None),       # ... with vanilla LoRA
-    "hivg": dict(family="clip"),
-}
+    "clip-frozen": dict(family="clip", vision_layers=[], bridge_layers=[], region_hidden=None),   # HiVG Fig. 4 (d), no LoRA
+    "clip-lora": dict(family="clip", vision_layers=[], bridge_layers=[], region_hidden=None),     # ... with vanilla LoRA
+    "hivg": dict(family="clip")}
 
-# What a model may be built with (train.py --help says what it is); where it is None the size says. Of HiVG, no text_layers
-# are all of them, and no vision_layers the last.
-OPTIONS = dict(max_tokens=None, bottleneck=None, interaction_dim=None, interaction_bottleneck=None, scale=None, residual=False,
-               text_layers=None, vision_layers=None, bridge_layers=None, vision_weights=None,
-               text_weights=None, clip_weights=None, cache=".cache", pretext_steps=None)
+# Options of a model (see train.py --help). None: as the size says; in HiVG no text_layers: all, no vision_layers: the last.
+OPTIONS = dict(max_tokens=None, bottleneck=None, interaction_dim=None, interaction_bottleneck=None, scale=None,
+               residual=False, text_layers=None, vision_layers=None, bridge_layers=None, vision_weights=None,
+               text_weights=None, clip_weights=None, cache=".cache", pretext_steps=None, pixels=None)
 
 
 def one_of(name, value, valid):
@@ -604,35 +609,27 @@ def build_encoders(spec):
         return {"vision": VisionEncoder(backbone, **spec["vision"]), "text": TextEncoder(**spec["text"])}
 
 
-def load_encoders(encoders, spec, size, weights):
-    if weights == "random":
-        return
-    if (weights == "shapes") != (size == "tiny"):
-        raise InputError(f"--weights {weights} are not for --size {size}: tiny takes shapes or random, others pretrained or random")
+def build_model(method, size="base", weights="pretrained", **options):
+    """A grounding model; what its method, one of METHODS, does not tune has requires_grad False. size: base (the papers'),
+    large (HiVG-L), tiny (for `shapes`). weights: pretrained, shapes (of tiny), random. options: see OPTIONS. Built under
+    torch.device("meta") with random weights it costs no memory. Raises InputError for what is unknown, cannot be had or
+    does not fit."""
+    spec = architecture(method, size, options)
+    one_of(f"weights of size {size}", weights, ("shapes" if size == "tiny" else "pretrained", "random"))
+    if spec["max_tokens"] > spec["text"]["positions"]:
+        raise InputError(f"max_tokens is {spec['max_tokens']}; the text encoder of size {size} has "
+                         f"{spec['text']['positions']} positions")
+    encoders = build_encoders(spec)
     if weights == "shapes":
         path = shapes_weights(spec["cache"], spec["pretext_steps"], spec["family"])
         if not path.exists():
             raise InputError(f"{path}: the tiny encoders are not pretrained yet; `python train.py` does it")
         nn.ModuleDict(encoders).load_state_dict(load_file(path))
-    elif "clip" in encoders:
+    elif weights == "pretrained" and "clip" in encoders:
         load_hub(encoders["clip"], spec["clip_weights"], "--clip-weights", CLIP_TABLE, CLIP_IGNORED)
-    else:
+    elif weights == "pretrained":
         load_detr(encoders["vision"], spec["vision_weights"])
         load_hub(encoders["text"], spec["text_weights"], "--text-weights", BERT_TABLE, BERT_IGNORED)
-
-
-def build_model(method, size="base", weights="pretrained", **options):
-    """A grounding model, ready to train: what a method does not tune has requires_grad False. method: one of METHODS. size:
-    base (the papers'), large (HiVG-L), tiny (for `shapes`). weights: pretrained | random | shapes. options: see OPTIONS.
-    Built under torch.device("meta") with random weights it costs no memory. Raises InputError for anything unknown, and
-    for weights that cannot be had or do not fit."""
-    spec = architecture(method, size, options)
-    one_of("weights", weights, ("pretrained", "random", "shapes"))
-    if spec["max_tokens"] > spec["text"]["positions"]:
-        raise InputError(f"max_tokens is {spec['max_tokens']}; the text encoder of size {size} has "
-                         f"{spec['text']['positions']} positions")
-    encoders = build_encoders(spec)
-    load_encoders(encoders, spec, size, weights)
     try:
         return (ClipGrounding if spec["family"] == "clip" else DetrBert)(**encoders, spec=spec).train()
     except ValueError as error:                                      # widths or layers that do not go together
@@ -644,6 +641,5 @@ def count_parameters(model):
     or beside the encoders, which is what M²IST's "Params." counts [D11], and, it seems, HiVG's "Update params." [D23]."""
     head = {id(p) for p in model.grounding.parameters()}
     trainable = [p for p in model.parameters() if p.requires_grad]
-    return {"total": sum(p.numel() for p in model.parameters()),
-            "trainable": sum(p.numel() for p in trainable),
+    return {"total": sum(p.numel() for p in model.parameters()), "trainable": sum(p.numel() for p in trainable),
             "encoder_tunable": sum(p.numel() for p in trainable if id(p) not in head)}

@@ -13,11 +13,9 @@ import functools
 import hashlib
 import json
 import math
-import os
-import sys
 import time
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -25,143 +23,125 @@ import torch.nn.functional as F
 import torchvision
 import transformers
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import data
 import hilora
 import losses
-from model import (METHODS, OPTIONS, SIZES, InputError, architecture, build_encoders, build_model, count_parameters, one_of,
-                   read_state, shapes_weights)
+from model import (DETR_URL, METHODS, OPTIONS, SIZES, InputError, architecture, build_encoders, build_model, count_parameters,
+                   one_of, read_state, run, save_whole, shapes_weights)
 
 # --- The command line ------------------------------------------------------------------------------------------------
 
-# What flags are where the command line does not say: by all rows whose words are among the run's family (detr or clip), size,
-# method and dataset; of two, the later one.
+# Defaults of flags: of all rows whose words are among the run's family, size, method and dataset; of two, the later one.
 RECIPES = {
     "detr": dict(l1=1.0, giou=1.0, contrast=0.0, focal=0.0, dice=0.0, stages=0, stage_epochs=0, stage_lr=[]),
-    # M²IST Section IV-B c: AdamW, one drop by 10; the batch of Table I. RefCOCO+ trains twice as long. [D12] 1e-5 is the
-    # paper's rate for M³ISA; for encoders trained in full it gives none, and they take the same.
+    # M²IST Section IV-B c; batch of Table I. [D12] 1e-5 is the paper's rate for M³ISA; full tuning, given none, takes it.
     "detr base": dict(epochs=90, batch_size=64, lr=1e-4, lr_encoder=1e-5, schedule="step", lr_drop=60, warmup=0),
     "detr base refcoco+": dict(epochs=180, lr_drop=120),
-    # Ours, found on `shapes`: 3,000 steps in all, so larger rates, a warm-up and a smooth end. Adapters, which start
-    # from nothing, take the whole rate; encoders that are trained in full a tenth of it.
+    "detr base refcocog-umd": dict(max_tokens=40),                  # as released; its texts are twice as long
+    "detr base refcocog-google": dict(max_tokens=40),
+    # Ours, found on `shapes`: 3,000 steps in all, so larger rates, a warm-up and a smooth end.
     "detr tiny": dict(epochs=4, batch_size=32, lr=1e-3, lr_encoder=1e-3, schedule="cosine", lr_drop=3, warmup=200),
-    "tiny full": dict(lr_encoder=1e-4),
+    "tiny full": dict(lr_encoder=1e-4),     # adapters, which start from nothing, take the whole rate; encoders a tenth of it
     # HiVG Section 4.1 and Table 8. [D21] The section's batch is 60, the table's 80.
     "clip": dict(l1=2.0, giou=2.0, contrast=1.0, focal=20.0, dice=2.0, epochs=50, lr=2.5e-4, lr_encoder=2.5e-4,
                  schedule="cosine", lr_drop=50, warmup=0, rank=32, alpha=16.0),
     "clip base": dict(batch_size=80, stages=3, stage_epochs=20, stage_lr=[1e-4, 0.5e-4, 0.25e-4]),
     "clip large": dict(batch_size=32, stages=4, stage_epochs=15, stage_lr=[1e-4, 0.75e-4, 0.5e-4, 0.25e-4]),
-    # Ours: seven epochs in all, whatever the method, so that they can be compared.
     "clip tiny": dict(epochs=4, batch_size=32, lr=1e-3, lr_encoder=1e-3, warmup=200, stages=3, stage_epochs=1,
-                      stage_lr=[8e-4, 6e-4, 4e-4]),
+                      stage_lr=[8e-4, 6e-4, 4e-4]),       # ours: seven epochs in all, whatever the method, to compare them
     # HiVG Fig. 4 (d): the box loss alone [D35]; vanilla LoRA is one round, here as long as all of HiLoRA's.
     "clip-frozen": dict(contrast=0.0, focal=0.0, dice=0.0, stages=0),
     "clip-lora": dict(contrast=0.0, focal=0.0, dice=0.0, stages=1, stage_epochs=60),
     "tiny clip-frozen": dict(epochs=7),
-    "tiny clip-lora": dict(stage_epochs=3),
-}
+    "tiny clip-lora": dict(stage_epochs=3)}
 
 
-def recipe_help(key, source):
-    return f"({source}; tiny ours; default: " + ", ".join(f"{name} {row[key]}" for name, row in RECIPES.items() if key in row) + ")"
+def by_recipe(add, flag, text, source, **options):           # adds a flag whose default the recipes give
+    key = flag[2:].replace("-", "_")
+    rows = ", ".join(f"{words} {row[key]}" for words, row in RECIPES.items() if key in row)
+    add(flag, help=f"{text} ({source}; tiny ours; default: {rows})".strip(), **options)
 
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_argument_group("what").add_argument
-    what("--method", default="m2ist", help=f"{', '.join(METHODS)} (M²IST Tables I, V a; HiVG Fig. 4 d; default: m2ist)")
-    what("--dataset", default="shapes", help="shapes, or the path of a FILE.jsonl (ours; default: shapes)")
-    what("--root", help="folder that image paths start from (ours; default: that of the .jsonl)")
-    what("--size", help=f"{', '.join(SIZES)} (default: tiny for shapes, which is ours, else base, the paper's)")
-    what("--weights", help="of the encoders: pretrained, random, shapes (ours; default: shapes for tiny, else pretrained)")
-    what("--out", help="folder of the run (ours; default: runs/DATASET-METHOD-SEED)")
-    what("--seed", type=int, default=0, help="of new weights, order and transforms (ours; default: 0)")
-    encoders = parser.add_argument_group("encoders").add_argument
-    encoders("--vision-weights", help="file of DETR R-50, official or TransVG's (Section IV-B a; default: DETR's official file)")
-    encoders("--text-weights", help="hub name or folder of a BERT (Section IV-B a; default: bert-base-uncased)")
-    encoders("--clip-weights", help="hub name or folder of a CLIP (HiVG Section 4.1; default: OpenAI's ViT-B/16, large ViT-L/14)")
-    encoders("--max-tokens", type=int, help="text tokens with the first and the last (released code, M²IST's takes 40 for "
-             "RefCOCOg; HiVG Appendix B; default: M²IST 20, HiVG 77)")
-    encoders("--cache", default=OPTIONS["cache"], help="folder of the pretrained tiny encoders (ours; default: .cache)")
-    encoders("--pretext-steps", type=int, help="steps of the tiny encoders' pretraining (ours; default: 800, of CLIP 1200)")
-    adapters = parser.add_argument_group("M3ISA").add_argument
-    adapters("--bottleneck", type=int, help="C_d of VEA and LEA (Section IV-B b; default: 128, tiny 32)")
-    adapters("--interaction-dim", type=int, help="C_i of IEA (Section IV-B b; default: 256, tiny 64)")
-    adapters("--interaction-bottleneck", type=int, help="C_d of IEA (Section IV-C a; default: 128, tiny 32)")
-    adapters("--scale", type=float, help="s of all adapters (Section IV-B b; default: 0.1)")
-    adapters("--residual", action="store_true", help="adapters add their own input, Eqs. 1, 4, 5 (released code; default: no)")
-    adapters("--text-layers", type=int, nargs="+",
-             help="M²IST: paired with vision layers 1, 2, ... (Table VIII c; default: 7 8 9 10 11 12, tiny 3 4); HiVG: what "
-                  "bridges see (Table 10; default: all)")
-    clip = parser.add_argument_group("HiVG").add_argument
-    clip("--vision-layers", type=int, nargs="+", help="whose features are grounded (HiVG Section 4.1; default: 1 4 8 12, large "
-         "6 12 18 24, tiny 1 2 4 6; clip-frozen and clip-lora the last)")
-    clip("--bridge-layers", type=int, nargs="*", help="vision layers with a cross-modal bridge, none if left empty (HiVG "
-         "Section 4.1; default: 4 8 12, large 6 12 18 24, tiny 2 4 6)")
-    clip("--stages", type=int, help="G, LoRA's stages and layer groups; 0 is no LoRA " + recipe_help("stages", "HiVG Section 4.1"))
-    clip("--stage-epochs", type=int, help="of each stage, after --epochs of warm-up " + recipe_help("stage_epochs", "HiVG Table 8"))
-    clip("--stage-lr", type=float, nargs="+", help="of each stage, the last for all more " + recipe_help("stage_lr", "HiVG Table 8"))
-    clip("--rank", type=int, help="r of LoRA " + recipe_help("rank", "HiVG Table 8"))
-    clip("--alpha", type=float, help="α of LoRA " + recipe_help("alpha", "HiVG Table 8"))
-    clip("--deep-to-shallow", action="store_true", help="vision's last layers first (HiVG Table 5; default: no)")
-    training = parser.add_argument_group("training").add_argument
-    training("--epochs", type=int, help=recipe_help("epochs", "Section IV-B c"))
-    training("--batch-size", type=int, help=recipe_help("batch_size", "Table I"))
-    training("--micro-batch", type=int, help="samples at once; gradients add up to the batch's (ours; default: the batch)")
-    training("--lr", type=float, help="of the grounding encoder " + recipe_help("lr", "Section IV-B c"))
-    training("--lr-encoder", type=float, help="of all else that is tuned " + recipe_help("lr_encoder", "Section IV-B c"))
-    training("--schedule", help="step: a tenth after --lr-drop epochs; cosine: to zero " + recipe_help("schedule", "Section IV-B c"))
-    training("--lr-drop", type=int, help="epochs before the step " + recipe_help("lr_drop", "Section IV-B c"))
-    training("--warmup", type=int, help="steps of linear warm-up " + recipe_help("warmup", "released code"))
-    training("--weight-decay", type=float, default=1e-4, help="of AdamW (Section IV-B c; default: 1e-4)")
-    training("--l1", type=float, help="weight of smooth L1 " + recipe_help("l1", "HiVG Table 8, M²IST Eq. 6"))
-    training("--giou", type=float, help="λ of Eq. (6) " + recipe_help("giou", "M²IST's released code, HiVG Table 8"))
-    training("--contrast", type=float, help="weight of HiVG Eq. (11), 0 is off " + recipe_help("contrast", "HiVG Eq. 15, Section 4.1"))
-    training("--focal", type=float, help="λ_focal of HiVG Eq. (13) " + recipe_help("focal", "HiVG Table 8"))
-    training("--dice", type=float, help="λ_dice of HiVG Eq. (13) " + recipe_help("dice", "HiVG Table 8"))
-    machine = parser.add_argument_group("machine").add_argument
-    machine("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-            help="cpu, cuda, cuda:1 (ours; default: cuda if there is one)")
-    machine("--amp", default="off", help="off, bf16, fp16: mixed precision (released code; default: off)")
-    machine("--workers", type=int, help="processes that load pictures (ours; default: 0 for shapes, else 2)")
-    machine("--limit", type=int, help="only the first N expressions of each split (ours; default: all)")
-    machine("--resume", action="store_true", help="go on with the run in --out, with the flags it was started with (ours; default: no)")
+    add = parser.add_argument_group("what").add_argument
+    add("--method", default="m2ist", help=f"{', '.join(METHODS)} (M²IST Tables I, V a; HiVG Fig. 4 d; default: m2ist)")
+    add("--dataset", default="shapes", help=f"shapes, {', '.join(data.DATASETS)}, a FILE.jsonl, or several joined by commas "
+        "(Section IV-A a; default: shapes, which is ours)")
+    add("--root", help="folder of annotations and pictures (ours; default: data; of a .jsonl its own)")
+    add("--size", help=f"{', '.join(SIZES)} (default: tiny for shapes, which is ours, else base, the paper's)")
+    add("--weights", help="of the encoders: pretrained, random, shapes (ours; default: shapes for tiny, else pretrained)")
+    add("--out", help="folder of the run (ours; default: runs/DATASET-METHOD-SEED)")
+    add("--seed", type=int, default=0, help="of new weights, order and transforms (ours; default: 0)")
+    add = parser.add_argument_group("encoders").add_argument
+    add("--vision-weights", help="file of DETR R-50, official or TransVG's; hub name or folder (Section IV-B a; default: "
+        "DETR's official file)")
+    add("--text-weights", help="hub name or folder of a BERT (Section IV-B a; default: bert-base-uncased)")
+    add("--clip-weights", help="hub name or folder of a CLIP, or a file in HiVG's naming (HiVG Section 4.1; default: OpenAI's "
+        "ViT-B/16, large ViT-L/14)")
+    add("--max-tokens", type=int, help="text tokens with the first and the last (released code, HiVG Appendix B; default: "
+        "M²IST 20, of RefCOCOg 40, HiVG 77)")
+    add("--pixels", help="whose mean and deviation, detr's or clip's; HiVG's takes detr's (released code; default: the encoder's)")
+    add("--cache", default=OPTIONS["cache"], help="folder of the pretrained tiny encoders (ours; default: .cache)")
+    add("--pretext-steps", type=int, help="steps of the tiny encoders' pretraining (ours; default: 800, of CLIP 1200)")
+    add = parser.add_argument_group("M3ISA").add_argument
+    add("--bottleneck", type=int, help="C_d of VEA and LEA (Section IV-B b; default: 128, tiny 32)")
+    add("--interaction-dim", type=int, help="C_i of IEA (Section IV-B b; default: 256, tiny 64)")
+    add("--interaction-bottleneck", type=int, help="C_d of IEA (Section IV-C a; default: 128, tiny 32)")
+    add("--scale", type=float, help="s of all adapters (Section IV-B b; default: 0.1)")
+    add("--residual", action="store_true", help="adapters add their own input, Eqs. 1, 4, 5 (released code; default: no)")
+    add("--text-layers", type=int, nargs="+", help="M²IST: paired with vision layers 1, 2, ... (Table VIII c; default: "
+        "7 8 9 10 11 12, tiny 3 4); HiVG: what bridges see (Table 10; default: all)")
+    add = parser.add_argument_group("HiVG").add_argument
+    add("--vision-layers", type=int, nargs="+", help="whose features are grounded (HiVG Section 4.1; default: 1 4 8 12, "
+        "large 6 12 18 24, tiny 1 2 4 6; clip-frozen and clip-lora the last)")
+    add("--bridge-layers", type=int, nargs="*", help="vision layers with a cross-modal bridge, none if left empty (HiVG "
+        "Section 4.1; default: 4 8 12, large 6 12 18 24, tiny 2 4 6)")
+    by_recipe(add, "--stages", "G, LoRA's stages and layer groups; 0 is no LoRA", "HiVG Section 4.1", type=int)
+    by_recipe(add, "--stage-epochs", "of each stage, after --epochs of warm-up", "HiVG Table 8", type=int)
+    by_recipe(add, "--stage-lr", "of each stage, the last for all more", "HiVG Table 8", type=float, nargs="+")
+    by_recipe(add, "--rank", "r of LoRA", "HiVG Table 8", type=int)
+    by_recipe(add, "--alpha", "α of LoRA", "HiVG Table 8", type=float)
+    add("--deep-to-shallow", action="store_true", help="vision's last layers first (HiVG Table 5; default: no)")
+    add = parser.add_argument_group("training").add_argument
+    by_recipe(add, "--epochs", "", "Section IV-B c", type=int)
+    by_recipe(add, "--batch-size", "", "Table I", type=int)
+    add("--micro-batch", type=int, help="samples at once; gradients add up to the batch's (ours; default: the batch)")
+    by_recipe(add, "--lr", "of the grounding encoder", "Section IV-B c", type=float)
+    by_recipe(add, "--lr-encoder", "of all else that is tuned", "Section IV-B c", type=float)
+    by_recipe(add, "--schedule", "step: a tenth after --lr-drop epochs; cosine: to zero", "Section IV-B c")
+    by_recipe(add, "--lr-drop", "epochs before the step", "Section IV-B c", type=int)
+    by_recipe(add, "--warmup", "steps of linear warm-up", "released code", type=int)
+    add("--weight-decay", type=float, default=1e-4, help="of AdamW (Section IV-B c; default: 1e-4)")
+    by_recipe(add, "--l1", "weight of smooth L1", "HiVG Table 8, M²IST Eq. 6", type=float)
+    by_recipe(add, "--giou", "λ of Eq. (6)", "M²IST's released code, HiVG Table 8", type=float)
+    by_recipe(add, "--contrast", "weight of HiVG Eq. (11), 0 is off", "HiVG Eq. 15, Section 4.1", type=float)
+    by_recipe(add, "--focal", "λ_focal of HiVG Eq. (13)", "HiVG Table 8", type=float)
+    by_recipe(add, "--dice", "λ_dice of HiVG Eq. (13)", "HiVG Table 8", type=float)
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1 (ours; default: cuda if any)")
+    add("--amp", default="off", help="off, bf16, fp16: mixed precision (released code; default: off)")
+    add("--workers", type=int, help="processes that load pictures (ours; default: 0 for shapes, else 2)")
+    add("--limit", type=int, help="only the first N expressions of each split (ours; default: all)")
+    add("--resume", action="store_true", help="go on with the run in --out, by its own flags (ours; default: no)")
     return parser
 
 
-def complete(args):
-    """Fill in what the command line left open, and refuse what cannot be."""
-    args.size = args.size or ("tiny" if args.dataset == "shapes" else "base")
-    spec = architecture(args.method, args.size, {key: getattr(args, key) for key in OPTIONS})
-    args.weights = args.weights or ("shapes" if args.size == "tiny" else "pretrained")
-    run = {spec["family"], args.size, args.method, args.dataset}
-    recipe = {key: value for words, row in RECIPES.items() if run.issuperset(words.split()) for key, value in row.items()}
-    for key, value in recipe.items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-    one_of("schedule", args.schedule, ("step", "cosine"))
-    one_of("amp", args.amp, ("off", "bf16", "fp16"))
-    args.micro_batch = args.micro_batch or args.batch_size
-    args.pretext_steps = args.pretext_steps or spec["pretext_steps"]
-    args.workers = args.workers if args.workers is not None else 0 if args.dataset == "shapes" else 2
-    args.out = args.out or RUN.format(Path(args.dataset).stem, args.method, args.seed)
-    check(args)
-    check_method(args, spec)
-    return args
-
-
-LEAST = {             # flags and the least that makes sense; 3 tokens are [CLS], a word and [SEP]
-    **dict.fromkeys(("epochs", "batch_size", "micro_batch", "lr_drop", "limit", "pretext_steps", "bottleneck",
-                     "interaction_dim", "interaction_bottleneck", "rank"), 1),
-    **dict.fromkeys(("workers", "warmup", "lr", "lr_encoder", "weight_decay", "l1", "giou", "contrast", "focal", "dice",
-                     "stages", "stage_epochs", "stage_lr"), 0), "max_tokens": 3, "alpha": 1e-6}
+LEAST = {             # the least that makes sense, of which flags; 3 tokens are [CLS], a word and [SEP]
+    1: "epochs batch_size micro_batch lr_drop limit pretext_steps bottleneck interaction_dim interaction_bottleneck rank",
+    0: "workers warmup lr lr_encoder weight_decay l1 giou contrast focal dice stages stage_epochs stage_lr",
+    3: "max_tokens", 1e-6: "alpha"}
+NOT_FOR = {           # flags that the methods of a family would ignore
+    "clip": "bottleneck interaction_dim interaction_bottleneck residual scale vision_weights text_weights",
+    "detr": "vision_layers bridge_layers clip_weights stages stage_epochs stage_lr rank alpha deep_to_shallow contrast"}
 
 
 def check(args):
     """What can be refused before anything is loaded; evaluate.py has some of the same flags."""
-    for flag, least in LEAST.items():
+    for flag, least in ((flag, least) for least, flags in LEAST.items() for flag in flags.split()):
         value = getattr(args, flag, None)
         for number in value if isinstance(value, list) else [value]:
             if number is not None and not least <= number < math.inf:
@@ -169,43 +149,47 @@ def check(args):
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {args.device} cannot be used here ({str(error).splitlines()[0]}); take --device cpu") from None
+        raise InputError(f"--device {args.device} cannot be used ({str(error).splitlines()[0]}); try --device cpu") from None
 
 
-FAMILIES = {"detr": ("bottleneck", "interaction_dim", "interaction_bottleneck", "residual", "scale", "vision_weights", "text_weights"),
-            "clip": ("vision_layers", "bridge_layers", "clip_weights", "stages", "stage_epochs", "stage_lr", "rank", "alpha",
-                     "deep_to_shallow", "contrast", "focal", "dice")}
-
-
-def check_method(args, spec):
-    """Refuse what would be ignored, FAMILIES of flags among it, or fail in the middle of a run."""
-    others = FAMILIES["clip" if spec["family"] == "detr" else "detr"]
-    checks = [(getattr(args, flag), f"--{flag.replace('_', '-')} is not for --method {args.method}") for flag in others]
-    checks += [
-        ((args.focal or args.dice) and not spec.get("region_hidden"), f"--focal and --dice are not for --method {args.method}"),
-        (args.stages > spec["vision"]["layers"], f"--stages is {args.stages}; there are {spec['vision']['layers']} layers to divide"),
-        (args.stages and not (args.stage_epochs and args.stage_lr), "--stages needs --stage-epochs of 1 or more and --stage-lr"),
-        (args.deep_to_shallow and not args.stages, "--deep-to-shallow is for --stages of 1 or more"),
-        (spec["family"] == "clip" and args.text_layers and not spec["bridge_layers"], "--text-layers are for bridges; there is none")]
-    for wrong, message in checks:
+def complete(args):
+    """Fill in what the command line left open, and refuse what cannot be, would be ignored or would fail halfway."""
+    args.size = args.size or ("tiny" if args.dataset == "shapes" else "base")
+    spec = architecture(args.method, args.size, {key: getattr(args, key) for key in OPTIONS})
+    args.weights = args.weights or ("shapes" if args.size == "tiny" else "pretrained")
+    known = {spec["family"], args.size, args.method, args.dataset}
+    recipe = {key: value for words, row in RECIPES.items() if known.issuperset(words.split()) for key, value in row.items()}
+    vars(args).update({key: value for key, value in recipe.items() if getattr(args, key) is None})
+    one_of("pixels", args.pixels, (None, *data.PIXELS))
+    one_of("schedule", args.schedule, ("step", "cosine"))
+    one_of("amp", args.amp, ("off", "bf16", "fp16"))
+    args.micro_batch = args.micro_batch or args.batch_size
+    args.pretext_steps = args.pretext_steps or spec["pretext_steps"]
+    args.workers = args.workers if args.workers is not None else 0 if args.dataset == "shapes" else 2
+    check(args)
+    method, layers, clip = f"not for --method {args.method}", spec["vision"]["layers"], spec["family"] == "clip"
+    for wrong, message in [
+            *((getattr(args, flag), f"--{flag.replace('_', '-')} is {method}") for flag in NOT_FOR[spec["family"]].split()),
+            ((args.focal or args.dice) and not spec.get("region_hidden"), f"--focal and --dice are {method}"),
+            (args.stages > layers, f"--stages is {args.stages}; there are {layers} layers to divide"),
+            (args.stages and not args.stage_epochs, "--stages needs --stage-epochs of 1 or more"),
+            (args.deep_to_shallow and not args.stages, "--deep-to-shallow is for --stages of 1 or more"),
+            (clip and args.text_layers and not spec["bridge_layers"], "--text-layers are for bridges; there is none")]:
         if wrong:
             raise InputError(message)
-
-
-RUN = "runs/{}-{}-{}"                                                # --out where it is not given
-MAY_CHANGE = ("device", "workers", "resume", "out", "cache")         # what a resumed run need not share with its start
+    return args
 
 
 def parse_args(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
+    out = args.out = args.out or f"runs/{','.join(Path(d).stem for d in args.dataset.split(','))}-{args.method}-{args.seed}"
+    path = Path(out) / "args.json"
+    if args.resume and not path.exists():            # killed before its first write, or never started
+        print(f"--resume: nothing to go on with in {out} yet, starting a new run")
+        args.resume = False
     if not args.resume:
         return complete(args)
-    out = args.out or RUN.format(Path(args.dataset).stem, args.method, args.seed)
-    path = Path(out) / "args.json"
-    if not path.exists():            # killed before its first write, or never started
-        print(f"--resume: nothing to go on with in {out} yet, starting a new run")
-        return complete(argparse.Namespace(**{**vars(args), "resume": False}))
     try:
         saved = json.loads(path.read_text())["args"]
     except (ValueError, KeyError):
@@ -214,33 +198,66 @@ def parse_args(argv=None):
     args = complete(parser.parse_args(argv))
     args.out, args.resume = out, True
     for key, value in vars(args).items():
-        if key not in MAY_CHANGE and value != saved.get(key):
+        if value != saved.get(key) and key not in ("device", "workers", "resume", "out", "cache"):        # these may change
             raise InputError(f"--{key.replace('_', '-')} is {value}, but the run in {out} has {saved.get(key)}: leave "
                              f"the flag out to resume it, or start a new run by another --out")
     return args
 
 
 # --- The tiny encoders' pretraining --------------------------------------------------------------------------------
-# No expression is seen with its picture: DETR's stand-in learns what is where, BERT's masked words, CLIP's contrast of things
-# and pictures with captions of its own.
+# No expression is seen with its picture: vision learns what is where, text its masked words, CLIP a contrast with captions.
+
+class ShapesScenes(Dataset):
+    """Pictures of the train split -> image, padding, owner (Nv,), which of the things covers a cell of the encoder's grid,
+    -1 where none does, and things: [(Thing, its box as in a batch), ...]. spec: of the encoder, from SIZES."""
+    def __init__(self, spec, pixels, seed):
+        self.first, self.count, _, _ = data.SHAPES_SPLITS["train"]
+        self.size, self.grid, self.pixels, self.seed = spec["image_size"], spec["image_size"] // spec["stride"], pixels, seed
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        picture = data.render(self.first + i)
+        image, padding, place = data.letterbox(picture, self.size, data.seeded(self.seed, i), self.pixels)
+        things = [(t, data.to_square(t.box, picture.size, place, self.size)) for t in data.scene(self.first + i)[1]]
+        owner = torch.full((self.grid, self.grid), -1)
+        for index, (_, (cx, cy, w, h)) in enumerate(things):
+            x1, x2, y1, y2 = (round(v * self.grid) for v in (cx - w / 2, cx + w / 2, cy - h / 2, cy + h / 2))
+            owner[y1:y2, x1:x2] = index                                         # cells whose centre lies in the box
+        return image, padding, owner.flatten(), things
+
+    def batches(self, steps, batch):
+        """images (B, 3, S, S), padding (B, S, S), owner (B, Nv), and a list of things for each picture; `steps` times."""
+        order = torch.randint(len(self), (steps * batch,)).tolist()
+        return DataLoader(self, batch, sampler=order, collate_fn=lambda items: [
+            torch.stack(part) if torch.is_tensor(part[0]) else part for part in zip(*items)])
+
+
+def caption(rng, thing, box):
+    """A thing and its whereabouts, in words or as on a map: "red circle top left", "blue square c 5". box: as in a batch."""
+    cx, cy = box[:2]
+    size = rng.choice(data.SIZE_WORDS[thing.size]) if rng.random() < 0.7 else ""
+    on_map = "abcdefgh"[int(8 * cx)], str(1 + int(8 * cy))
+    in_words = "top" if cy < 0.38 else "bottom" if cy > 0.62 else "", "left" if cx < 0.38 else "right" if cx > 0.62 else ""
+    place = on_map if rng.random() < 0.5 else in_words
+    return " ".join(word for word in (size, thing.colour, thing.shape, *place) if word)
+
 
 class PretextVision(nn.Module):
-    """What covers a cell (colour, shape: cross entropy) and its box (L1), read off the encoder's output by one linear. That
-    stays as it was drawn, and boxes are spread to about unit variance: so colour, shape and place must all be written
-    large in the tokens, as a later reader needs them, and not in whatever corner a trained linear finds."""
+    """What covers a cell (colour, shape: cross entropy) and its box (L1), by a linear that stays as it was drawn: so all is
+    written large in the tokens, as a later reader needs it, and not in whatever corner a trained linear finds."""
     def __init__(self, encoder, seed):
         super().__init__()
         self.encoder, self.parts = encoder, [len(data.COLOURS) + 1, len(data.SHAPES), 4]
         self.head = nn.Linear(SIZES["tiny"]["detr"]["vision"]["dim"], sum(self.parts)).requires_grad_(False)
-        self.batches = data.ShapesScenes(SIZES["tiny"]["detr"], data.PIXELS["detr"], seed).batches
+        self.batches = ShapesScenes(SIZES["tiny"]["detr"], data.PIXELS["detr"], seed).batches
 
     def targets(self, owner, things):
         """Colour (B, Nv), one past the last for none; shape (B, Nv), box (B, Nv, 4)."""
-        found = []
-        for mine, inside in zip(owner, things):
-            rows = [[list(data.COLOURS).index(t.colour), data.SHAPES.index(t.shape), *box] for t, box in inside]
-            found.append(torch.tensor([*rows, [len(data.COLOURS), 0, 0, 0, 0, 0]])[mine])         # -1, none, is the last row
-        found = torch.stack(found)
+        colours, none = list(data.COLOURS), [len(data.COLOURS), 0, 0, 0, 0, 0]
+        rows = ([[colours.index(t.colour), data.SHAPES.index(t.shape), *box] for t, box in inside] for inside in things)
+        found = torch.stack([torch.tensor([*some, none])[mine] for some, mine in zip(rows, owner)])   # -1: the last row
         return found[..., 0].long(), found[..., 1].long(), found[..., 2:]
 
     def forward(self, images, padding, owner, things):
@@ -249,16 +266,15 @@ class PretextVision(nn.Module):
         covered = owner >= 0
         return (F.cross_entropy(says_colour.flatten(0, 1), colour.flatten())
                 + F.cross_entropy(says_shape[covered], shape[covered])
-                + F.l1_loss(says_box[covered], 6 * (boxes[covered] - 0.5)))
+                + F.l1_loss(says_box[covered], 6 * (boxes[covered] - 0.5)))            # of about unit variance
 
 
 class PretextText(nn.Module):
     """Masked words, 15% of them as in BERT; texts of `shapes`' train split without their pictures."""
     def __init__(self, encoder, seed):
         super().__init__()
-        spec = SIZES["tiny"]["detr"]
-        self.encoder, self.tokenizer = encoder, data.Tokenizer("shapes", None, spec["max_tokens"])
-        self.head = nn.Linear(spec["text"]["dim"], spec["text"]["vocabulary"])
+        self.encoder, self.tokenizer = encoder, data.Tokenizer("shapes", None, SIZES["tiny"]["detr"]["max_tokens"])
+        self.head = nn.Linear(encoder.word.embedding_dim, encoder.word.num_embeddings)
 
     def batches(self, steps, batch):
         texts = [torch.tensor(self.tokenizer(sample.text)) for sample in data.load_samples("shapes", "train")]
@@ -270,18 +286,16 @@ class PretextText(nn.Module):
         real = tokens != self.tokenizer.pad
         hidden = (torch.rand(tokens.shape) < 0.15) & real
         out = self.head(self.encoder(tokens.masked_fill(hidden, self.tokenizer.mask), ~real).x)
-        # All words are asked for, hidden or not, so that the output still says which word stands where.
-        return F.cross_entropy(out[real], tokens[real])
+        return F.cross_entropy(out[real], tokens[real])      # of all, hidden or not: each place must still say its word
 
 
 class PretextClip(nn.Module):
-    """Contrast with captions, HiVG Eqs. (9)-(11): of whole pictures, by [CLS] as in CLIP, and of crops, each of one thing.
-    A crop is taken from the tokens, not from the pixels, so that a picture is encoded once for all its crops. What the
-    captions say of each thing, the tokens that cover it come to know; contrast of whole pictures alone gets there slowly."""
+    """Contrast with captions, HiVG Eqs. (9)-(11), of whole pictures, by [CLS] as in CLIP, which alone is slow, and of crops,
+    each of one thing. They are cut from the tokens, which learn what captions say: a picture is encoded once for all."""
     def __init__(self, encoder, seed):
         super().__init__()
         self.encoder, self.tokenizer = encoder, data.Tokenizer("shapes", None, SIZES["tiny"]["clip"]["max_tokens"])
-        self.batches = data.ShapesScenes(SIZES["tiny"]["clip"], data.PIXELS["clip"], seed).batches
+        self.batches = ShapesScenes(SIZES["tiny"]["clip"], data.PIXELS["clip"], seed).batches
         self.rng = data.seeded("captions", seed)
 
     def embed_texts(self, texts):
@@ -292,7 +306,7 @@ class PretextClip(nn.Module):
     def forward(self, images, padding, owner, things):
         image, crops, whole = self.encoder.vision(images, padding), {}, []
         for picture, inside in enumerate(things):
-            captions = [data.caption(self.rng, thing, box) for thing, box in inside]
+            captions = [caption(self.rng, thing, box) for thing, box in inside]
             whole.append(", ".join(self.rng.sample(captions, len(captions))))
             crops |= {text: (picture, index) for index, text in enumerate(captions)}      # of the same words one will do
         picture, index = torch.tensor(list(crops.values())).T
@@ -314,8 +328,7 @@ def pretrain_encoders(cache, steps, family, batch=64, lr=2e-3, seed=0):
         task = {"vision": PretextVision, "text": PretextText, "clip": PretextClip}[name](encoder.train(), seed)
         optimizer = torch.optim.AdamW(task.parameters(), lr)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-        bar = tqdm(task.batches(steps, batch), f"pretraining the tiny {name} encoder", steps)
-        for inputs in bar:
+        for inputs in (bar := tqdm(task.batches(steps, batch), f"pretraining the tiny {name} encoder", steps)):
             loss = task(*inputs)
             optimizer.zero_grad()
             loss.backward()
@@ -328,31 +341,22 @@ def pretrain_encoders(cache, steps, family, batch=64, lr=2e-3, seed=0):
 
 # --- Checkpoints: the tuned weights alone, and in their metadata what rebuilds the rest ------------------------------
 
-def save_whole(path, write):
-    """Call write(a path beside `path`), then rename: killed at any time, what stood at `path` before still stands."""
-    partial = Path(f"{path}.{os.getpid()}.partial")
-    write(partial)
-    partial.replace(path)
-
-
 def frozen_fingerprint(model, held):
     """A hash of everything that a checkpoint with the names `held` does not hold, to tell whether it is the same again."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         if name not in held:
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
 def tuned_state(model, merged=False):
-    """{name: tensor} of what training has changed: what has a gradient, and the weights that LoRA's pairs are for or
-    were merged into. merged: with the pairs of the stage that is on merged, as the model without them needs it."""
+    """{name: tensor} of what training has changed, LoRA's pairs apart or, if `merged`, in the weights that they are for."""
     state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     for name, module in model.named_modules():
         if isinstance(module, hilora.LoRALinear) and merged:
             del state[f"{name}.A"], state[f"{name}.B"]
-        if isinstance(module, hilora.LoRALinear) or hasattr(module, "hilora_merged"):
+        if isinstance(module, hilora.LoRALinear) or hasattr(module, "hilora_merged"):          # now, or in an earlier stage
             state[f"{name}.weight"] = module.merged() if merged and hasattr(module, "merged") else module.weight.detach()
     return {name: value.cpu().contiguous() for name, value in state.items()}
 
@@ -360,8 +364,8 @@ def tuned_state(model, merged=False):
 def load_tuned(model, state, source):
     """Put tuned weights back, every key checked: all that have a gradient, and none that the model has not."""
     wanted = model.state_dict()
-    bad = sorted({name for name, p in model.named_parameters() if p.requires_grad} - set(state)) or sorted(set(state) - set(wanted)) \
-        or [name for name in state if wanted[name].shape != state[name].shape]
+    lacking = {name for name, p in model.named_parameters() if p.requires_grad} - set(state)
+    bad = sorted(lacking or set(state) - set(wanted)) or [name for name in state if wanted[name].shape != state[name].shape]
     if bad:
         raise InputError(f"{source}: is of another method or size; {len(bad)} weights do not fit, {bad[0]} among them")
     model.load_state_dict(state, strict=False)          # strict=False: the frozen rest is not in it, as checked above
@@ -369,8 +373,8 @@ def load_tuned(model, state, source):
 
 def save_checkpoint(path, model, config):
     """Write the tuned weights and `config`, whose "model" are build_model's arguments."""
-    config = {**config, "frozen": frozen_fingerprint(model, tuned_state(model))}
-    save_whole(path, lambda partial: save_file(tuned_state(model, merged=True), partial, metadata={"config": json.dumps(config)}))
+    metadata = {"config": json.dumps({**config, "frozen": frozen_fingerprint(model, tuned_state(model))})}
+    save_whole(path, lambda partial: save_file(tuned_state(model, merged=True), partial, metadata))
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -381,28 +385,24 @@ def model_arguments(args):                              # what rebuilds the mode
 
 make_tokenizer = functools.lru_cache(data.Tokenizer)            # reading its files takes longer than building a loader
 INPUTS = ("images", "image_padding", "tokens", "token_padding")        # of the model, in a batch
+Phase = namedtuple("Phase", "name stage first last lr lr_encoder")     # epochs first + 1 .. last; stage: LoRA's, 0 for none
 
 
 def make_loader(samples, args, train, epoch=0):
     """Batches of a dataset. In training the order and the transforms are drawn from the seed and the epoch alone."""
     spec = architecture(args.method, args.size, {key: getattr(args, key) for key in OPTIONS})
     kind = "text" if spec["family"] == "detr" else "clip"
-    tokenizer = make_tokenizer(args.weights, spec[f"{kind}_weights"], spec["max_tokens"], spec["text"]["vocabulary"], f"--{kind}-weights")
-    dataset = data.GroundingDataset(samples, spec["image_size"], tokenizer, train, (args.seed, epoch), data.PIXELS[spec["family"]])
+    name = spec.get(f"{kind}_weights")
+    if name and Path(name).is_file():                   # of weights alone: the tokenizer is the hub's
+        name = SIZES[args.size][spec["family"]][f"{kind}_weights"]
+    tokenizer = make_tokenizer(args.weights, name, spec["max_tokens"], spec["text"]["vocabulary"], f"--{kind}-weights")
+    transforms = {"mirror": kind == "text"} if args.size != "tiny" else None
+    dataset = data.GroundingDataset(samples, spec["image_size"], tokenizer, train, (args.seed, epoch),
+                                    data.PIXELS[spec["pixels"] or spec["family"]], transforms)
     order = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
     return DataLoader(dataset, args.batch_size, shuffle=train, generator=order, num_workers=args.workers,
                       collate_fn=functools.partial(data.collate, pad=tokenizer.pad),
                       drop_last=train and len(samples) >= args.batch_size)
-
-
-class Phase(NamedTuple):
-    """A part of the training with rates and an optimizer of its own: epochs first + 1 .. last, LoRA's stage, 0 for none."""
-    name: str
-    stage: int
-    first: int
-    last: int
-    lr: float
-    lr_encoder: float
 
 
 def plan(args):
@@ -478,24 +478,40 @@ def predict(model, loader, args):
 
 
 def scores(ious):
-    """Acc@0.5 (IoU >= 0.5) and mean IoU."""
     return {"acc@0.5": (ious >= 0.5).float().mean().item(), "mean_iou": ious.mean().item()}
 
 
 @torch.no_grad()
 def picture_predictions(model, samples, args, path):
-    """Save a sheet: each sample with its expression, the true box (green), the predicted one (magenta), [REG]'s attention."""
+    """Save a sheet of samples with expression, true box (green), predicted box (magenta) and [REG]'s attention."""
     model.eval()
     tiles = []
     for sample, batch in zip(samples, make_loader(samples, argparse.Namespace(**{**vars(args), "batch_size": 1}), False)):
         with autocast(args):
             found = model(*(batch[k].to(args.device) for k in INPUTS), attention=True)
         iou = losses.iou_and_giou(found.boxes.cpu(), batch["boxes"])[0].item()
-        picture, cells = data.load_picture(sample.image), math.isqrt(found.attention.shape[1])
+        picture = data.load_picture(sample.image)
         box = data.from_square(found.boxes[0].cpu(), picture.size, batch["images"].shape[-1])
         tiles.append(data.draw(picture, f"{sample.text} (IoU {iou:.2f})", [(sample.box, data.TRUE), (box, data.PREDICTED)],
-                               found.attention[0].float().cpu().reshape(cells, cells).numpy()))
+                               found.attention[0]))
     data.contact_sheet(tiles).save(path)
+
+
+# What TransVG's files of DETR have not seen, of COCO's pictures; the public ones have seen all of them.
+UNSEEN = {"detr-r50-unc": ("refcoco", "refcoco+"), "detr-r50-gref": ("refcocog-umd", "refcocog-google")}
+
+
+def leaky_pretraining(args):
+    """Whether the vision encoder's pretraining has seen the pictures of val and test, by the name of its file and by the dataset:
+    True, False, or None where that is not known, as of CLIP, whose pictures nobody has listed."""
+    name = Path(args.vision_weights or DETR_URL).stem
+    if args.weights != "pretrained":
+        return False
+    if METHODS[args.method]["family"] == "clip" or not name.startswith("detr-r"):
+        return None
+    clean = ("referit", "flickr30k", *UNSEEN.get(name, ()))                  # neither of the two has its pictures from COCO
+    leaks = [False if dataset in clean else True if dataset in data.DATASETS else None for dataset in args.dataset.split(",")]
+    return True if True in leaks else None if None in leaks else False
 
 
 def refuse_to_overwrite(args):
@@ -504,15 +520,6 @@ def refuse_to_overwrite(args):
         raise InputError(f"--out {out}: {blocked[0]} is a file, not a folder")
     if not args.resume and out.exists() and any(path.suffix != ".partial" for path in out.iterdir()):
         raise InputError(f"--out {out} already holds a run: give another --out, or --resume to go on with it")
-
-
-def write_args(args):
-    """Make the --out folder and say in it what is run, and on what."""
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    versions = {package.__name__: package.__version__ for package in (torch, torchvision, transformers)}
-    device = torch.cuda.get_device_name(args.device) if "cuda" in args.device else "cpu"
-    about = {"args": vars(args), "environment": {**versions, "device": device}}
-    save_whole(Path(args.out) / "args.json", lambda path: path.write_text(json.dumps(about, indent=1)))
 
 
 def read_last(path):
@@ -527,8 +534,7 @@ def read_last(path):
 
 
 def begin_phase(model, phase, args, state):
-    """Bring the model to the beginning of a phase, or to where in it the run stopped -> its optimizer. A phase that is over
-    is gone through all the same: dropping its pairs opens the next stage."""
+    """Bring the model to the beginning of a phase, or to where in it the run stopped -> its optimizer."""
     if state["epoch"] == phase.first and "model" in state:
         load_tuned(model, state["model"], "last.pt")
     if phase.stage:
@@ -552,12 +558,10 @@ def end_phase(model, phase, best, lines):
 
 
 def drop_pairs(model):
-    """Take LoRA's pairs out, with what they have learned: if it was for the better, the best checkpoint has it, merged; if
-    not, the layers that no earlier stage has changed, which are in no checkpoint, must be as they were too."""
-    pairs = hilora.find_pairs(model)
-    for _, _, pair in pairs:
-        nn.init.zeros_(pair.B)
-    if pairs:
+    """Take LoRA's pairs out, unmerged: the best checkpoint has what was for the better; other layers stay as they were."""
+    if pairs := hilora.find_pairs(model):
+        for _, _, pair in pairs:
+            nn.init.zeros_(pair.B)
         hilora.merge(model)
 
 
@@ -569,43 +573,39 @@ def fit(model, args, train_samples, val_samples):
     steps = len(make_loader(train_samples, args, True))
     if state["epoch"]:
         if state["frozen"] != frozen_fingerprint(model, state["model"]):
-            raise InputError(f"{out}/last.pt: the run began with other encoder weights than these; give it the same files again")
+            raise InputError(f"{out}/last.pt: the run began with other encoder weights than these; give it the same files")
         scaler.load_state_dict(state["scaler"])
         print(f"resumed after epoch {state['epoch']}")
     with tqdm(total=phases[-1].last * steps, initial=state["epoch"] * steps, desc=args.method, unit="step") as bar:
         for phase in phases:
             optimizer = begin_phase(model, phase, args, state)
-            if phase.last <= state["epoch"]:
-                drop_pairs(model)
             for epoch in range(max(phase.first, state["epoch"]) + 1, phase.last + 1):
                 torch.manual_seed(args.seed * 100_003 + epoch)         # dropout: an epoch is the same, resumed or not
                 loader = make_loader(train_samples, args, True, epoch)
                 loss, accuracy = train_epoch(model, loader, optimizer, scaler, args, epoch, phase, bar)
-                rate = optimizer.param_groups[0]["lr"]
-                line = {"epoch": epoch, "phase": phase.name, "lr": rate, "train_loss": loss, "train_acc@0.5": accuracy}
-                if val_samples:
-                    ious = predict(model, make_loader(val_samples, args, False), args)[2]
-                    line |= {f"val_{name}": value for name, value in scores(ious).items()}
+                reached = scores(predict(model, make_loader(val_samples, args, False), args)[2]) if val_samples else {}
+                line = {"epoch": epoch, "phase": phase.name, "lr": optimizer.param_groups[0]["lr"], "train_loss": loss,
+                        "train_acc@0.5": accuracy, **{f"val_{name}": value for name, value in reached.items()},
+                        "leaky_pretraining": leaky_pretraining(args)}
                 lines.append(line)
                 tqdm.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
-                # Without val the last epoch is the best. last.pt comes last: whatever a killed run wrote before it is
-                # written once more, the same, when the epoch is done again.
-                if line.get("val_acc@0.5", best) >= best:
+                if line.get("val_acc@0.5", best) >= best:                            # without val the last epoch is the best
                     best = line.get("val_acc@0.5", best)
-                    save_checkpoint(out / "best.safetensors", model, {"model": model_arguments(args), "args": vars(args), **line})
+                    config = {"model": model_arguments(args), "args": vars(args), **line}
+                    save_checkpoint(out / "best.safetensors", model, config)
                 save_whole(out / "log.jsonl", lambda path: path.write_text("".join(json.dumps(x) + "\n" for x in lines)))
                 if epoch == phase.last:
                     end_phase(model, phase, out / "best.safetensors", lines)
                 tuned = tuned_state(model)
-                now = {"epoch": epoch, "best": best, "log": lines, "model": tuned, "frozen": frozen_fingerprint(model, tuned),
-                       "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-                save_whole(out / "last.pt", lambda path: torch.save(now, path))
+                now = {"epoch": epoch, "best": best, "log": lines, "model": tuned, "optimizer": optimizer.state_dict(),
+                       "frozen": frozen_fingerprint(model, tuned), "scaler": scaler.state_dict()}
+                save_whole(out / "last.pt", lambda path: torch.save(now, path))    # last: a killed run writes the rest again
+            drop_pairs(model)           # of a phase that was over before this start; the next stage begins without them
     return lines
 
 
 def main(argv=None):
-    began = time.time()
-    args = parse_args(argv)
+    began, args = time.time(), parse_args(argv)
     refuse_to_overwrite(args)
     splits = data.split_names(args.dataset, args.root)
     train_samples = data.load_samples(args.dataset, "train", args.root)[:args.limit]
@@ -618,14 +618,19 @@ def main(argv=None):
             drop_pairs(model)
             begin_phase(model, phase, args, {"epoch": 0})
     print(f"{args.method} {args.size} on {args.dataset}: {len(train_samples)} expressions to train on, "
-          f"{len(val_samples)} to validate; parameters {count_parameters(model)}")
+          f"{len(val_samples)} to validate; parameters {count_parameters(model)}; leaky pretraining "
+          f"{leaky_pretraining(args)}")
     if args.weights == "shapes" and args.size == "tiny":
         pretrain_encoders(args.cache, args.pretext_steps, METHODS[args.method]["family"])
     torch.manual_seed(args.seed)
     model = build_model(**model_arguments(args)).to(args.device)
-    make_loader(train_samples, args, True)              # and if the tokenizer lacks files, before the folder is made
+    make_loader(train_samples + val_samples, args, False)        # and what files are missing, before --out is made
     if not args.resume:
-        write_args(args)
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        environment = {package.__name__: package.__version__ for package in (torch, torchvision, transformers)}
+        environment["device"] = torch.cuda.get_device_name(args.device) if "cuda" in args.device else "cpu"
+        about = json.dumps({"args": vars(args), "environment": environment}, indent=1)
+        save_whole(Path(args.out) / "args.json", lambda path: path.write_text(about))
     lines, best = fit(model, args, train_samples, val_samples), Path(args.out) / "best.safetensors"
     load_tuned(model, read_state(best), best)
     picture_predictions(model, data.spread(val_samples or train_samples), args, Path(args.out) / "val.png")
@@ -633,15 +638,6 @@ def main(argv=None):
         reached = max(line["val_acc@0.5"] for line in lines[:phase.last])
         print(f"{phase.name}: best Acc@0.5 on val until its end, epoch {phase.last}: {reached:.4f}")
     print(f"{(time.time() - began) / 60:.1f} minutes; look at {args.out}/val.png; python evaluate.py {args.out}")
-
-
-def run(main):
-    """Run a command line: what is wrong with the input is one line on stderr and exit status 2, never a traceback."""
-    try:
-        main()
-    except InputError as error:        # of a DataLoader's worker the message is a whole traceback, whose last line is ours
-        print(f"error: {str(error).rsplit('InputError: ', 1)[-1].strip()}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

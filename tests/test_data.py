@@ -1,5 +1,7 @@
 """data.py: the meaning of every expression, the splits, the formats, the geometry."""
 import json
+import os
+import pickle
 import random
 import re
 
@@ -9,6 +11,7 @@ import torch
 from PIL import Image
 
 import data
+import train
 from model import InputError
 
 SIZE_SYNONYMS = {"small": "small", "little": "small", "large": "large", "big": "large"}
@@ -206,7 +209,7 @@ def test_jsonl_of_other_editors_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("line, word", [
-    ("{not json", "not JSON"), ("[1, 2]", "not an object"), ({**GOOD, "box": None}, "four numbers"),
+    ("{not json", "not JSON"), ("[1, 2]", "lacks image, text, box, split"), ({**GOOD, "box": None}, "four numbers"),
     ({**GOOD, "box": [1, 2, 3]}, "four numbers"), ({**GOOD, "box": [5, 5, 5, 9]}, "no area"),
     ({**GOOD, "box": [9, 5, 5, 9]}, "no area"), ('{"image": "a", "text": "b", "split": "train", "box": [1, 2, NaN, 4]}', "four numbers"),
     ('{"image": "a", "text": "b", "split": "train", "box": [1, 2, 1%s, 4]}' % (400 * "0"), "four numbers"), ("[" * 100_000, "not JSON"),
@@ -242,7 +245,7 @@ def test_pictures_that_are_missing_broken_or_too_small_for_their_box_are_named(t
     def item(name, box=(1.0, 2.0, 30.0, 20.0)):
         return data.GroundingDataset([data.Sample(tmp_path / name, "a", box, name)], 64, tokenizer)[0]
     assert item("grey.png")[0].shape == (3, 64, 64)
-    for name, word in (("broken.jpg", "decoded"), ("text.jpg", "decoded"), ("gone.jpg", "no such picture")):
+    for name, word in (("broken.jpg", "decoded"), ("text.jpg", "decoded"), ("gone.jpg", "no such picture, nor 0 others")):
         with pytest.raises(InputError, match=word) as error:
             item(name)
         assert name in str(error.value)
@@ -252,12 +255,12 @@ def test_pictures_that_are_missing_broken_or_too_small_for_their_box_are_named(t
 
 
 def test_an_error_in_a_loading_process_is_still_one_line(tmp_path, capsys):
-    import train
-    dataset = data.GroundingDataset([data.Sample(tmp_path / "gone.jpg", "a", (0, 0, 1, 1), 0)], 64, len)
+    (tmp_path / "broken.jpg").write_text("hello")
+    dataset = data.GroundingDataset([data.Sample(tmp_path / "broken.jpg", "a", (0, 0, 1, 1), 0)], 64, len)
     with pytest.raises(SystemExit):
         train.run(lambda: list(torch.utils.data.DataLoader(dataset, num_workers=1)))
     said = capsys.readouterr().err.strip()
-    assert said.startswith("error: ") and "gone.jpg" in said and "\n" not in said
+    assert said.startswith("error: ") and "broken.jpg" in said and "\n" not in said
 
 
 def test_a_folder_with_weights_but_without_the_tokenizers_files_is_an_error(tmp_path):
@@ -285,3 +288,336 @@ def test_clips_tokenizer_lowers_and_keeps_its_ends(tmp_path):
         ids = tokenizer(text)
         assert (ids[0], ids[-1]) == (0, 1) and ids.count(1) == 1
     assert tokenizer("red") == [0, pieces.index("red</w>"), 1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The formats that people have
+
+PICTURES = {7: (120, 90), 8: (90, 120), 9: (100, 100)}                       # COCO's id: width, height
+ANNOTATIONS = {70: (7, [3.25, 4.5, 30.75, 40.0]), 71: (7, [50.0, 10.0, 20.0, 20.5]), 80: (8, [0.0, 0.0, 45.5, 60.25]),
+               90: (9, [10, 20, 30, 40])}                                    # annotation: picture, x, y, w, h
+REFS = [(70, "train", ["the bright cup", "cup on the left"]), (71, "train", ["right plate"]), (80, "val", ["tall man"]),
+        (90, "testA", ["a woman", "woman in blue"])]
+ROWS = [(split, ANNOTATIONS[thing][0], text, ANNOTATIONS[thing][1]) for thing, split, texts in REFS for text in texts]
+
+
+def coco(picture):
+    return f"COCO_train2014_{picture:012}.jpg"
+
+
+def pictures(folder):
+    folder.mkdir(parents=True)
+    for number, size in PICTURES.items():
+        Image.new("RGB", size, (200, 200, 200)).save(folder / coco(number))
+
+
+def as_refer(root, name="refcoco", by="unc", refs=REFS):
+    """As REFER's authors wrote it: protocol 2, and a file_name that is not the picture's."""
+    (root / name).mkdir(parents=True, exist_ok=True)
+    content = [{"ref_id": number, "ann_id": thing, "image_id": ANNOTATIONS[thing][0], "split": split, "category_id": 1,
+                "file_name": coco(ANNOTATIONS[thing][0]).replace(".jpg", f"_{thing}.jpg"), "sent_ids": list(range(len(texts))),
+                "sentences": [{"sent": text, "raw": text.upper(), "tokens": text.split(), "sent_id": i} for i, text in enumerate(texts)]}
+               for number, (thing, split, texts) in enumerate(refs)]
+    (root / name / f"refs({by}).p").write_bytes(pickle.dumps(content, protocol=2))
+    (root / name / "instances.json").write_text(json.dumps({
+        "images": [{"id": number, "file_name": coco(number), "width": w, "height": h} for number, (w, h) in PICTURES.items()],
+        "annotations": [{"id": thing, "image_id": picture, "bbox": box, "category_id": 1} for thing, (picture, box) in ANNOTATIONS.items()]}))
+
+
+def as_transvg(root, code="unc", size=None, item=list):
+    (root / code).mkdir(parents=True)
+    for split in ("train", "val", "testA"):
+        torch.save([(coco(picture), size, item(box), text, []) for part, picture, text, box in ROWS if part == split],
+                   root / code / f"{code}_{split}.pth")
+    torch.save([], root / code / f"{code}_trainval.pth")                     # theirs has it too; no split of the papers
+
+
+def as_hivg(root):
+    as_transvg(root / "ref_data_shuffled", size={"height": 90, "width": 120})
+
+
+def as_mdetr(root):
+    root.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "val", "testA"):
+        rows = [(number, row) for number, row in enumerate(ROWS) if row[0] == split]
+        (root / f"finetune_refcoco_{split}.json").write_text(json.dumps({
+            "images": [{"file_name": coco(picture), "id": number, "original_id": picture, "caption": text, "dataset_name": "refcoco",
+                        "tokens_negative": [[0, len(text)]]} for number, (_, picture, text, _) in rows],
+            "annotations": [{"image_id": number, "id": 100 + number, "bbox": box, "original_id": 5, "area": 1.0, "iscrowd": 0,
+                             "category_id": 1, "tokens_positive": [[0, 3]]} for number, (_, _, _, box) in rows]}))
+
+
+EXPECTED = {split: [data.Sample(None, text, (float(x), float(y), float(x + w), float(y + h)), coco(picture))
+                    for part, picture, text, (x, y, w, h) in ROWS if part == split] for split in ("train", "val", "testA")}
+
+
+@pytest.mark.parametrize("write_format", [as_refer, as_transvg, as_hivg, as_mdetr])
+@pytest.mark.parametrize("place", ["images/train2014", "train2014", "other/images/mscoco/images/train2014"])
+def test_every_format_of_a_dataset_gives_the_same_samples(tmp_path, write_format, place):
+    write_format(tmp_path)
+    pictures(tmp_path / place)
+    assert set(data.split_names("refcoco", tmp_path)) == set(EXPECTED)
+    for split, samples in EXPECTED.items():
+        found = data.load_samples("refcoco", split, tmp_path)
+        assert found == [sample._replace(image=tmp_path / place / sample.image_id) for sample in samples]
+        assert all(sample.image.is_file() and type(v) is float for sample in found for v in sample.box)
+    assert found[0].box == (10, 20, 40, 60) and data.load_samples("refcoco", "train", tmp_path)[0].box == (3.25, 4.5, 34, 44.5)
+
+
+def test_annotations_and_pictures_may_lie_one_folder_below_and_apart(tmp_path):
+    as_refer(tmp_path / "annotations")
+    pictures(tmp_path / "images/train2014")
+    assert data.load_samples("refcoco", "val", tmp_path)[0].image == tmp_path / "images/train2014" / coco(8)
+
+
+def test_what_is_written_as_jsonl_reads_the_same(tmp_path, capsys):
+    as_refer(tmp_path)
+    pictures(tmp_path / "images/train2014")
+    target = tmp_path / "out" / "all.jsonl"
+    target.parent.mkdir()
+    data.main(["refcoco", "--root", str(tmp_path), "--write", str(target)])
+    for split, samples in EXPECTED.items():
+        again = data.load_samples(target, split)
+        assert [(s.image.resolve(), s.text, s.box) for s in again] == [
+            (tmp_path / "images/train2014" / s.image_id, s.text, s.box) for s in samples]
+    with pytest.raises(InputError, match="all.jsonl: is there already"):
+        data.main(["refcoco", "--root", str(tmp_path), "--write", str(target)])
+
+
+@pytest.mark.parametrize("item", [list, np.array, tuple, torch.tensor])
+def test_referit_and_flickr_boxes_are_corners(tmp_path, item):
+    for code in ("referit", "flickr"):
+        (tmp_path / code).mkdir()
+        row = ("12.jpg", "referit", item([10.5, 20.0, 30.0, 40.0]), "a dog", [])
+        torch.save([row if code == "referit" else (row[0], row[2], row[3])], tmp_path / code / f"{code}_test.pth")
+    for dataset, folder in (("referit", "referit/images"), ("flickr30k", "Flickr30k/flickr30k-images")):
+        assert data.load_samples(dataset, "test", tmp_path) == [
+            data.Sample(tmp_path / folder / "12.jpg", "a dog", (10.5, 20.0, 30.0, 40.0), "12.jpg")]
+
+
+@pytest.mark.parametrize("item", [np.array, tuple, torch.tensor])
+def test_an_index_may_hold_its_boxes_as_any_kind_of_four_numbers(tmp_path, item):
+    as_transvg(tmp_path, item=item)
+    assert [s.box for s in data.load_samples("refcoco", "train", tmp_path)] == [s.box for s in EXPECTED["train"]]
+
+
+class Command:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+def test_a_pickle_that_would_run_a_command_is_refused(tmp_path):
+    as_refer(tmp_path / "a")
+    (tmp_path / "a/refcoco/refs(unc).p").write_bytes(pickle.dumps([Command(tmp_path / "ran")], protocol=2))
+    (tmp_path / "b/unc").mkdir(parents=True)
+    torch.save([Command(tmp_path / "ran")], tmp_path / "b/unc/unc_train.pth")
+    for root, name in (("a", "refs(unc).p"), ("b", "unc_train.pth")):
+        with pytest.raises(InputError, match=re.escape(name)):
+            data.split_names("refcoco", tmp_path / root)
+    assert not (tmp_path / "ran").exists()
+    pickle.loads((tmp_path / "a/refcoco/refs(unc).p").read_bytes())           # and the test's pickle does what it says
+    assert (tmp_path / "ran").exists()
+
+
+def test_damaged_annotations_are_named(tmp_path):
+    def fails(*said):
+        data._by_split.cache_clear()
+        with pytest.raises(InputError) as error:
+            data.split_names("refcoco", tmp_path)
+        assert all(word in str(error.value) for word in said), error.value
+    fails("refcoco/refs(unc).p", "unc/unc_*.pth", "finetune_refcoco_*.json", "images/train2014", "README")        # what would be found
+    as_refer(tmp_path, refs=[(70, "train", ["a"]), (71, "train", [" "])])
+    fails("refs(unc).p, ref 1", "not empty")
+    as_refer(tmp_path, refs=[(70, "train", ["a"])])
+    instances = json.loads((tmp_path / "refcoco/instances.json").read_text())
+    instances["annotations"][0]["bbox"] = [3, 4, 0, 5]
+    (tmp_path / "refcoco/instances.json").write_text(json.dumps(instances))
+    fails("refs(unc).p, ref 0", "no area")
+    del instances["annotations"][0]
+    (tmp_path / "refcoco/instances.json").write_text(json.dumps(instances))
+    fails("refs(unc).p", "KeyError: 70")
+    (tmp_path / "refcoco/instances.json").write_text("{")
+    fails("refs(unc).p", "JSONDecodeError")
+    (tmp_path / "refcoco/instances.json").unlink()
+    fails("instances.json")
+    (tmp_path / "refcoco/refs(unc).p").write_bytes(b"\x80\x02]q\x00")
+    fails("refs(unc).p", "EOFError")
+
+
+def test_mixed_training_sees_no_picture_of_any_val_or_test(tmp_path, capsys):
+    as_refer(tmp_path)                                                                         # train 7, val 8, testA 9
+    as_refer(tmp_path, "refcoco+", refs=[(90, "train", ["x", "y"]), (71, "val", ["z"]), (80, "train", ["v"])])
+    as_refer(tmp_path, "refcocog", "umd", refs=[(80, "test", ["w"])])
+    names = "refcoco,refcoco+,refcocog-umd"
+    assert data.split_names(names, tmp_path) == ["train", "val", "refcoco/val", "refcoco/testA", "refcoco+/val", "refcocog-umd/test"]
+    assert data.load_samples(names, "train", tmp_path) == []              # 7 is in refcoco+'s val, 9 in refcoco's testA, 8 in its val
+    assert "6 of 6 expressions left out" in capsys.readouterr().out
+    assert [s.text for s in data.load_samples(names, "val", tmp_path)] == ["tall man", "z"]
+    assert [s.text for s in data.load_samples("refcoco,refcocog-umd", "train", tmp_path)] == [s.text for s in EXPECTED["train"]]
+    with pytest.raises(InputError, match="shapes"):
+        data.split_names("refcoco,shapes", tmp_path)
+
+
+def test_the_command_line_counts_and_names_what_is_wrong(tmp_path, capsys):
+    as_refer(tmp_path, refs=[*REFS, (71, "testB", ["one two three four"])])
+    pictures(tmp_path / "images/train2014")
+    instances = json.loads((tmp_path / "refcoco/instances.json").read_text())
+    instances["annotations"][2]["bbox"][2] = 95.0                                      # of picture 8, which is 90 wide
+    (tmp_path / "refcoco/instances.json").write_text(json.dumps(instances))
+    (tmp_path / "images/train2014" / coco(9)).write_bytes(b"\xff\xd8 broken")
+    data.main(["refcoco", "--root", str(tmp_path), "--max-tokens", "5", "--save", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert re.search(r"^train +1 +2 +3 +120,624  differs$", said, re.M) and re.search(r"^testA +1 +1 +2 +5,657  differs$", said, re.M)
+    assert re.search(rf"^1 pictures that are missing or broken, such as .*{coco(9)}", said, re.M)
+    assert re.search(rf"^1 boxes that reach out of the picture, such as .*{coco(8)}.*'tall man'", said, re.M)
+    assert "2 expressions of more than 5 tokens, if a word is one, such as 'cup on the left'" in said
+    assert "1 pictures both in train and in testB" in said and "both in train and in val" not in said
+
+
+def test_draw_shows_the_box_where_it_is(tmp_path, capsys):
+    as_refer(tmp_path)
+    pictures(tmp_path / "images/train2014")
+    data.main(["refcoco", "--root", str(tmp_path), "--draw", "16", "--save", str(tmp_path)])
+    sheet = np.asarray(Image.open(tmp_path / "val.png").convert("RGB"))
+    ys, xs = np.nonzero((sheet == data.TRUE).all(-1))                       # picture 8, 90 x 120, at 256 pixels: 192 x 256
+    assert (xs.min(), ys.min()) == pytest.approx((4 + 32, 4), abs=2)
+    assert (xs.max(), ys.max()) == pytest.approx((4 + 32 + 45.5 * 256 / 120, 4 + 60.25 * 256 / 120), abs=3)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"train.png", "val.png", "testA.png"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures of any kind, and transforms
+
+def test_pictures_of_every_mode_become_rgb(tmp_path):
+    rgb = Image.new("RGB", (8, 6), (200, 100, 50))
+    for mode in ("1", "L", "P", "CMYK", "RGBA", "LA", "YCbCr", "F"):
+        name = tmp_path / f"{mode}.{'tif' if mode in ('CMYK', 'YCbCr', 'F') else 'png'}"
+        (rgb.quantize() if mode == "P" else rgb.convert(mode)).save(name)
+        picture = data.load_picture(name)
+        assert picture.mode == "RGB" and picture.size == (8, 6)
+        if mode in ("P", "CMYK", "RGBA", "YCbCr"):
+            assert np.abs(np.asarray(picture, int) - (200, 100, 50)).max() < 40, mode
+    clear = Image.new("RGBA", (8, 6), (0, 0, 0, 0))                                   # transparent: white, not what lies under it
+    clear.putpixel((0, 0), (200, 100, 50, 255))
+    clear.save(tmp_path / "clear.png")
+    assert [data.load_picture(tmp_path / "clear.png").getpixel(p) for p in ((0, 0), (1, 1))] == [(200, 100, 50), (255, 255, 255)]
+
+
+def test_sixteen_bits_are_scaled_and_not_cut_off(tmp_path):
+    Image.fromarray(np.array([[0, 30000, 65535]], np.uint16)).save(tmp_path / "deep.png")
+    assert [data.load_picture(tmp_path / "deep.png").getpixel((x, 0))[0] for x in range(3)] == [0, 117, 255]
+
+
+def test_only_ones_own_picture_is_turned_as_exif_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                                   # to be turned by 90 degrees
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
+    assert data.load_picture(tmp_path / "a.jpg").size == (40, 20)
+    assert data.load_picture(tmp_path / "a.jpg", upright=True).size == (20, 40)
+
+
+def test_ten_thousand_random_boxes_survive_the_transforms():
+    """The box's centre stays in the picture; so do its corners, or the crop's edges take their place; no area becomes zero."""
+    rng, cropped, kept = random.Random(0), 0, []
+    for number in range(10_000):
+        width, height = rng.randint(20, 200), rng.randint(20, 200)
+        x, y = rng.uniform(0, width - 1), rng.uniform(0, height - 1)
+        box = (x, y, rng.uniform(x + 0.5, width), rng.uniform(y + 0.5, height))
+        size = rng.choice((64, 224, 640))
+        picture, (x1, y1, x2, y2), text = data.augment(Image.new("L", (width, height)).convert("RGB"), box, "a cup", size, rng, False)
+        assert text == "a cup" and (x2 - x1, y2 - y1) == pytest.approx((box[2] - box[0], box[3] - box[1]))
+        assert 0 < (x1 + x2) / 2 < picture.width and 0 < (y1 + y2) / 2 < picture.height
+        cropped += picture.size != (width, height)
+        place = data.placement(*picture.size, size, rng, 0.7)
+        _, _, w, h = data.to_square((x1, y1, x2, y2), picture.size, place, size)
+        assert w > 0 and h > 0
+        seen = min(x2, picture.width) - max(x1, 0), min(y2, picture.height) - max(y1, 0)
+        assert all(part >= 0.5 * min(side, edge) for part, side, edge in zip(seen, (x2 - x1, y2 - y1), picture.size))
+        kept.append(seen[0] * seen[1] / ((x2 - x1) * (y2 - y1)))
+    assert 3000 < cropped < 5000                                     # one half, less those that fit whole
+    assert np.mean(np.array(kept) < 0.5) < 0.06, np.mean(np.array(kept) < 0.5)      # of boxes as large as these; of COCO's fewer
+
+
+def test_crops_are_of_transvgs_sizes():
+    """Short side 400, 500 or 600 of 640, then a crop of 384 to 600 a side; so of a square picture 64 % to 100 % of a side."""
+    rng, sides = random.Random(1), []
+    for _ in range(500):
+        picture, _ = data.crop(Image.new("RGB", (640, 640)), (319, 319, 321, 321), 640, rng)
+        sides += picture.size
+    assert min(sides) == pytest.approx(384 / 600 * 640, abs=8) and max(sides) == 640
+    wide, _ = data.crop(Image.new("RGB", (2000, 640)), (999, 319, 1001, 321), 640, rng)
+    assert wide.width <= 600 * 640 / 400
+
+
+@pytest.mark.parametrize("split", ["val", "testB"])
+def test_the_box_still_covers_its_object_by_colour(split):
+    """Every pixel of a thing's colour that its box held before is in it after, where there are any left; and nothing else's."""
+    rng, mirrored, seen = random.Random(2), 0, 0
+    for number in range(data.SHAPES_SPLITS[split][0], data.SHAPES_SPLITS[split][0] + 150):
+        height, things, _ = data.scene(number)
+        for thing in things:
+            if [t.colour for t in things].count(thing.colour) > 1:
+                continue
+            flat = Image.new("RGB", (data.WIDTH, height), "white")                    # of this one thing, in one pure colour
+            flat.paste((0, 0, 255), tuple(int(v) for v in thing.box))
+            picture, box, text = data.augment(flat, thing.box, "the left one", 64, rng, True)
+            mirrored += text == "the right one"
+            picture, box, _ = data.augment(picture, box, "cup", 64, rng, True)
+            pixels = np.asarray(picture, int)
+            ys, xs = np.nonzero(pixels[..., 2] > pixels[..., 0] + 5)
+            assert len(xs)
+            inside = [max(box[0], 0), max(box[1], 0), min(box[2], picture.width), min(box[3], picture.height)]
+            assert [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] == pytest.approx(inside, abs=1.01)
+            seen += 1
+    assert seen > 100 and 0.35 < mirrored / seen < 0.65
+
+
+class Always(random.Random):
+    """Says yes to every chance."""
+    def random(self):
+        return 0.0
+
+
+@pytest.mark.parametrize("before, after", [
+    ("man on the Left", "man on the right"), ("leftmost cup", "rightmost cup"), ("right-hand lamp", "left-hand lamp"),
+    ("bright red copyright sign", "bright red copyright sign"), ("left of the right dog", "right of the left dog"),
+    ("upright piano", "upright piano"), ("lefthand door", "righthand door")])
+def test_a_mirror_image_swaps_left_and_right_by_whole_words(before, after):
+    picture = Image.new("RGB", (100, 60), "white")
+    picture.paste((255, 0, 0), (0, 0, 50, 60))                                          # red on the left
+    mirror, box, text = data.augment(picture, (10, 20, 30, 40), before, 64, Always(3), True)
+    assert text == after
+    if mirror.width == 100:                                                             # not cropped
+        assert box == (70, 20, 90, 40) and mirror.getpixel((90, 5))[0] > mirror.getpixel((90, 5))[1] + 50
+    assert data.augment(picture, (10, 20, 30, 40), before, 64, Always(3), False)[2] == before
+
+
+@pytest.mark.parametrize("text", ["second man", "2nd dog", "number 23", "the last one", "lft guy", "guy at 3 o'clock", "west side"])
+def test_what_a_mirror_image_would_make_false_is_not_mirrored(text):
+    picture, box, said = data.augment(Image.new("RGB", (100, 60)), (10, 20, 30, 40), text, 64, Always(4), True)
+    assert said == text and box[2] - box[0] == 20 and (box[0] <= 10 or picture.size != (100, 60))
+
+
+@pytest.mark.parametrize("text", ["man on the left", "top cup", "the middle one", "LOWER right", "in the center", "bottommost", "left-hand one"])
+def test_a_picture_whose_words_are_about_place_is_not_cropped(text):
+    assert all(data.augment(Image.new("RGB", (100, 60)), (10, 20, 30, 40), text, 64, random.Random(i), True)[0].size == (100, 60)
+               for i in range(20))
+    assert any(data.augment(Image.new("RGB", (100, 60)), (10, 20, 30, 40), "bright topping", 64, random.Random(i), True)[0].size != (100, 60)
+               for i in range(20))
+
+
+def test_transforms_are_of_training_alone_and_the_same_each_time(tmp_path):
+    Image.effect_noise((200, 150), 80).save(tmp_path / "a.png")
+    samples = [data.Sample(tmp_path / "a.png", "the cup", (20.0, 30.0, 90.0, 100.0), "a.png")] * 40
+    def items(seed, train, transforms):
+        return list(data.GroundingDataset(samples, 64, len, train, seed, transforms=transforms))
+    def same(a, b):
+        return [torch.equal(x[0], y[0]) and x[3] == y[3] for x, y in zip(a, b)]
+    first = items(0, True, {"mirror": True})
+    assert all(same(first, items(0, True, {"mirror": True}))) and not any(same(first, items(1, True, {"mirror": True})))
+    assert all(same(items(0, False, {"mirror": True}), items(0, False, None)))
+    widths = {int((~padding).any(0).sum()) for _, padding, *_ in first}
+    assert min(widths) < 50 and max(widths) == 64                        # scales from 0.7 of the square to all of it

@@ -1,4 +1,5 @@
 """model.py against the reference models, against literal loops, and against what the design promises."""
+import argparse
 import copy
 import math
 
@@ -681,3 +682,75 @@ def test_unknown_option_and_missing_cache_are_named(tmp_path):
         tiny(bottlenek=3)
     with pytest.raises(m.InputError, match="train.py"):
         m.build_model("m2ist", "tiny", "shapes", cache=str(tmp_path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other places that weights come from
+
+def test_the_hubs_detr_is_the_official_one_by_other_names(tmp_path):
+    """facebook/detr-resnet-50 is named by transformers; q, k and v are apart there."""
+    official, hub = official_detr(), {}
+    for key, value in official.items():
+        key = key.replace("backbone.0.body.", "model.backbone.conv_encoder.model.").replace("input_proj.", "model.input_projection.")
+        key = key.replace("transformer.", "model.").replace("linear", "fc").replace("norm1", "self_attn_layer_norm").replace("norm2", "final_layer_norm")
+        for theirs, ours in (("class_embed", "class_labels_classifier"), ("bbox_embed", "bbox_predictor"),
+                             ("query_embed", "model.query_position_embeddings")):
+            key = key.replace(theirs, ours)
+        for part, rows in zip("qkv", value.chunk(3)):
+            if "in_proj_" in key:
+                hub[key.replace("in_proj_", f"{part}_proj.")] = rows.clone()
+        if "in_proj_" not in key:
+            hub[key] = value
+    assert "model.encoder.layers.5.self_attn.v_proj.bias" in hub and "model.encoder.layers.0.final_layer_norm.weight" in hub
+    save_file(hub, tmp_path / "model.safetensors")
+    torch.save({"model": official}, tmp_path / "detr.pth")
+    one, other = encoders()["vision"], encoders()["vision"]
+    m.load_detr(one, str(tmp_path / "detr.pth"))
+    m.load_detr(other, str(tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+    with pytest.raises(m.InputError, match="--vision-weights"):
+        m.load_detr(other, str(tmp_path / "nowhere"))
+    del hub["model.encoder.layers.0.fc1.bias"]
+    save_file(hub, tmp_path / "model.safetensors")
+    with pytest.raises(m.InputError, match="missing: layers.0.fc1.bias"):
+        m.load_detr(other, str(tmp_path))
+
+
+@pytest.mark.parametrize("size", ["base", "large"])
+def test_full_size_clip_folders_load_key_by_key(tmp_path, size):
+    """B/16 and L/14 as transformers saves them, random."""
+    spec = m.SIZES[size]["clip"]
+    sides = {side: dict(hidden_size=spec[side]["dim"], num_hidden_layers=spec[side]["layers"], num_attention_heads=spec[side]["heads"],
+                        intermediate_size=spec[side]["hidden"]) for side in ("text", "vision")}
+    with torch.device("meta"):
+        theirs = transformers.CLIPModel(transformers.CLIPConfig(
+            text_config=sides["text"], vision_config={**sides["vision"], "image_size": 224, "patch_size": spec["stride"]},
+            projection_dim=spec["text"]["embedding"]))
+        ours = m.build_encoders({"family": "clip", **spec})["clip"]
+    state = {key: torch.full(value.shape, i / 1000, dtype=torch.float16) for i, (key, value) in enumerate(theirs.state_dict().items())}
+    save_file(state, tmp_path / "model.safetensors")
+    ours = ours.to_empty(device="cpu")
+    m.load_hub(ours, str(tmp_path), "--clip-weights", m.CLIP_TABLE, m.CLIP_IGNORED)
+    last = spec["vision"]["layers"] - 1
+    assert ours.vision.layers[last].fc2.weight[0, 0] == state[f"vision_model.encoder.layers.{last}.mlp.fc2.weight"][0, 0].float()
+    assert ours.text.projection.weight[0, 0] == state["text_projection.weight"][0, 0].float()
+    del state[f"vision_model.encoder.layers.{last}.mlp.fc2.weight"]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(m.InputError, match=f"missing: vision.layers.{last}.fc2.weight"):
+        m.load_hub(ours, str(tmp_path), "--clip-weights", m.CLIP_TABLE, m.CLIP_IGNORED)
+
+
+def test_clip_in_a_file_of_hivgs_naming_is_merged_and_the_rest_named(tmp_path, capsys):
+    theirs, ours = random_clip(tmp_path)
+    plain = {key: value.clone() for key, value in load_file(tmp_path / "model.safetensors").items()}
+    A, B = torch.randn(32, 32), torch.randn(32, 32)
+    name = "vision_model.encoder.layers.1.self_attn.q_proj."
+    state = {f"clip.base_model.model.{key}": value for key, value in plain.items()}
+    state[f"clip.base_model.model.{name}base_layer.weight"] = state.pop(f"clip.base_model.model.{name}weight")
+    state |= {f"clip.base_model.model.{name}lora_A.default.weight": A, f"clip.base_model.model.{name}lora_B.default.weight": B,
+              "clip.base_model.model.vision_model.encoder.layers.0.cross_norm.weight": A, "reg_token.weight": A}
+    torch.save({"model": state, "args": argparse.Namespace(lr=1)}, tmp_path / "best.pth")
+    m.load_hub(ours, str(tmp_path / "best.pth"), "--clip-weights", m.CLIP_TABLE, m.CLIP_IGNORED)
+    assert torch.allclose(ours.vision.layers[1].q.weight, plain[name + "weight"] + 0.5 * B @ A)
+    assert torch.equal(ours.vision.layers[1].k.weight, plain[name.replace("q_proj", "k_proj") + "weight"])
+    assert "cross_norm" in capsys.readouterr().out

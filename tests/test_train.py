@@ -17,6 +17,7 @@ import evaluate
 import losses
 import model as m
 import train
+from test_data import as_refer, coco, pictures
 
 ROOT = Path(__file__).parent.parent
 FAST = ["--size", "tiny", "--weights", "random", "--limit", "60", "--batch-size", "16", "--epochs", "3", "--warmup", "0",
@@ -320,7 +321,7 @@ def test_pretraining_is_cached_and_repeatable(tmp_path, family, method):
 
 
 def test_pretext_says_what_covers_a_cell_and_sees_no_expression():
-    scenes = data.ShapesScenes(m.SIZES["tiny"]["detr"], data.PIXELS["detr"], seed=0)
+    scenes = train.ShapesScenes(m.SIZES["tiny"]["detr"], data.PIXELS["detr"], seed=0)
     task = train.PretextVision(torch.nn.Identity(), 0)
     for i in range(50):
         image, padding, owner, inside = scenes[i]
@@ -339,10 +340,10 @@ def test_pretext_says_what_covers_a_cell_and_sees_no_expression():
 
 def test_captions_say_what_a_thing_is_and_where():
     rng, thing = data.seeded(0), data.Thing("red", "circle", "small", 20, 100, 12)
-    said = {data.caption(rng, thing, [0.1, 0.7, 0.2, 0.2]) for _ in range(100)}
+    said = {train.caption(rng, thing, [0.1, 0.7, 0.2, 0.2]) for _ in range(100)}
     assert said == {" ".join(words) for size in ("small ", "little ", "") for words in
                     ([f"{size}red circle bottom left"], [f"{size}red circle a 6"])}
-    assert data.caption(data.seeded(1), thing, [0.5, 0.5, 0.2, 0.2]).split()[-1] in ("circle", "5")
+    assert train.caption(data.seeded(1), thing, [0.5, 0.5, 0.2, 0.2]).split()[-1] in ("circle", "5")
     tokenizer = data.Tokenizer("shapes", None, 20)
     assert all(tokenizer.wordpiece.unk_token_id not in tokenizer(text) for text in said)
 
@@ -474,3 +475,67 @@ def test_the_readme_has_the_commands_that_ci_runs():
     assert "python -m pytest -q tests" in readme and "python -m pytest -q tests" in ci
     assert "pip install -r requirements.txt && python train.py\n" in readme
     assert "python -m pytest" not in re.sub(r"python -m pytest -q tests", "", ci)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Datasets that people have
+
+def made_refcoco(root):
+    as_refer(root)
+    pictures(root / "images/train2014")
+    return ["--dataset", "refcoco", "--root", str(root)]
+
+
+def test_a_dataset_in_refer_format_trains_and_evaluates(tmp_path):
+    out = run(tmp_path / "a", *made_refcoco(tmp_path / "data"), "--workers", "1", "--batch-size", "2")
+    result = evaluate.main([str(out), "--device", "cpu"])
+    assert {split: row["expressions"] for split, row in result["splits"].items()} == {"val": 1, "testA": 2}
+    assert result["dataset"] == "refcoco" and json.loads((out / "args.json").read_text())["args"]["root"] == str(tmp_path / "data")
+
+
+def test_mixed_datasets_train_and_are_evaluated_one_by_one(tmp_path):
+    flags = made_refcoco(tmp_path / "data")
+    as_refer(tmp_path / "data", "refcoco+", refs=[(70, "train", ["one", "two"]), (80, "val", ["three"])])
+    flags[1] = "refcoco,refcoco+"
+    out = run(tmp_path / "a", *flags, "--epochs", "1", "--workers", "0")
+    result = evaluate.main([str(out), "--device", "cpu", "--figures", str(tmp_path / "figures")])
+    assert list(result["splits"]) == ["val", "refcoco/val", "refcoco/testA", "refcoco+/val"] and result["splits"]["val"]["expressions"] == 2
+    assert (tmp_path / "figures/refcoco+-val.png").exists()
+    assert train.parse_args(["--dataset", "refcoco,a/refcoco+", "--size", "tiny"]).out == "runs/refcoco,refcoco+-m2ist-0"
+
+
+def test_a_missing_picture_of_val_is_named_before_anything_is_trained(tmp_path):
+    flags = made_refcoco(tmp_path / "data")
+    (tmp_path / "data/images/train2014" / coco(8)).unlink()
+    with pytest.raises(m.InputError, match=f"{coco(8)}: no such picture"):
+        run(tmp_path / "a", *flags)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("method, size, transforms, pixels", [
+    ("m2ist", "base", {"mirror": True}, "detr"), ("hivg", "base", {"mirror": False}, "clip"), ("hivg", "large", {"mirror": False}, "clip"),
+    ("m2ist", "tiny", None, "detr"), ("hivg", "tiny", None, "clip")])
+def test_each_paper_gets_its_transforms_and_pixels(tmp_path, method, size, transforms, pixels):
+    flags = ["--method", method, "--size", size, "--weights", "random", *made_refcoco(tmp_path)]
+    for more, expected in (([], pixels), (["--pixels", "detr"], "detr")):
+        args = train.parse_args([*flags, *more])
+        samples = data.load_samples("refcoco", "train", tmp_path)
+        dataset = train.make_loader(samples, args, True).dataset
+        assert dataset.transforms == transforms and dataset.pixels == data.PIXELS[expected]
+        assert train.make_loader(samples, args, False).dataset.transforms is None
+
+
+def test_refcocog_takes_40_tokens_as_its_texts_are_longer():
+    for dataset, tokens in (("refcoco", None), ("refcocog-umd", 40), ("refcocog-google", 40)):
+        assert train.parse_args(["--dataset", dataset]).max_tokens == tokens
+    assert train.parse_args(["--dataset", "refcocog-umd", "--method", "hivg"]).max_tokens is None
+    assert train.parse_args(["--dataset", "refcocog-umd", "--max-tokens", "25"]).max_tokens == 25
+
+
+def test_a_file_of_clip_takes_the_hubs_tokenizer(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "make_tokenizer", lambda *given: asked.append(given[1]) or data.Tokenizer("random", None, 20))
+    (tmp_path / "clip.pth").write_bytes(b"")
+    for weights in (str(tmp_path / "clip.pth"), str(tmp_path), "somebody/clip"):
+        train.make_loader([], train.parse_args(["--method", "hivg", "--dataset", "refcoco", "--clip-weights", weights]), False)
+    assert asked == ["openai/clip-vit-base-patch16", str(tmp_path), "somebody/clip"]
