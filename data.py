@@ -228,15 +228,16 @@ DATASETS = {
     "flickr30k": ("", "flickr", "", dict(train=427_193, val=14_433, test=14_481))}
 COCO = ("images/train2014", "train2014", "other/images/mscoco/images/train2014", "other/images/train2014")
 PICTURES = {"referit": ("referit/images",), "flickr30k": ("Flickr30k/flickr30k-images", "Flickr30k/flickr30k_images")}
-NUMPY = [np.ndarray, np.dtype, np._core.multiarray._reconstruct, np._core.multiarray.scalar,       # what an array is pickled as
-         *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8"))]
+NUMPY = [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8")),       # what an array is pickled as
+         *((part, f"numpy.{core}.multiarray.{part.__name__}") for core in ("core", "_core")        # by numpy 1, by numpy 2
+           for part in (np._core.multiarray._reconstruct, np._core.multiarray.scalar))]
 
 # A reader takes a file and yields (where in it, {"image": its name, "text", "box": [x1, y1, x2, y2] in pixels, "split"}).
 
 def read_refer(path):
     """REFER: refs(BY).p beside instances.json. A ref's own file_name is of its annotation, not of the picture."""
     with open(path, "rb") as file:
-        refs = PlainUnpickler(file, encoding="utf-8").load()
+        refs = PlainUnpickler(file, encoding="utf-8", errors="replace").load()
     instances = json.loads((path.parent / "instances.json").read_bytes())
     names = {image["id"]: image["file_name"] for image in instances["images"]}
     boxes = {thing["id"]: thing["bbox"] for thing in instances["annotations"]}
@@ -291,15 +292,16 @@ def read_jsonl(path):
 READERS = {".p": read_refer, ".pth": read_index, ".json": read_mdetr, ".jsonl": read_jsonl}
 
 
-def checked(where, item):
-    """(picture, text, box, split) of a reader's item, or an InputError that says what is wrong with it, and where."""
+def checked(where, item, area):
+    """(picture, text, box, split) of a reader's item, or an InputError that says what is wrong with it, and where. area: whether a
+    box must have one; who wrote the file can mend it, who downloaded it cannot, and may evaluate on it all the same."""
     item = item if isinstance(item, dict) else {}
     if missing := [key for key in ("image", "text", "box", "split") if key not in item]:
         raise InputError(f"{where}: lacks {', '.join(missing)}")
     image, text, box, split = (item[key] for key in ("image", "text", "box", "split"))
     if not (isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) and abs(v) < 1e9 for v in box)):  # nor NaN
         raise InputError(f"{where}: box is {box}, not four numbers [x1, y1, x2, y2]")
-    if box[2] <= box[0] or box[3] <= box[1]:
+    if area and (box[2] <= box[0] or box[3] <= box[1]):
         raise InputError(f"{where}: box {box} has no area; it is [x1, y1, x2, y2] in pixels, x2 > x1 and y2 > y1")
     if not all(isinstance(value, str) and value.strip() for value in (image, text, split)):
         raise InputError(f"{where}: image, text and split must be strings that are not empty")
@@ -355,7 +357,7 @@ def _by_split(dataset, root):
     for file in files:
         try:
             for where, item in READERS[file.suffix](file):
-                image, text, box, split = checked(f"{file}, {where}", item)
+                image, text, box, split = checked(f"{file}, {where}", item, area=file.suffix == ".jsonl")
                 splits.setdefault(split, []).append(Sample(folder / image, text, box, image))
         except InputError:
             raise
@@ -522,7 +524,7 @@ class GroundingDataset(torch.utils.data.Dataset):
     def __getitem__(self, i):
         image, text, box, _ = self.samples[i]
         picture, rng, fill = load_picture(image), seeded(self.seed, i) if self.train else None, 1.0
-        if min(box[2], picture.width) <= max(box[0], 0) or min(box[3], picture.height) <= max(box[1], 0):
+        if box[0] < box[2] and box[1] < box[3] and (box[0] >= picture.width or box[1] >= picture.height or min(box[2:]) <= 0):
             raise InputError(f"{image}: box {list(box)} of {text!r} lies outside the picture, which is {picture.width} x "
                              f"{picture.height}")
         if self.transforms:
@@ -603,6 +605,8 @@ def report(dataset, root, max_tokens):
             width, height = sizes.get(image, (math.inf, math.inf))
             if min(x1, y1) < -1 or x2 > width + 1 or y2 > height + 1:
                 found.setdefault("boxes that reach out of the picture", []).append(f"{image}, {text!r}, {[x1, y1, x2, y2]}")
+            if x2 <= x1 or y2 <= y1:
+                found.setdefault("boxes without area", []).append(f"{image}, {text!r}, {[x1, y1, x2, y2]}")
             if len(text.split()) > max_tokens - 2:
                 found.setdefault(f"expressions of more than {max_tokens} tokens, if a word is one", []).append(repr(text))
     for a, b in itertools.combinations(pictures, 2):
@@ -625,12 +629,14 @@ def main(argv=None):
     samples = {split: load_samples(asked.dataset, split, asked.root) for split in split_names(asked.dataset, asked.root)}
     for split, chosen in samples.items() if asked.draw else ():
         path = Path(asked.save) / f"{split.replace('/', '-')}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet([draw(load_picture(s.image), s.text, [(s.box, TRUE)]) for s in spread(chosen, asked.draw)]).save(path)
         print(path)
     if asked.write:
         path = Path(asked.write)
         if path.exists() or asked.dataset == "shapes":
             raise InputError(f"--write {path}: is there already, or is of shapes, which has no files")
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_whole(path, lambda partial: partial.write_text("".join(json.dumps(
             {"image": os.path.relpath(s.image, path.parent), "text": s.text, "box": s.box, "split": split}) + "\n"
             for split, chosen in samples.items() for s in chosen)))

@@ -97,14 +97,18 @@ def load_released(path, clip_weights):
     """A checkpoint of HiVG's authors -> (model in eval mode, config); what it was built with is read off its keys. [D37] Here a
     sample attends to its own text, and not to padding; its authors' figures were made otherwise."""
     state = plain(read_state(path), path)
-    bridges = sorted({int(key.split(".")[4]) for key in state if ".cross_gate." in key})
-    texts = sum(f"layers.{bridges[0]}.cross_adaptive_weights." in key for key in state) if bridges else 0
-    if not texts:
-        raise InputError(f"{path}: no bridge with sample-agnostic weights; those trained on mixed data are not read here")
+    bridges = sorted({int(key.split(".")[4]) for key in state if ".cross_norm." in key})
+    texts = sum(f"layers.{layer}.cross_adaptive_weights." in key for key in state for layer in bridges[:1])
     try:
+        if not texts:              # trained on mixed data: no weights, and one projection of the text as CLIP puts it out
+            gate = {kind: state.pop(f"condition_text_proj.{kind}") for kind in ("weight", "bias")}
         for layer in bridges:
             name = f"clip.vision_model.encoder.layers.{layer}.cross_"
-            state[f"{name}weights"] = torch.stack([state.pop(f"{name}adaptive_weights.{i}.weight") for i in range(texts)])
+            weights = [state.pop(f"{name}adaptive_weights.{i}.weight") for i in range(texts)]
+            if not texts:
+                state |= {f"{name}gate.{kind}": value for kind, value in gate.items()}
+                weights = [torch.zeros_like(state["clip.text_model.embeddings.position_embedding.weight"])]
+            state[f"{name}weights"] = torch.stack(weights)
         (W1, b1), (W2, b2) = ((state.pop(f"{name}.weight"), state.pop(f"{name}.bias"))
                               for name in ("ml_visual_projection", "visu_proj"))
         state |= {"vision_proj.weight": W2 @ W1, "vision_proj.bias": W2 @ b1 + b2}       # two linears in a row are one [D28]
@@ -112,7 +116,7 @@ def load_released(path, clip_weights):
     except KeyError as error:
         raise InputError(f"{path}: {error} is missing") from None
     options = dict(bridge_layers=[layer + 1 for layer in bridges], pixels="detr",
-                   text_layers={1: [12], 2: [6, 12]}.get(texts))                             # more are all
+                   text_layers={0: [13], 1: [12], 2: [6, 12]}.get(texts))                       # more are all
     model = build_model("hivg", size, "random", **options)
     import_weights(model, state, RELEASED_TABLE, f"{CLIP_IGNORED}|{UNUSED}", path)
     print(f"{path}: not used, {', '.join(key for key in state if re.match(UNUSED, key))}")
@@ -199,9 +203,9 @@ def main(argv=None):
     make_folders(asked)
     released = asked.checkpoint.endswith(".pth")
     model, config = load_released(asked.checkpoint, asked.clip_weights) if released else load_checkpoint(asked.checkpoint)
-    # The flags of the training, with what was asked here in their place.
-    said = {flag: value for flag, value in vars(asked).items() if value is not None}
-    args = argparse.Namespace(**{**vars(asked), **config["args"], **said})
+    # The flags of the training, with what was asked here in their place; an older run lacks the newest flags.
+    said, new = {flag: value for flag, value in vars(asked).items() if value is not None}, vars(train.build_parser().parse_args([]))
+    args = argparse.Namespace(**{**new, **vars(asked), **config["args"], **said})
     if asked.dataset:
         args.root = asked.root                            # the training's folder is not another dataset's
     model.to(args.device)

@@ -364,7 +364,7 @@ class ClipGrounding(nn.Module):
         vision, text = spec["vision"], spec["text"]
         self.clip = clip.requires_grad_(False)
         self.levels = chosen_layers(spec, "vision_layers", vision["layers"]) or [vision["layers"]]
-        self.text_layers = chosen_layers(spec, "text_layers", text["layers"]) or range(1, text["layers"] + 1)
+        self.text_layers = chosen_layers(spec, "text_layers", text["layers"] + 1) or range(1, text["layers"] + 1)
         self.grounding = GroundingEncoder(
             len(self.levels) * vision["dim"], text["embedding"], 1 + (spec["image_size"] // spec["stride"]) ** 2,
             spec["max_tokens"], clip=True, region_hidden=spec["region_hidden"], **spec["grounding"])
@@ -385,7 +385,8 @@ class ClipGrounding(nn.Module):
 
     def encode_image(self, images, image_padding, text):
         """images (B, 3, S, S), image_padding (B, S, S), text from encode_text -> Encoded (B, 1 + Nv, m H_v)."""
-        image = self.clip.vision(images, image_padding, ([text.states[i - 1] for i in self.text_layers], text.padding))
+        states = [*text.states, text.x]                  # the layer after the last: what the tower puts out, projected
+        image = self.clip.vision(images, image_padding, ([states[i - 1] for i in self.text_layers], text.padding))
         return image._replace(x=torch.cat([image.states[level - 1] for level in self.levels], -1))    # HiVG Eq. (1)
 
     def ground(self, vision, text, attention=False):

@@ -94,7 +94,7 @@ def build_parser():
     add("--scale", type=float, help="s of all adapters (Section IV-B b; default: 0.1)")
     add("--residual", action="store_true", help="adapters add their own input, Eqs. 1, 4, 5 (released code; default: no)")
     add("--text-layers", type=int, nargs="+", help="M²IST: paired with vision layers 1, 2, ... (Table VIII c; default: "
-        "7 8 9 10 11 12, tiny 3 4); HiVG: what bridges see (Table 10; default: all)")
+        "7 8 9 10 11 12, tiny 3 4); HiVG: what bridges see (Table 10; default: all; 13: the text as projected)")
     add = parser.add_argument_group("HiVG").add_argument
     add("--vision-layers", type=int, nargs="+", help="whose features are grounded (HiVG Section 4.1; default: 1 4 8 12, "
         "large 6 12 18 24, tiny 1 2 4 6; clip-frozen and clip-lora the last)")
@@ -608,7 +608,8 @@ def main(argv=None):
     began, args = time.time(), parse_args(argv)
     refuse_to_overwrite(args)
     splits = data.split_names(args.dataset, args.root)
-    train_samples = data.load_samples(args.dataset, "train", args.root)[:args.limit]
+    listed = data.load_samples(args.dataset, "train", args.root)[:args.limit]
+    train_samples = [sample for sample in listed if sample.box[0] < sample.box[2] and sample.box[1] < sample.box[3]]
     val_samples = data.load_samples(args.dataset, "val", args.root)[:args.limit] if "val" in splits else []
     if not val_samples:
         print(f"{args.dataset} has no split 'val': the last epoch is kept as the best")
@@ -617,8 +618,8 @@ def main(argv=None):
         for phase in plan(args):                        # to the last stage, whose pairs count
             drop_pairs(model)
             begin_phase(model, phase, args, {"epoch": 0})
-    print(f"{args.method} {args.size} on {args.dataset}: {len(train_samples)} expressions to train on, "
-          f"{len(val_samples)} to validate; parameters {count_parameters(model)}; leaky pretraining "
+    print(f"{args.method} {args.size} on {args.dataset}: {len(train_samples)} expressions to train on ("
+          f"{len(listed) - len(train_samples)} left out, without area), {len(val_samples)} to validate; parameters {count_parameters(model)}; leaky pretraining "
           f"{leaky_pretraining(args)}")
     if args.weights == "shapes" and args.size == "tiny":
         pretrain_encoders(args.cache, args.pretext_steps, METHODS[args.method]["family"])

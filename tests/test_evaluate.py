@@ -161,7 +161,8 @@ def released(texts=1, bridges=(0, 3, 7, 11), nested=2, base_layer=False):
                 for part in ("q", "k", "v", "out"):
                     linear(f"{block}cross_attn.{part}_proj", 768, 768, lora=True)
                 linear(f"{block}cross_mlp.fc1", 3072, 768), linear(f"{block}cross_mlp.fc2", 768, 3072)
-                linear(f"{block}cross_gate", 768, 512 * texts)
+                if texts:
+                    linear(f"{block}cross_gate", 768, 512 * texts)
                 for i in range(texts):
                     put(f"{block}cross_adaptive_weights.{i}.weight", 77, 512)
     put(clip + "text_model.embeddings.token_embedding.weight", 49408, 512)
@@ -170,7 +171,7 @@ def released(texts=1, bridges=(0, 3, 7, 11), nested=2, base_layer=False):
     put(clip + "vision_model.embeddings.patch_embedding.weight", 768, 3, 16, 16)
     norm(clip + "vision_model.pre_layrnorm", 768), norm(clip + "vision_model.post_layernorm", 768)
     linear(clip + "visual_projection", 512, 768, bias=False), linear(clip + "text_projection", 512, 512, bias=False)
-    for name, out, into in (("visu_proj", 512, 512), ("condition_text_proj", 768, 512), ("ml_text_feat_perceiver", 768, 512 * texts),
+    for name, out, into in (("visu_proj", 512, 512), ("condition_text_proj", 768, 512), ("ml_text_feat_perceiver", 768, 512 * max(texts, 1)),
                             ("text_proj", 512, 512), ("ml_visual_projection", 512, 3072), ("visu_token_mlp.fc1", 3072, 512),
                             ("visu_token_mlp.fc2", 512, 3072), ("bbox_embed.layers.0", 512, 512), ("bbox_embed.layers.1", 512, 512),
                             ("bbox_embed.layers.2", 4, 512)):
@@ -218,7 +219,8 @@ def literal_forward(state, image, tokens, texts, nested=2):
         x = x + attention(h, h, name + "self_attn", 8, True)
         x = x + mlp(norm(x, name + "layer_norm2"), name + "mlp")
         said.append(x)
-    text = linear(linear(norm(x, "clip.text_model.final_layer_norm"), "clip.text_projection"), "text_proj")
+    projected = linear(norm(x, "clip.text_model.final_layer_norm"), "clip.text_projection")
+    text = linear(projected, "text_proj")
     patches = F.conv2d(image[None], w["clip.vision_model.embeddings.patch_embedding.weight"], stride=16)[0].flatten(1).T
     x = torch.cat([w["clip.vision_model.embeddings.class_embedding"][None], patches]) + w["clip.vision_model.embeddings.position_embedding.weight"]
     x, seen = norm(x, "clip.vision_model.pre_layrnorm"), []
@@ -226,9 +228,9 @@ def literal_forward(state, image, tokens, texts, nested=2):
         name = f"clip.vision_model.encoder.layers.{layer}."
         h = norm(x, name + "layer_norm1")
         x = x + attention(h, h, name + "self_attn", 12)
-        if name + "cross_gate.weight" in w:
+        if name + "cross_norm.weight" in w:
             chosen = [said[i - 1] * w[f"{name}cross_adaptive_weights.{n}.weight"] + said[i - 1] for n, i in enumerate(texts)]
-            y = linear(torch.cat(chosen, -1), name + "cross_gate")
+            y = linear(torch.cat(chosen, -1), name + "cross_gate") if texts else linear(projected, "condition_text_proj")
             x = x + mlp(attention(norm(x, name + "cross_norm"), y, name + "cross_attn", 12), name + "cross_mlp")
         x = x + mlp(norm(x, name + "layer_norm2"), name + "mlp")
         seen.append(x)
@@ -248,7 +250,7 @@ def literal_forward(state, image, tokens, texts, nested=2):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("texts, options", [(1, {}), (2, {"nested": 4, "base_layer": True})])
+@pytest.mark.parametrize("texts, options", [(1, {}), (2, {"nested": 4, "base_layer": True}), (0, {"nested": 1})])      # 0: mixed data
 def test_a_released_checkpoint_gives_the_box_of_its_own_forward(tmp_path, monkeypatch, capsys, texts, options):
     state = released(texts, **options)
     if texts == 1:
@@ -258,10 +260,10 @@ def test_a_released_checkpoint_gives_the_box_of_its_own_forward(tmp_path, monkey
         monkeypatch.setattr(evaluate, "read_state", lambda path: dict(state))
     model, config = evaluate.load_released(str(tmp_path / "best.pth"), None)
     said = capsys.readouterr().out
-    assert all(word in said for word in ("seg_conv1.weight", "ml_text_feat_perceiver.bias", "condition_text_proj.weight"))
+    assert "seg_conv1.weight" in said and "ml_text_feat_perceiver.bias" in said and ("condition_text_proj" in said) == (texts > 0)
     image, tokens = torch.randn(3, 224, 224), torch.randint(0, 49000, (77,))
     ours = model(image[None], torch.zeros(1, 224, 224, dtype=torch.bool), tokens[None], torch.zeros(1, 77, dtype=torch.bool)).boxes[0]
-    theirs = literal_forward(state, image, tokens, {1: [12], 2: [6, 12]}[texts])
+    theirs = literal_forward(state, image, tokens, {0: [], 1: [12], 2: [6, 12]}[texts])
     assert (ours - theirs).abs().max() < 1e-4 and theirs.std() > 1e-3
     other = model(image[None], torch.zeros(1, 224, 224, dtype=torch.bool), tokens.flip(0)[None], torch.zeros(1, 77, dtype=torch.bool)).boxes[0]
     assert (ours - other).abs().max() > 1e-3                                                    # both sides really look at the text
@@ -286,6 +288,7 @@ def test_every_key_of_a_released_checkpoint_is_accounted_for(monkeypatch, capsys
                           ({layer + "cross_adaptive_weights.0.weight": None}, "cross_adaptive_weights.0.weight"),
                           ({layer + "self_attn.q_proj.lora_B.default.weight": None}, "self_attn.q_proj.lora_B"),
                           ({layer + "self_attn.q_proj.lora_A.default.weight": None}, "layers.3.q.lora_B"),
-                          ({"visu_proj.bias": None}, "visu_proj.bias"), ({key: None for key in state if "adaptive" in key}, "mixed data")):
+                          ({"visu_proj.bias": None}, "visu_proj.bias"),
+                          ({"condition_text_proj.bias": None, **{key: None for key in state if "adaptive" in key}}, "condition_text_proj.bias")):
         with pytest.raises(m.InputError, match=words):
             load(**change)

@@ -504,6 +504,19 @@ def test_mixed_datasets_train_and_are_evaluated_one_by_one(tmp_path):
     assert train.parse_args(["--dataset", "refcoco,a/refcoco+", "--size", "tiny"]).out == "runs/refcoco,refcoco+-m2ist-0"
 
 
+def test_boxes_without_area_are_left_out_of_training_and_are_misses_in_evaluation(tmp_path, capsys):
+    flags = made_refcoco(tmp_path / "data")
+    path = tmp_path / "data/refcoco/instances.json"
+    instances = json.loads(path.read_text())
+    for annotation in (0, 3):                                          # two expressions of train, both of testA
+        instances["annotations"][annotation]["bbox"][2] = 0
+    path.write_text(json.dumps(instances))
+    out = run(tmp_path / "a", *flags, "--epochs", "1", "--workers", "0")
+    assert "1 expressions to train on (2 left out, without area)" in capsys.readouterr().out
+    assert evaluate.main([str(out), "--split", "testA", "--device", "cpu"])["splits"]["testA"] == {
+        "acc@0.5": 0.0, "mean_iou": 0.0, "expressions": 2, "images": 1, "seconds": pytest.approx(1, abs=60)}
+
+
 def test_a_missing_picture_of_val_is_named_before_anything_is_trained(tmp_path):
     flags = made_refcoco(tmp_path / "data")
     (tmp_path / "data/images/train2014" / coco(8)).unlink()
