@@ -303,8 +303,8 @@ def checked(where, item, area):
         raise InputError(f"{where}: box is {box}, not four numbers [x1, y1, x2, y2]")
     if area and (box[2] <= box[0] or box[3] <= box[1]):
         raise InputError(f"{where}: box {box} has no area; it is [x1, y1, x2, y2] in pixels, x2 > x1 and y2 > y1")
-    if not all(isinstance(value, str) and value.strip() for value in (image, text, split)):
-        raise InputError(f"{where}: image, text and split must be strings that are not empty")
+    if not all(isinstance(v, str) and v.strip() and v.encode(errors="ignore").decode() == v for v in (image, text, split)):
+        raise InputError(f"{where}: image, text and split must be strings that are not empty, nor broken Unicode")
     return image, text, tuple(map(float, box)), split
 
 
@@ -320,7 +320,7 @@ def find_files(dataset, root):
     if dataset not in DATASETS:
         return [path], base if root else path.parent
     refer, code, mdetr, counts = DATASETS[dataset]
-    pictures, patterns = PICTURES.get(dataset, COCO), [refer, f"{code}/{code}_*.pth", f"finetune_{mdetr}_*.json"]
+    pictures, patterns = PICTURES.get(dataset, COCO), [refer, f"{code}/{code}_*.pth", mdetr and f"finetune_{mdetr}_*.json"]
     for place, pattern in itertools.product([base, *sorted(base.glob("*/"))], filter(None, patterns)):
         if found := [f for f in sorted(place.glob(pattern)) if f.suffix == ".p" or f.stem.rpartition("_")[2] in counts]:
             folders = [folder / name for folder in (base, place) for name in pictures]
@@ -331,18 +331,20 @@ def find_files(dataset, root):
 
 
 def mixed(datasets, root):
-    """The papers' mixed setting: a picture of val or test of any dataset, told by its file's name, is in train of none. The
-    splits are train and val, of all, and the others as DATASET/SPLIT."""
+    """The papers' mixed setting: a picture of val or test of any dataset is in train of none. It is told by its path, those of
+    DATASETS by their names too. The splits are train and val, of all, and the others as DATASET/SPLIT."""
     if "shapes" in datasets:
         raise InputError("shapes, which is generated, cannot be joined with other datasets")
     parts = [(dataset, split, samples) for dataset in datasets for split, samples in _by_split(dataset, root).items()]
-    held_out = {Path(sample.image).name for _, split, samples in parts if split != "train" for sample in samples}
-    train = [sample for _, split, samples in parts if split == "train" for sample in samples]
-    clean = [sample for sample in train if Path(sample.image).name not in held_out]
+    names = lambda dataset, sample: {os.path.abspath(sample.image), *[sample.image_id] * (dataset in DATASETS)}
+    held_out = {name for dataset, split, samples in parts if split != "train" for s in samples for name in names(dataset, s)}
+    train = [(dataset, sample) for dataset, split, samples in parts if split == "train" for sample in samples]
+    clean = [sample for dataset, sample in train if held_out.isdisjoint(names(dataset, sample))]
     print(f"{','.join(datasets)}: {len(train) - len(clean):,} of {len(train):,} expressions left out of train, whose pictures are "
           f"in val or test of one of them")
-    return {"train": clean, "val": [sample for _, split, samples in parts if split == "val" for sample in samples],
-            **{f"{dataset}/{split}": samples for dataset, split, samples in parts if split != "train"}}
+    splits = {"train": clean, "val": [sample for _, split, samples in parts if split == "val" for sample in samples],
+              **{f"{dataset}/{split}": samples for dataset, split, samples in parts if split != "train"}}
+    return {split: samples for split, samples in splits.items() if samples}
 
 
 @functools.lru_cache(maxsize=8)
@@ -350,7 +352,7 @@ def _by_split(dataset, root):
     """{split: [Sample, ...]} of a dataset, or of `shapes` {split: None}, whose splits are made one at a time."""
     if dataset == "shapes":
         return dict.fromkeys(SHAPES_SPLITS)
-    if "," in dataset:
+    if "," in dataset and not Path(dataset).is_file():
         return mixed(dataset.split(","), root)
     files, folder = find_files(dataset, root)
     splits = {}
@@ -411,8 +413,7 @@ def augment(picture, box, text, size, rng, mirror):
 
     A crop with chance 1/2, unless the words are about a place; brightness, contrast, saturation with chance 0.8; with
     `mirror` the mirror image with chance 1/2, left and right exchanged in the text, unless its other words forbid it (HiVG
-    Appendix B mirrors nothing). [D36] The released code compares the box's x with the crop's top, and swaps "bright".
-    """
+    Appendix B mirrors nothing). [D36] The released code compares the box's x with the crop's top, and swaps "bright"."""
     if rng.random() < 0.5 and not PLACE.search(text):
         picture, box = crop(picture, box, size, rng)
     if rng.random() < 0.8:
@@ -510,11 +511,10 @@ class GroundingDataset(torch.utils.data.Dataset):
     """Samples as tensors, decoded when asked for. size: the square's side in pixels. train: put the picture at a random place
     of its square. transforms: and augment and scale it, as `augment` says; {"mirror": bool}. All is drawn from seed and index
     alone, so that neither workers nor a resumed run change what is seen. [D32]"""
-
     def __init__(self, samples, size, tokenizer, train=False, seed=0, pixels=PIXELS["detr"], transforms=None):
         self.samples, self.size, self.tokenizer, self.train, self.seed = samples, size, tokenizer, train, seed
         self.pixels, self.transforms = pixels, transforms if train else None
-        if gone := [path for path in {s.image for s in samples if isinstance(s.image, Path)} if not path.exists()]:
+        if gone := [path for path in {s.image for s in samples if isinstance(s.image, Path)} if not os.path.isfile(path)]:
             raise InputError(f"{gone[0]}: no such picture, nor {len(gone) - 1} others; image paths are relative to the .jsonl, or "
                              f"to --root; `python data.py DATASET --root DIR` tells what is there")
 
@@ -568,7 +568,8 @@ def draw(picture, caption, boxes, attention=None, side=256):
         view = Image.composite(Image.new("RGB", view.size, WARM), view, heat.point(lambda v: v * 3 // 4))
     pen, font = ImageDraw.Draw(view), ImageFont.load_default(13)
     for box, colour in boxes:
-        pen.rectangle([v * scale for v in box], outline=colour, width=3)
+        x1, y1, x2, y2 = (v * scale for v in box)
+        pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=3)
     tile = Image.new("RGB", (side, side + 36), "white")
     tile.paste(view, (left, top))
     lines = textwrap.wrap(caption, (side - 8) // 7, max_lines=2, placeholder=" ...")         # a letter is about 7 pixels wide
@@ -610,7 +611,8 @@ def report(dataset, root, max_tokens):
             if len(text.split()) > max_tokens - 2:
                 found.setdefault(f"expressions of more than {max_tokens} tokens, if a word is one", []).append(repr(text))
     for a, b in itertools.combinations(pictures, 2):
-        found |= {f"pictures both in {a} and in {b}": both for both in [list(pictures[a] & pictures[b])] if both}
+        if (both := pictures[a] & pictures[b]) and a != "val":              # a mixture's val is in its datasets' once more
+            found[f"pictures both in {a} and in {b}"] = list(both)
     for fault, where in found.items():
         print(f"{len(where):,} {fault}, such as {where[0]}")
 
@@ -625,20 +627,21 @@ def main(argv=None):
     add("--write", help="FILE.jsonl to write all splits to (default: none)")
     add("--max-tokens", type=int, default=20, help="limit that expressions are held against (default: 20)")
     asked = parser.parse_args(argv)
+    path = asked.write and Path(asked.write)
+    if path and (path.exists() or asked.dataset == "shapes"):
+        raise InputError(f"--write {path}: is there already, or is of shapes, which has no files")
     report(asked.dataset, asked.root, asked.max_tokens)
     samples = {split: load_samples(asked.dataset, split, asked.root) for split in split_names(asked.dataset, asked.root)}
-    for split, chosen in samples.items() if asked.draw else ():
-        path = Path(asked.save) / f"{split.replace('/', '-')}.png"
+    for split, chosen in samples.items() if (asked.draw or 0) > 0 else ():
+        Path(asked.save).mkdir(parents=True, exist_ok=True)
+        sheet = Path(asked.save) / f"{split.replace('/', '-')}.png"
+        contact_sheet([draw(load_picture(s.image), s.text, [(s.box, TRUE)]) for s in spread(chosen, asked.draw)]).save(sheet)
+        print(sheet)
+    if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet([draw(load_picture(s.image), s.text, [(s.box, TRUE)]) for s in spread(chosen, asked.draw)]).save(path)
-        print(path)
-    if asked.write:
-        path = Path(asked.write)
-        if path.exists() or asked.dataset == "shapes":
-            raise InputError(f"--write {path}: is there already, or is of shapes, which has no files")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = os.path.realpath(path.parent)
         save_whole(path, lambda partial: partial.write_text("".join(json.dumps(
-            {"image": os.path.relpath(s.image, path.parent), "text": s.text, "box": s.box, "split": split}) + "\n"
+            {"image": os.path.relpath(s.image, folder), "text": s.text, "box": s.box, "split": split}) + "\n"
             for split, chosen in samples.items() for s in chosen)))
 
 

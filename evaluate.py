@@ -12,6 +12,7 @@ Acc@0.5 is the part of the expressions whose box has IoU >= 0.5 with the true on
 import argparse
 import json
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def parse_args(argv=None):
     add("--limit", type=int, help="only the first N expressions of each split (default: as in training)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1 (default: cuda if any)")
     asked = parser.parse_args(argv)
+    asked.text = asked.text and [text.encode(errors="replace").decode() for text in asked.text]      # what a shell may let through
     if bool(asked.image) != bool(asked.text) or asked.save and not asked.image or "" in map(str.strip, asked.text or ()):
         raise InputError("--image and --text, which must not be empty, go together; --save is for them")
     return asked
@@ -96,8 +98,11 @@ UNUSED = r"ml_text_feat_perceiver\.|reg_pos_embed\.|condition_text_pos_embed\.|c
 def load_released(path, clip_weights):
     """A checkpoint of HiVG's authors -> (model in eval mode, config); what it was built with is read off its keys. [D37] Here a
     sample attends to its own text, and not to padding; its authors' figures were made otherwise."""
-    state = plain(read_state(path), path)
-    bridges = sorted({int(key.split(".")[4]) for key in state if ".cross_norm." in key})
+    file = read_state(path, whole=True)
+    state = plain(file.get("model", file), path)
+    if getattr(file.get("args"), "mixup_pretrain", False):                    # its gates and weights are there and never called
+        state = {key: value for key, value in state.items() if ".cross_gate." not in key and ".cross_adaptive_" not in key}
+    bridges = sorted({int(found[1]) for key in state if (found := re.search(r"layers\.(\d+)\.cross_norm", key))})
     texts = sum(f"layers.{layer}.cross_adaptive_weights." in key for key in state for layer in bridges[:1])
     try:
         if not texts:              # trained on mixed data: no weights, and one projection of the text as CLIP puts it out
@@ -116,10 +121,10 @@ def load_released(path, clip_weights):
     except KeyError as error:
         raise InputError(f"{path}: {error} is missing") from None
     options = dict(bridge_layers=[layer + 1 for layer in bridges], pixels="detr",
-                   text_layers={0: [13], 1: [12], 2: [6, 12]}.get(texts))                       # more are all
+                   text_layers={0: [13] if bridges else None, 1: [12], 2: [6, 12]}.get(texts))      # more are all
     model = build_model("hivg", size, "random", **options)
     import_weights(model, state, RELEASED_TABLE, f"{CLIP_IGNORED}|{UNUSED}", path)
-    print(f"{path}: not used, {', '.join(key for key in state if re.match(UNUSED, key))}")
+    print(f"{path}: not used, {', '.join(key for key in state if re.match(UNUSED, key))}", file=sys.stderr)
     args = argparse.Namespace(**{**vars(train.build_parser().parse_args([])), **options, "method": "hivg", "size": size,
                                  "clip_weights": clip_weights, "dataset": "refcoco"})
     return model.eval(), {"epoch": "released", "args": vars(train.complete(args))}
@@ -188,13 +193,11 @@ def evaluate_image(model, args, asked):
 
 def make_folders(asked):
     """Where results go, before minutes are spent on what could not be written."""
-    for flag, folder in (("--json", asked.json and Path(asked.json).parent), ("--figures", asked.figures),
-                         ("--save", asked.save and Path(asked.save).parent)):
-        try:
-            if folder:
-                Path(folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{flag}: cannot make the folder {folder} ({error.strerror})") from None
+    for path in filter(None, (asked.json, asked.save)):
+        if Path(path).is_dir() or path == asked.save and Path(path).suffix.lower() not in (".png", ".jpg", ".jpeg"):
+            raise InputError(f"--json and --save take a file, --save a .png or .jpg; {path} is none")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(asked.figures or ".").mkdir(parents=True, exist_ok=True)
 
 
 def main(argv=None):

@@ -36,10 +36,10 @@ class InputError(ValueError):
 
 
 def run(main):
-    """Run a command line: what is wrong with the input is one line on stderr and exit status 2, never a traceback."""
+    """Run a command line: what is wrong with the input or a file is one line on stderr and exit status 2, never a traceback."""
     try:
         main()
-    except InputError as error:        # of a DataLoader's worker the message is a whole traceback, whose last line is ours
+    except (InputError, OSError) as error:        # of a DataLoader's worker the message is a whole traceback, whose last line is ours
         print(f"error: {str(error).rsplit('InputError: ', 1)[-1].strip()}", file=sys.stderr)
         sys.exit(2)
 
@@ -464,18 +464,20 @@ def import_weights(module, state, table, ignored, source):
     module.load_state_dict(found)
 
 
-def read_state(path):
-    """A .safetensors, .pth or .bin file -> its state dict, on the CPU. No code in the file is run."""
+def read_state(path, whole=False):
+    """A .safetensors, .pth or .bin file -> its state dict, on the CPU, or all that stands beside it. No code in it is run."""
     try:
         if str(path).endswith(".safetensors"):
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):          # old training scripts save their flags
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            file = torch.load(path, map_location="cpu", weights_only=True)
+        state = file.get("model", file)
+        "".join(state.keys())                                                 # an error, unless all in it goes by name
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:
         raise InputError(f"{path}: not a file of weights ({str(error).splitlines()[0]})") from None
-    return state.get("model", state)
+    return file if whole else state
 
 
 def plain(state, source):
@@ -483,6 +485,8 @@ def plain(state, source):
     state = {re.sub(r"base_model\.model\.|base_layer\.|default\.", "", key): value for key, value in state.items()}
     for key in [key for key in state if key.endswith(".lora_A.weight")]:
         name = key.removesuffix("lora_A.weight")
+        if len(state[key]) != 32:
+            raise InputError(f"{source}: {key} is of rank {len(state[key])}; of HiVG's 32 alone it is known what α is")
         try:
             state[f"{name}weight"] = state[f"{name}weight"] + 16 / 32 * state.pop(f"{name}lora_B.weight") @ state.pop(key)
         except KeyError as missing:
@@ -506,9 +510,8 @@ def load_hub(module, weights, flag, table, ignored):
     """DETR, BERT or CLIP as transformers saves it: a name on the hub, a folder or a file; of a file of HiVG's, its CLIP. Half
     precision is loaded as float32."""
     from transformers.utils import cached_file
-    path, why = None, "no model.safetensors and no pytorch_model.bin there, or no connection to it"
-    if Path(weights).is_file():
-        path = weights
+    why = "no model.safetensors and no pytorch_model.bin there, or no connection to it"
+    path = weights if Path(weights).is_file() else None
     for name in ("model.safetensors", "pytorch_model.bin"):
         try:
             path = path or cached_file(weights, name, _raise_exceptions_for_missing_entries=False)
@@ -518,10 +521,10 @@ def load_hub(module, weights, flag, table, ignored):
         raise InputError(f"no {weights} as a folder or on the hub ({why}): give {flag} FOLDER, or --weights random")
     state = {re.sub("gamma$", "weight", re.sub("beta$", "bias", key.removeprefix("bert."))): value
              for key, value in plain(read_state(path), path).items()}     # gamma, beta: LayerNorm's in the first BERT files
-    if any(key.startswith("clip.") for key in state):
-        other = [key for key in state if not key.startswith("clip.") or ".cross_" in key]
+    prefix = "clip." if any(key.startswith("clip.") for key in state) else ""
+    if other := [key for key in state if not key.startswith(prefix) or ".cross_" in key]:
         print(f"{path}: its CLIP alone is taken, without {', '.join(other)}")
-        state = {key.removeprefix("clip."): value for key, value in state.items() if key not in other}
+    state = {key.removeprefix(prefix): value for key, value in state.items() if key not in other}
     import_weights(module, state, table, ignored, path)
 
 

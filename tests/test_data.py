@@ -465,13 +465,37 @@ def test_mixed_training_sees_no_picture_of_any_val_or_test(tmp_path, capsys):
     as_refer(tmp_path, "refcoco+", refs=[(90, "train", ["x", "y"]), (71, "val", ["z"]), (80, "train", ["v"])])
     as_refer(tmp_path, "refcocog", "umd", refs=[(80, "test", ["w"])])
     names = "refcoco,refcoco+,refcocog-umd"
-    assert data.split_names(names, tmp_path) == ["train", "val", "refcoco/val", "refcoco/testA", "refcoco+/val", "refcocog-umd/test"]
-    assert data.load_samples(names, "train", tmp_path) == []              # 7 is in refcoco+'s val, 9 in refcoco's testA, 8 in its val
+    assert data.split_names(names, tmp_path) == ["val", "refcoco/val", "refcoco/testA", "refcoco+/val", "refcocog-umd/test"]
+    with pytest.raises(InputError, match="'train': choose one of val"):   # 7 is in refcoco+'s val, 9 in refcoco's testA, 8 in its val
+        data.load_samples(names, "train", tmp_path)
     assert "6 of 6 expressions left out" in capsys.readouterr().out
     assert [s.text for s in data.load_samples(names, "val", tmp_path)] == ["tall man", "z"]
     assert [s.text for s in data.load_samples("refcoco,refcocog-umd", "train", tmp_path)] == [s.text for s in EXPECTED["train"]]
     with pytest.raises(InputError, match="shapes"):
         data.split_names("refcoco,shapes", tmp_path)
+
+
+def test_ones_own_pictures_are_told_by_their_paths_and_not_by_their_names(tmp_path):
+    for name in ("a", "b"):                                            # a/train/1.png, a/val/1.png and so on: four pictures
+        lines = [{**GOOD, "image": f"{split}/1.png", "split": split} for split in ("train", "val")]
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "my.jsonl", *lines)
+    assert len(data.load_samples(f"{tmp_path}/a/my.jsonl,{tmp_path}/b/my.jsonl", "train")) == 2
+    write(tmp_path / "c.jsonl", {**GOOD, "image": "a/train/1.png", "split": "val"})
+    assert [s.image for s in data.load_samples(f"{tmp_path}/a/my.jsonl,{tmp_path}/b/my.jsonl,{tmp_path}/c.jsonl", "train")] == [
+        tmp_path / "b/train/1.png"]
+    as_refer(tmp_path)
+    pictures(tmp_path / "images/train2014")                                              # COCO's, named in a file of one's own
+    write(tmp_path / "mine.jsonl", {**GOOD, "image": f"images/train2014/{coco(7)}", "split": "test"})
+    with pytest.raises(InputError, match="'train': choose one of val"):
+        data.load_samples(f"refcoco,{tmp_path}/mine.jsonl", "train", tmp_path)
+    assert [s.text for s in data.load_samples(f"{tmp_path}/a/my.jsonl", "train")] == ["the red cup"]
+
+
+def test_a_jsonl_may_have_a_comma_in_its_name_but_no_half_character_in_its_text(tmp_path):
+    assert len(data.load_samples(write(tmp_path / "a,b.jsonl", GOOD), "train")) == 1
+    with pytest.raises(InputError, match="line 1: .*broken Unicode"):
+        data.load_samples(write(tmp_path / "c.jsonl", {**GOOD, "text": "a \ud83d cup"}), "train")
 
 
 def test_the_command_line_counts_and_names_what_is_wrong(tmp_path, capsys):
@@ -500,6 +524,17 @@ def test_draw_shows_the_box_where_it_is(tmp_path, capsys):
     assert (xs.min(), ys.min()) == pytest.approx((4 + 32, 4), abs=2)
     assert (xs.max(), ys.max()) == pytest.approx((4 + 32 + 45.5 * 256 / 120, 4 + 60.25 * 256 / 120), abs=3)
     assert {path.name for path in tmp_path.glob("*.png")} == {"train.png", "val.png", "testA.png"}
+    data.draw(Image.new("RGB", (40, 30)), "inside out", [((30, 10, 20, 25), data.TRUE)])               # is drawn as a line
+
+
+def test_attention_is_drawn_where_it_looks():
+    for width, height, cell in ((200, 100, (3, 6)), (100, 200, (6, 3))):          # row, column of 8 x 8 over the padded square
+        attention = torch.zeros(8, 8)
+        attention[cell] = 1.0
+        tile = np.asarray(data.draw(Image.new("RGB", (width, height), (90, 90, 90)), "", [], attention.flatten()), int)[:256]
+        warm = tile[..., 0] - tile[..., 2] > 60                                           # orange, over grey or white
+        ys, xs = np.nonzero(warm)
+        assert (ys.mean(), xs.mean()) == pytest.approx(((cell[0] + 0.5) * 32, (cell[1] + 0.5) * 32), abs=3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -622,9 +657,17 @@ def test_a_picture_whose_words_are_about_place_is_not_cropped(text):
                for i in range(20))
 
 
+def test_colours_change_in_four_of_five_pictures():
+    picture, changed = Image.new("RGB", (30, 20), (200, 100, 50)), []
+    for seed in range(300):
+        changed.append(data.augment(picture, (1, 2, 9, 9), "left", 64, random.Random(seed), False)[0].getpixel((0, 0)))
+    assert np.mean([pixel != (200, 100, 50) for pixel in changed]) == pytest.approx(0.8, abs=0.06)
+    assert min(sum(pixel) for pixel in changed) < 250 and max(sum(pixel) for pixel in changed) > 420
+
+
 def test_transforms_are_of_training_alone_and_the_same_each_time(tmp_path):
     Image.effect_noise((200, 150), 80).save(tmp_path / "a.png")
-    samples = [data.Sample(tmp_path / "a.png", "the cup", (20.0, 30.0, 90.0, 100.0), "a.png")] * 40
+    samples = [data.Sample(tmp_path / "a.png", "the cup", (20.0, 30.0, 90.0, 100.0), "a.png")] * 120
     def items(seed, train, transforms):
         return list(data.GroundingDataset(samples, 64, len, train, seed, transforms=transforms))
     def same(a, b):
@@ -633,4 +676,4 @@ def test_transforms_are_of_training_alone_and_the_same_each_time(tmp_path):
     assert all(same(first, items(0, True, {"mirror": True}))) and not any(same(first, items(1, True, {"mirror": True})))
     assert all(same(items(0, False, {"mirror": True}), items(0, False, None)))
     widths = {int((~padding).any(0).sum()) for _, padding, *_ in first}
-    assert min(widths) < 50 and max(widths) == 64                        # scales from 0.7 of the square to all of it
+    assert {round(64 * scale) for scale in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)} <= widths      # of whole pictures, and of crops

@@ -126,10 +126,10 @@ def test_leaky_pretraining_is_beside_every_accuracy(runs, tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 # HiVG's released checkpoints: ViT-B/16, full size, random values in their names and shapes
 
-def released(texts=1, bridges=(0, 3, 7, 11), nested=2, base_layer=False):
-    """The state dict of a released checkpoint; 795 keys where one text layer is seen, as on RefCOCO."""
+def released(texts=1, bridges=(0, 3, 7, 11), nested=2, base_layer=False, large=False):
+    """The state dict of a released checkpoint; 795 keys of ViT-B/16 where one text layer is seen, as on RefCOCO."""
     torch.manual_seed(0)
-    state = {}
+    state, (T, V, layers, patch, cells) = {}, (768, 1024, 24, 14, 256) if large else (512, 768, 12, 16, 196)
     def put(name, *shape):          # of the size that a trained one has, so that everything makes a difference
         norm = re.search(r"norm\d?\.weight$", name)
         state[name] = 1 + 0.2 * torch.randn(shape) if norm else torch.randn(shape) / (math.sqrt(shape[-1]) if len(shape) > 1 else 10)
@@ -145,11 +145,11 @@ def released(texts=1, bridges=(0, 3, 7, 11), nested=2, base_layer=False):
         put(f"{name}.bias", dim)
     clip = "clip." + nested * "base_model.model."
     put(clip + "logit_scale")
-    for tower, width, positions in (("text", 512, 77), ("vision", 768, 197)):
+    for tower, width, positions in (("text", T, 77), ("vision", V, cells + 1)):
         base = f"{clip}{tower}_model."
         state[base + "embeddings.position_ids"] = torch.arange(positions)[None]
         put(base + "embeddings.position_embedding.weight", positions, width)
-        for layer in range(12):
+        for layer in range(layers if tower == "vision" else 12):
             block = f"{base}encoder.layers.{layer}."
             for part in "qkv":
                 linear(f"{block}self_attn.{part}_proj", width, width, lora=True)
@@ -157,36 +157,36 @@ def released(texts=1, bridges=(0, 3, 7, 11), nested=2, base_layer=False):
             norm(f"{block}layer_norm1", width), norm(f"{block}layer_norm2", width)
             linear(f"{block}mlp.fc1", 4 * width, width), linear(f"{block}mlp.fc2", width, 4 * width)
             if tower == "vision" and layer in bridges:
-                norm(f"{block}cross_norm", 768)
+                norm(f"{block}cross_norm", V)
                 for part in ("q", "k", "v", "out"):
-                    linear(f"{block}cross_attn.{part}_proj", 768, 768, lora=True)
-                linear(f"{block}cross_mlp.fc1", 3072, 768), linear(f"{block}cross_mlp.fc2", 768, 3072)
+                    linear(f"{block}cross_attn.{part}_proj", V, V, lora=True)
+                linear(f"{block}cross_mlp.fc1", 4 * V, V), linear(f"{block}cross_mlp.fc2", V, 4 * V)
                 if texts:
-                    linear(f"{block}cross_gate", 768, 512 * texts)
+                    linear(f"{block}cross_gate", V, T * texts)
                 for i in range(texts):
-                    put(f"{block}cross_adaptive_weights.{i}.weight", 77, 512)
-    put(clip + "text_model.embeddings.token_embedding.weight", 49408, 512)
-    norm(clip + "text_model.final_layer_norm", 512)
-    put(clip + "vision_model.embeddings.class_embedding", 768)
-    put(clip + "vision_model.embeddings.patch_embedding.weight", 768, 3, 16, 16)
-    norm(clip + "vision_model.pre_layrnorm", 768), norm(clip + "vision_model.post_layernorm", 768)
-    linear(clip + "visual_projection", 512, 768, bias=False), linear(clip + "text_projection", 512, 512, bias=False)
-    for name, out, into in (("visu_proj", 512, 512), ("condition_text_proj", 768, 512), ("ml_text_feat_perceiver", 768, 512 * max(texts, 1)),
-                            ("text_proj", 512, 512), ("ml_visual_projection", 512, 3072), ("visu_token_mlp.fc1", 3072, 512),
-                            ("visu_token_mlp.fc2", 512, 3072), ("bbox_embed.layers.0", 512, 512), ("bbox_embed.layers.1", 512, 512),
-                            ("bbox_embed.layers.2", 4, 512)):
+                    put(f"{block}cross_adaptive_weights.{i}.weight", 77, T)
+    put(clip + "text_model.embeddings.token_embedding.weight", 49408, T)
+    norm(clip + "text_model.final_layer_norm", T)
+    put(clip + "vision_model.embeddings.class_embedding", V)
+    put(clip + "vision_model.embeddings.patch_embedding.weight", V, 3, patch, patch)
+    norm(clip + "vision_model.pre_layrnorm", V), norm(clip + "vision_model.post_layernorm", V)
+    linear(clip + "visual_projection", T, V, bias=False), linear(clip + "text_projection", T, T, bias=False)
+    for name, out, into in (("visu_proj", T, T), ("condition_text_proj", V, T), ("ml_text_feat_perceiver", V, T * max(texts, 1)),
+                            ("text_proj", T, T), ("ml_visual_projection", T, 4 * V), ("visu_token_mlp.fc1", 3072, T),
+                            ("visu_token_mlp.fc2", T, 3072), ("bbox_embed.layers.0", T, T), ("bbox_embed.layers.1", T, T),
+                            ("bbox_embed.layers.2", 4, T)):
         linear(name, out, into)
-    for name, *shape in (("reg_token", 1, 512), ("vl_pos_embed", 275, 512), ("reg_pos_embed", 1, 512), ("condition_text_pos_embed", 77, 768)):
+    for name, *shape in (("reg_token", 1, T), ("vl_pos_embed", cells + 79, T), ("reg_pos_embed", 1, T), ("condition_text_pos_embed", 77, V)):
         put(f"{name}.weight", *shape)
     for layer in range(6):
         block = f"vl_transformer.encoder.layers.{layer}."
-        put(block + "self_attn.in_proj_weight", 1536, 512), put(block + "self_attn.in_proj_bias", 1536)
-        linear(block + "self_attn.out_proj", 512, 512)
-        linear(block + "linear1", 2048, 512), linear(block + "linear2", 512, 2048)
-        norm(block + "norm1", 512), norm(block + "norm2", 512)
-    norm("vl_transformer.encoder.norm", 512), norm("visu_token_norm", 512)
+        put(block + "self_attn.in_proj_weight", 3 * T, T), put(block + "self_attn.in_proj_bias", 3 * T)
+        linear(block + "self_attn.out_proj", T, T)
+        linear(block + "linear1", 2048, T), linear(block + "linear2", T, 2048)
+        norm(block + "norm1", T), norm(block + "norm2", T)
+    norm("vl_transformer.encoder.norm", T), norm("visu_token_norm", T)
     for i in (1, 2, 3):
-        put(f"seg_conv{i}.weight", 512, 512, 2, 2)
+        put(f"seg_conv{i}.weight", T, T, 2, 2)
     return state
 
 
@@ -250,20 +250,25 @@ def literal_forward(state, image, tokens, texts, nested=2):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("texts, options", [(1, {}), (2, {"nested": 4, "base_layer": True}), (0, {"nested": 1})])      # 0: mixed data
+@pytest.mark.parametrize("texts, options", [(1, {}), (2, {"nested": 4, "base_layer": True}), (0, {"nested": 1}), ("mixed", {})])
 def test_a_released_checkpoint_gives_the_box_of_its_own_forward(tmp_path, monkeypatch, capsys, texts, options):
-    state = released(texts, **options)
+    """Trained on mixed data, a bridge has no weights (0), or has them and never calls them, as its flags tell ("mixed")."""
+    state, flags = released(1 if texts == "mixed" else texts, **options), argparse.Namespace(dataset="unc", lr=1e-4)
+    if texts == "mixed":
+        texts, flags = 0, argparse.Namespace(mixup_pretrain=True)
+        torch.save({"model": state, "args": flags}, tmp_path / "best.pth")
     if texts == 1:
         assert len(state) == 795
-        torch.save({"model": state, "args": argparse.Namespace(dataset="unc", lr=1e-4), "epoch": 7, "val_accu": 0.87}, tmp_path / "best.pth")
-    else:
-        monkeypatch.setattr(evaluate, "read_state", lambda path: dict(state))
+        torch.save({"model": state, "args": flags, "epoch": 7, "val_accu": 0.87}, tmp_path / "best.pth")
+    elif not (tmp_path / "best.pth").exists():
+        monkeypatch.setattr(evaluate, "read_state", lambda path, whole: {"model": dict(state)})
     model, config = evaluate.load_released(str(tmp_path / "best.pth"), None)
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "seg_conv1.weight" in said and "ml_text_feat_perceiver.bias" in said and ("condition_text_proj" in said) == (texts > 0)
     image, tokens = torch.randn(3, 224, 224), torch.randint(0, 49000, (77,))
     ours = model(image[None], torch.zeros(1, 224, 224, dtype=torch.bool), tokens[None], torch.zeros(1, 77, dtype=torch.bool)).boxes[0]
     theirs = literal_forward(state, image, tokens, {0: [], 1: [12], 2: [6, 12]}[texts])
+    assert model.text_layers == {0: [13], 1: [12], 2: [6, 12]}[texts]
     assert (ours - theirs).abs().max() < 1e-4 and theirs.std() > 1e-3
     other = model(image[None], torch.zeros(1, 224, 224, dtype=torch.bool), tokens.flip(0)[None], torch.zeros(1, 77, dtype=torch.bool)).boxes[0]
     assert (ours - other).abs().max() > 1e-3                                                    # both sides really look at the text
@@ -279,7 +284,7 @@ def test_every_key_of_a_released_checkpoint_is_accounted_for(monkeypatch, capsys
     monkeypatch.setattr(model, "load_state_dict", lambda *_, **__: None)
     def load(**changes):
         changed = {key: value for key, value in {**state, **changes}.items() if value is not None}
-        monkeypatch.setattr(evaluate, "read_state", lambda path: changed)
+        monkeypatch.setattr(evaluate, "read_state", lambda path, whole: {"model": changed})
         return evaluate.load_released("best.pth", None)
     load()
     layer = "clip.base_model.model.base_model.model.vision_model.encoder.layers.3."
@@ -292,3 +297,18 @@ def test_every_key_of_a_released_checkpoint_is_accounted_for(monkeypatch, capsys
                           ({"condition_text_proj.bias": None, **{key: None for key in state if "adaptive" in key}}, "condition_text_proj.bias")):
         with pytest.raises(m.InputError, match=words):
             load(**change)
+
+
+@pytest.mark.parametrize("texts, layers", [(1, [12]), (12, range(1, 13))])
+def test_released_checkpoints_of_the_large_size_fit_too(monkeypatch, texts, layers):
+    """ViT-L/14, on the meta device: other widths, twice the layers, bridges in the released code's 4, 10, 16, 22 (from 0)."""
+    built = []
+    with torch.device("meta"):
+        state = released(texts, bridges=(4, 10, 16, 22), large=True)
+        assert list(state["vl_pos_embed.weight"].shape) == [335, 768]
+        monkeypatch.setattr(evaluate, "read_state", lambda path, whole: {"model": state})
+        monkeypatch.setattr(evaluate, "build_model", lambda *args, **options: built.append(m.build_model(*args, **options)) or built[-1])
+        _, config = evaluate.load_released("best.pth", None)                                # every key and shape is checked there
+    model, = built
+    assert model.text_layers == layers and model.levels == [6, 12, 18, 24] and config["args"]["size"] == "large"
+    assert [i for i, layer in enumerate(model.clip.vision.layers, 1) if "attention" in layer.plugs] == [5, 11, 17, 23]

@@ -301,7 +301,9 @@ def test_official_detr_file_loads_key_by_key(tmp_path):
     fails(lambda s: s.update({"segmentation.weight": torch.rand(1)}), "unexpected", "segmentation.weight")
     fails(lambda s: s.update({"input_proj.weight": torch.rand(256, 512, 1, 1)}), "another shape", "projection.weight")
     (tmp_path / "bad.pth").write_bytes(b"nothing")
-    for bad in ("bad.pth", "gone.pth"):
+    for number, content in enumerate(([1, 2], {"model": [1]}, {3: torch.rand(1)})):
+        torch.save(content, tmp_path / f"odd{number}.pth")
+    for bad in ("bad.pth", "gone.pth", "odd0.pth", "odd1.pth", "odd2.pth"):
         with pytest.raises(m.InputError, match=bad):
             m.load_detr(vision, tmp_path / bad)
 
@@ -754,3 +756,7 @@ def test_clip_in_a_file_of_hivgs_naming_is_merged_and_the_rest_named(tmp_path, c
     assert torch.allclose(ours.vision.layers[1].q.weight, plain[name + "weight"] + 0.5 * B @ A)
     assert torch.equal(ours.vision.layers[1].k.weight, plain[name.replace("q_proj", "k_proj") + "weight"])
     assert "cross_norm" in capsys.readouterr().out
+    state[f"clip.base_model.model.{name}lora_A.default.weight"], state[f"clip.base_model.model.{name}lora_B.default.weight"] = A[:8], B[:, :8]
+    torch.save(state, tmp_path / "best.pth")
+    with pytest.raises(m.InputError, match="q_proj.lora_A.weight is of rank 8"):                  # whose α nobody knows
+        m.load_hub(ours, str(tmp_path / "best.pth"), "--clip-weights", m.CLIP_TABLE, m.CLIP_IGNORED)

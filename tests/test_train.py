@@ -430,7 +430,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
 
 def test_the_command_line_exits_with_2_and_evaluate_names_a_bad_checkpoint(tmp_path):
     for script, flags, word in (("train.py", ["--method", "magic"], "magic"),
-                                ("evaluate.py", [str(tmp_path / "gone")], "no such checkpoint")):
+                                ("evaluate.py", [str(tmp_path / "gone")], "no such checkpoint"),
+                                ("data.py", ["shapes", "--draw", "1", "--save", __file__], "test_train.py")):
         done = subprocess.run([sys.executable, str(ROOT / script), *flags], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and word in done.stderr
         assert "Traceback" not in done.stderr
@@ -438,11 +439,12 @@ def test_the_command_line_exits_with_2_and_evaluate_names_a_bad_checkpoint(tmp_p
 
 @pytest.mark.parametrize("flags, word", [
     (["--split", "test"], "val, testA, testB"), (["--limit", "0"], "1 or more"), (["--batch-size", "0"], "1 or more"),
-    (["--device", "foo"], "--device foo"), (["--json", __file__ + "/a.json"], "--json"), (["--figures", __file__], "--figures"),
+    (["--device", "foo"], "--device foo"), (["--json", __file__ + "/a.json"], "test_train.py"), (["--figures", __file__], "test_train.py"),
+    (["--json", str(ROOT)], "--json"), (["--image", "a.png", "--text", "a", "--save", "b.xyz"], "--save"),
     (["--dataset", "gone.jsonl"], "gone.jsonl")])
 def test_evaluate_names_what_is_wrong_with_its_flags(tmp_path, flags, word):
     out = run(tmp_path / "a", "--epochs", "1", "--limit", "16")
-    with pytest.raises(m.InputError, match=word):
+    with pytest.raises((m.InputError, OSError), match=word):               # run() makes one line of both
         evaluate.main([str(out), *flags])
 
 
@@ -496,6 +498,8 @@ def test_a_dataset_in_refer_format_trains_and_evaluates(tmp_path):
 def test_mixed_datasets_train_and_are_evaluated_one_by_one(tmp_path):
     flags = made_refcoco(tmp_path / "data")
     as_refer(tmp_path / "data", "refcoco+", refs=[(70, "train", ["one", "two"]), (80, "val", ["three"])])
+    with pytest.raises(m.InputError, match="no such split|choose one of"):
+        evaluate.main([str(run(tmp_path / "b", *flags, "--epochs", "1")), "--split", "train2", "--device", "cpu"])
     flags[1] = "refcoco,refcoco+"
     out = run(tmp_path / "a", *flags, "--epochs", "1", "--workers", "0")
     result = evaluate.main([str(out), "--device", "cpu", "--figures", str(tmp_path / "figures")])
