@@ -431,7 +431,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
 def test_the_command_line_exits_with_2_and_evaluate_names_a_bad_checkpoint(tmp_path):
     for script, flags, word in (("train.py", ["--method", "magic"], "magic"),
                                 ("evaluate.py", [str(tmp_path / "gone")], "no such checkpoint"),
-                                ("data.py", ["shapes", "--draw", "1", "--save", __file__], "test_train.py")):
+                                ("evaluate.py", ["gone", "--json", __file__ + "/a.json"], "test_train.py"),
+                                ("data.py", ["shapes", "--write", __file__], "is there already")):
         done = subprocess.run([sys.executable, str(ROOT / script), *flags], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and word in done.stderr
         assert "Traceback" not in done.stderr
