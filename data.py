@@ -524,7 +524,7 @@ class GroundingDataset(torch.utils.data.Dataset):
     def __getitem__(self, i):
         image, text, box, _ = self.samples[i]
         picture, rng, fill = load_picture(image), seeded(self.seed, i) if self.train else None, 1.0
-        if box[0] < box[2] and box[1] < box[3] and (box[0] >= picture.width or box[1] >= picture.height or min(box[2:]) <= 0):
+        if box[0] >= picture.width or box[1] >= picture.height or min(box[2:]) <= 0:
             raise InputError(f"{image}: box {list(box)} of {text!r} lies outside the picture, which is {picture.width} x "
                              f"{picture.height}")
         if self.transforms:

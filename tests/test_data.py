@@ -473,17 +473,25 @@ def test_mixed_training_sees_no_picture_of_any_val_or_test(tmp_path, capsys):
     assert [s.text for s in data.load_samples("refcoco,refcocog-umd", "train", tmp_path)] == [s.text for s in EXPECTED["train"]]
     with pytest.raises(InputError, match="shapes"):
         data.split_names("refcoco,shapes", tmp_path)
+    for name, refs in (("refcoco", REFS), ("refcoco+", [(70, "val", ["z"]), (90, "train", ["y"])])):      # each with pictures of its own
+        as_refer(tmp_path / "apart" / name, name, refs=refs)
+        pictures(tmp_path / "apart" / name / "train2014")
+    assert data.split_names("refcoco,refcoco+", tmp_path / "apart")[0] == "val"                              # told by their names
+    capsys.readouterr()
+    pictures(tmp_path / "images/train2014")
+    data.main(["refcoco,refcocog-umd", "--root", str(tmp_path)])
+    assert "both in" not in capsys.readouterr().out.replace("both in refcoco/val and in refcocog-umd/test", "")
 
 
 def test_ones_own_pictures_are_told_by_their_paths_and_not_by_their_names(tmp_path):
-    for name in ("a", "b"):                                            # a/train/1.png, a/val/1.png and so on: four pictures
-        lines = [{**GOOD, "image": f"{split}/1.png", "split": split} for split in ("train", "val")]
+    for name, others in (("a", ("train", "val")), ("b", ("val", "train"))):          # four pictures; of one name in different splits
+        lines = [{**GOOD, "image": f"{other}/1.png", "split": split} for split, other in zip(("train", "val"), others)]
         (tmp_path / name).mkdir()
         write(tmp_path / name / "my.jsonl", *lines)
     assert len(data.load_samples(f"{tmp_path}/a/my.jsonl,{tmp_path}/b/my.jsonl", "train")) == 2
     write(tmp_path / "c.jsonl", {**GOOD, "image": "a/train/1.png", "split": "val"})
     assert [s.image for s in data.load_samples(f"{tmp_path}/a/my.jsonl,{tmp_path}/b/my.jsonl,{tmp_path}/c.jsonl", "train")] == [
-        tmp_path / "b/train/1.png"]
+        tmp_path / "b/val/1.png"]
     as_refer(tmp_path)
     pictures(tmp_path / "images/train2014")                                              # COCO's, named in a file of one's own
     write(tmp_path / "mine.jsonl", {**GOOD, "image": f"images/train2014/{coco(7)}", "split": "test"})
