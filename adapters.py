@@ -20,14 +20,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
 def init_adapter(module):
     """Kaiming normal weights (paper, Section IV-B a) and zero biases, for every linear in `module`."""
     for linear in module.modules():
         if isinstance(linear, nn.Linear):
             nn.init.kaiming_normal_(linear.weight)    # [D3] the released code ends up with three other inits
             nn.init.zeros_(linear.bias)
-
 
 class ExpertAdapter(nn.Module):
     """VEA or LEA, M²IST Eq. (1): a bottleneck that adapts the tokens of one modality.
@@ -47,7 +45,6 @@ class ExpertAdapter(nn.Module):
         # [D4] Eq. (1) adds x itself; in a side network that would add the frozen encoder's output once more per
         # layer. The released code leaves it out, and so does this unless `residual` is set.
         return x + out if self.residual else out
-
 
 class InteractionAdapter(nn.Module):
     """IEA, M²IST Eqs. (2)-(5): vision and text keep their own down-projections and share one up-projection.
@@ -88,7 +85,6 @@ class InteractionAdapter(nn.Module):
     def forward(self, x_v, x_l):
         return self.vision(x_v), self.text(x_l)
 
-
 class M3ISA(nn.Module):
     """One mixture of side-adapters, for one vision layer and the text layer it is paired with (Fig. 2, right).
 
@@ -105,7 +101,6 @@ class M3ISA(nn.Module):
 
     def text(self, a, g):
         return self.iea.text(a) + self.lea(g)
-
 
 class SideNetworks(nn.Module):
     """The two side networks of M²IST, Section III-B b: a stack of M³ISAs beside the vision and the text encoder.
@@ -139,10 +134,8 @@ class SideNetworks(nn.Module):
             s = s + block.text(*ports[layer - 1])
         return s
 
-
 def quick_gelu(x):
     return x * torch.sigmoid(1.702 * x)
-
 
 class CrossModalBridge(nn.Module):
     """MACB, HiVG Section 3.2 and Fig. 7: lets a layer of the vision encoder see the text, of all its layers at once.

@@ -36,14 +36,12 @@ from model import InputError, one_of, run, save_whole
 PIXELS = {"detr": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
           "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))}
 
-
 class Sample(NamedTuple):
     """One expression of one object. image: the picture's path, or the scene's number in `shapes`."""
     image: Union[Path, int]
     text: str
     box: tuple
     image_id: Union[str, int]
-
 
 # --- shapes: the generated default. A scene is a function of its number; nothing is stored. --------------------------
 
@@ -62,7 +60,6 @@ SHAPES_SPLITS = {
     "testB": (30_000_000, 400, (5, 7), (2,))}         # many
 EXPRESSIONS = 3                                       # of each scene
 
-
 class Thing(NamedTuple):
     """An object of a scene: its centre (x, y) and half its side r, in pixels."""
     colour: str
@@ -75,7 +72,6 @@ class Thing(NamedTuple):
     @property
     def box(self):
         return (self.x - self.r, self.y - self.r, self.x + self.r, self.y + self.r)
-
 
 def random_things(rng, height, count):
     """Up to `count` things that do not touch, of a few colours, so that some look alike."""
@@ -91,7 +87,6 @@ def random_things(rng, height, count):
                 break
     return things
 
-
 @functools.lru_cache(maxsize=50_000)
 def scene(number):
     """The scene of a number: (height, [Thing, ...], [(text, index of the thing meant), ...])."""
@@ -104,7 +99,6 @@ def scene(number):
             expressions = [describe(rng, things) for _ in range(EXPRESSIONS)]
             if None not in expressions:
                 return height, things, expressions
-
 
 # An expression is a description (colour, shape, size; None where it does not say) and one way to tell the things that
 # it fits, the candidates, apart.
@@ -122,21 +116,17 @@ ORDINALS = ("second", "third", "fourth")
 NOUNS = ("shape", "object")
 SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 
-
 def random_description(rng, thing, chance):
     """Some of a thing's attributes, each with `chance`: (colour, shape, size), None where left unsaid."""
     return tuple(value if rng.random() < p else None for value, p in zip(thing[:3], chance))
 
-
 def fits(thing, description):
     return all(said is None or said == value for said, value in zip(description, thing[:3]))
-
 
 def words(rng, description):
     colour, shape, size = description
     noun = shape or rng.choice(NOUNS)
     return " ".join(w for w in (rng.choice(SIZE_WORDS[size]) if size else None, colour, noun) if w)
-
 
 def ranked(things, score, rank):
     """The thing of that rank by score, or None unless it and all before it are told apart by CLEAR pixels."""
@@ -144,25 +134,21 @@ def ranked(things, score, rank):
     gaps = [score(b) - score(a) for a, b in zip(ordered, ordered[1:])]
     return ordered[rank] if len(ordered) > rank and min(gaps[:rank + 1], default=CLEAR) >= CLEAR else None
 
-
 # Each way below returns an expression that means `target` and nothing else, or None where its random choices fail. said: what
 # it says of the target. candidates: the things that this fits.
 def by_attributes(rng, things, target, said, candidates):
     if any(said) and candidates == [target]:
         return "the " + words(rng, said)
 
-
 def by_extreme(rng, things, target, said, candidates):
     score, phrases = EXTREMES[rng.choice(list(EXTREMES))]
     if len(candidates) > 1 and ranked(candidates, score, 0) is target:
         return rng.choice(phrases).format(words(rng, said))
 
-
 def by_ordinal(rng, things, target, said, candidates):
     way, rank = rng.choice(list(EXTREMES)), rng.randint(1, len(ORDINALS))
     if ranked(candidates, EXTREMES[way][0], rank) is target:
         return f"the {ORDINALS[rank - 1]} {words(rng, said)} from the {way}"
-
 
 def by_relation(rng, things, target, said, candidates):
     anchor = rng.choice([t for t in things if t is not target])
@@ -173,11 +159,9 @@ def by_relation(rng, things, target, said, candidates):
             and [t for t in others if distance(t, anchor) > 0] == [target] and distance(target, anchor) >= CLEAR:
         return rng.choice(phrases).format(words(rng, said), words(rng, called))
 
-
 # A way, and the chances that it says colour, shape and size; as often as they stand here.
 WAYS = (*[(by_attributes, (0.7, 0.8, 0.4))] * 8, *[(by_extreme, (0.5, 0.5, 0.2))] * 5, *[(by_relation, (0.5, 0.5, 0.2))] * 4,
         (by_ordinal, (0.5, 0.4, 0.1)))
-
 
 def describe(rng, things):
     """(an expression that means exactly one of the things, that one's index), or None where 100 tries find none."""
@@ -187,7 +171,6 @@ def describe(rng, things):
         said = random_description(rng, things[target], chances)
         if text := way(rng, things, things[target], said, [t for t in things if fits(t, said)]):
             return text, target
-
 
 def render(number):
     """The picture of a scene, as PIL draws it."""
@@ -207,13 +190,11 @@ def render(number):
             pen.polygon([(t.x, y1), (x2, y2), (x1, y2)], fill=ink)
     return picture
 
-
 def shapes_samples(split):
     first, scenes, _, _ = SHAPES_SPLITS[split]
     for number in range(first, first + scenes):
         for text, target in scene(number)[2]:
             yield Sample(number, text, tuple(map(float, scene(number)[1][target].box)), number)
-
 
 # --- Datasets by name ------------------------------------------------------------------------------------------------
 
@@ -246,18 +227,15 @@ def read_refer(path):
             yield f"ref {ref['ref_id']}", {"image": names[ref["image_id"]], "text": sentence["sent"],
                                            "box": corners(boxes[ref["ann_id"]]), "split": ref["split"]}
 
-
 class PlainUnpickler(pickle.Unpickler):
     """For numbers, strings, lists and dicts. Whatever else a pickle asks for by name, say a command to run, is refused."""
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}; annotations need no code")
 
-
 def corners(box):
     """(x1, y1, w, h) -> [x1, y1, x2, y2]. Floats stay floats; the released loaders cut them to integers. [D36]"""
     x, y, w, h = (float(v) for v in box)
     return [x, y, x + w, y + h]
-
 
 def read_index(path):
     """TransVG: DATASET_SPLIT.pth, a list of (picture, size, box, text, ...), of Flickr30k (picture, box, text)."""
@@ -269,7 +247,6 @@ def read_index(path):
         box = [float(v) for v in box] if dataset in ("referit", "flickr") else corners(box)
         yield f"item {number}", {"image": image, "text": text, "box": box, "split": split}
 
-
 def read_mdetr(path):
     """MDETR: finetune_DATASET_SPLIT.json, COCO's format with one "image" an expression."""
     content, split = json.loads(path.read_bytes()), path.stem.rpartition("_")[2]
@@ -277,7 +254,6 @@ def read_mdetr(path):
     for image in content["images"]:
         yield f"image {image['id']}", {"image": image["file_name"], "text": image["caption"],
                                        "box": corners(boxes[image["id"]]), "split": split}
-
 
 def read_jsonl(path):
     """One's own pictures: an object with these four keys a line, in UTF-8."""
@@ -288,9 +264,7 @@ def read_jsonl(path):
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}, line {number}: not JSON in UTF-8 ({error})") from None
 
-
 READERS = {".p": read_refer, ".pth": read_index, ".json": read_mdetr, ".jsonl": read_jsonl}
-
 
 def checked(where, item, area):
     """(picture, text, box, split) of a reader's item, or an InputError that says what is wrong with it, and where. area: whether a
@@ -306,7 +280,6 @@ def checked(where, item, area):
     if not all(isinstance(v, str) and v.strip() and v.encode(errors="ignore").decode() == v for v in (image, text, split)):
         raise InputError(f"{where}: image, text and split must be strings that are not empty, nor broken Unicode")
     return image, text, tuple(map(float, box)), split
-
 
 def find_files(dataset, root):
     """([annotation file, ...] of one format, the folder of their pictures). What is there says which format it is."""
@@ -329,7 +302,6 @@ def find_files(dataset, root):
                      f"{', '.join(filter(None, patterns))} (pictures in {' or '.join(pictures)}); the README, `The data`, says where "
                      f"they come from")
 
-
 def mixed(datasets, root):
     """The papers' mixed setting: a picture of val or test of any dataset is in train of none. It is told by its path, those of
     DATASETS by their names too. The splits are train and val, of all, and the others as DATASET/SPLIT."""
@@ -345,7 +317,6 @@ def mixed(datasets, root):
     splits = {"train": clean, "val": [sample for _, split, samples in parts if split == "val" for sample in samples],
               **{f"{dataset}/{split}": samples for dataset, split, samples in parts if split != "train"}}
     return {split: samples for split, samples in splits.items() if samples}
-
 
 @functools.lru_cache(maxsize=8)
 def _by_split(dataset, root):
@@ -369,11 +340,9 @@ def _by_split(dataset, root):
         raise InputError(f"{dataset}: holds no line")
     return splits
 
-
 def split_names(dataset, root=None):
     """The splits of a dataset, in its own order."""
     return list(_by_split(str(dataset), root and str(root)))
-
 
 def load_samples(dataset, split, root=None):
     """List of Sample. dataset: "shapes", one of DATASETS, the path of a FILE.jsonl, or several joined by commas. root: the
@@ -382,7 +351,6 @@ def load_samples(dataset, split, root=None):
     dataset = str(dataset)
     one_of(f"split of {dataset}", split, split_names(dataset, root))
     return list(shapes_samples(split)) if dataset == "shapes" else _by_split(dataset, root and str(root))[split]
-
 
 # --- From a Sample to a batch ----------------------------------------------------------------------------------------
 
@@ -401,12 +369,10 @@ def load_picture(image, upright=False):
     except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
         raise InputError(f"{image}: cannot be decoded as a picture ({error})") from None
 
-
 # Words that a crop or a mirror image may make false. Whole words: there is no side in "bright" or "Wright".
 SIDE = re.compile(r"\b(left|right)(?=(most|hand|side)?\b)", re.I)
 PLACE = re.compile(SIDE.pattern + r"|\b((top|bottom|upper|lower)(most)?|middle|cent(er|re)|corner|edge|lft|rt|l|r)\b", re.I)
 UNMIRRORED = re.compile(r"\d|\b(first|second|third|fourth|fifth|last|lft|rt|l|r|east|west|(counter)?clockwise)\b", re.I)
-
 
 def augment(picture, box, text, size, rng, mirror):
     """The transforms of TransVG, which both papers take over -> picture, box, text. box: (x1, y1, x2, y2) in pixels.
@@ -424,7 +390,6 @@ def augment(picture, box, text, size, rng, mirror):
         text = SIDE.sub(lambda side: "right" if side[0].lower() == "left" else "left", text)
     return picture, box, text
 
-
 def crop(picture, box, size, rng):
     """A random part of the picture that keeps the box's centre, or the whole where 20 tries find none."""
     scale = min(picture.size) / (size * rng.choice((400, 500, 600)) / 640)       # the picture's pixels for one of the square's
@@ -436,7 +401,6 @@ def crop(picture, box, size, rng):
             return picture.crop((x, y, x + w, y + h)), tuple(v - start for v, start in zip(box, (x, y, x, y)))
     return picture, box
 
-
 def placement(width, height, size, rng=None, fill=1.0):
     """Where a picture lies in its square: (its width, its height, left, top) in pixels of the square. The long side becomes
     `fill` of the square's; the picture is centred, or put anywhere by `rng` (training)."""
@@ -446,7 +410,6 @@ def placement(width, height, size, rng=None, fill=1.0):
         return w, h, (size - w) // 2, (size - h) // 2
     return w, h, rng.randint(0, size - w), rng.randint(0, size - h)
 
-
 def letterbox(picture, size, rng=None, pixels=PIXELS["detr"], fill=1.0):
     """An RGB picture -> (image (3, size, size) normalised by `pixels`, padding (size, size) bool, (w, h, left, top)).
     Padding is 0 after normalisation: the mean colour."""
@@ -455,14 +418,12 @@ def letterbox(picture, size, rng=None, pixels=PIXELS["detr"], fill=1.0):
     edges = (left, size - w - left, top, size - h - top)
     return F.pad(image, edges), F.pad(torch.zeros(h, w, dtype=torch.bool), edges, value=True), place
 
-
 def to_square(box, picture_size, place, size):
     """(x1, y1, x2, y2) in pixels of the picture -> (cx, cy, w, h) in [0, 1] of the square. place: from `placement`."""
     (width, height), (w, h, left, top) = picture_size, place
     x1, x2 = (left + np.clip(x, 0, width) * w / width for x in box[0::2])
     y1, y2 = (top + np.clip(y, 0, height) * h / height for y in box[1::2])
     return [v / size for v in ((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1)]
-
 
 def from_square(box, picture_size, size):
     """The inverse, for a centred picture: (cx, cy, w, h) in [0, 1] -> (x1, y1, x2, y2) in pixels of the picture."""
@@ -471,7 +432,6 @@ def from_square(box, picture_size, size):
     xs = [min(max((x - left) * width / w, 0), width) for x in (cx - bw / 2, cx + bw / 2)]
     ys = [min(max((y - top) * height / h, 0), height) for y in (cy - bh / 2, cy + bh / 2)]
     return xs[0], ys[0], xs[1], ys[1]
-
 
 class Tokenizer:
     """The text encoder's own, by a hub name or a folder, or WordPiece of the words of `shapes` and single letters. Calling it
@@ -501,11 +461,9 @@ class Tokenizer:
     def __call__(self, text):
         return self.wordpiece(text, truncation=True, max_length=self.max_tokens)["input_ids"]
 
-
 def seeded(*key):
     """A random.Random of its own for each key: what is drawn for a sample depends on nothing that was drawn before."""
     return random.Random(" ".join(map(str, key)))
-
 
 class GroundingDataset(torch.utils.data.Dataset):
     """Samples as tensors, decoded when asked for. size: the square's side in pixels. train: put the picture at a random place
@@ -533,7 +491,6 @@ class GroundingDataset(torch.utils.data.Dataset):
         square, padding, place = letterbox(picture, self.size, rng, self.pixels, fill)
         return square, padding, self.tokenizer(text), to_square(box, picture.size, place, self.size), i
 
-
 def collate(items, pad):
     """Items -> {images (B, 3, S, S), image_padding (B, S, S), tokens (B, T), token_padding (B, T), boxes (B, 4), index (B,)},
     T the longest text of the batch. pad: the tokenizer's padding id."""
@@ -544,16 +501,13 @@ def collate(items, pad):
                 token_padding=torch.arange(tokens.shape[1]) >= lengths[:, None],
                 boxes=torch.tensor(boxes, dtype=torch.float32), index=torch.tensor(index))
 
-
 # --- Pictures --------------------------------------------------------------------------------------------------------
 
 TRUE, PREDICTED, WARM = (0, 130, 40), (220, 0, 90), (255, 140, 0)
 
-
 def spread(samples, count=12):
     """Some of the samples, from all over the list."""
     return samples[::max(1, len(samples) // count)][:count]
-
 
 def draw(picture, caption, boxes, attention=None, side=256):
     """A tile: the picture at `side` pixels, boxes [(box in its pixels, colour), ...], a caption below, and attention (Nv,) over
@@ -576,7 +530,6 @@ def draw(picture, caption, boxes, attention=None, side=256):
     ImageDraw.Draw(tile).text((4, side + 2), "\n".join(lines), "black", font)
     return tile
 
-
 def contact_sheet(tiles, columns=4):
     """Tiles of one size, side by side."""
     w, h = tiles[0].size
@@ -584,7 +537,6 @@ def contact_sheet(tiles, columns=4):
     for i, tile in enumerate(tiles):
         sheet.paste(tile, (i % columns * (w + 8) + 4, i // columns * (h + 8) + 4))
     return sheet
-
 
 # --- The command line: look at a dataset before it is trained on -----------------------------------------------------
 
@@ -616,7 +568,6 @@ def report(dataset, root, max_tokens):
     for fault, where in found.items():
         print(f"{len(where):,} {fault}, such as {where[0]}")
 
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description="What a dataset holds, and what is wrong with it.")
     add = parser.add_argument
@@ -643,7 +594,6 @@ def main(argv=None):
         save_whole(path, lambda partial: partial.write_text("".join(json.dumps(
             {"image": os.path.relpath(s.image, folder), "text": s.text, "box": s.box, "split": split}) + "\n"
             for split, chosen in samples.items() for s in chosen)))
-
 
 if __name__ == "__main__":
     run(main)

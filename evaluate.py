@@ -24,7 +24,6 @@ import data
 import train
 from model import CLIP_IGNORED, CLIP_TABLE, DETR_TABLE, InputError, build_model, import_weights, plain, read_state
 
-
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -48,7 +47,6 @@ def parse_args(argv=None):
         raise InputError("--image and --text, which must not be empty, go together; --save is for them")
     return asked
 
-
 # --- Checkpoints -----------------------------------------------------------------------------------------------------
 
 def read_config(path):
@@ -63,7 +61,6 @@ def read_config(path):
     except Exception:
         raise InputError(f"{path}: not a checkpoint of this project (best.safetensors of an --out folder)") from None
 
-
 def load_checkpoint(path):
     """A checkpoint -> (model in eval mode, config). The encoders behind it must be the ones it was trained on."""
     path, config = read_config(path)
@@ -74,7 +71,6 @@ def load_checkpoint(path):
         raise InputError(f"{path}: was trained on other encoder weights than these ({config['model']['weights']}); "
                          f"its boxes would be meaningless")
     return model.eval(), config
-
 
 # HiVG's released checkpoints, when `plain` has taken PEFT out of them -> ClipGrounding.
 BRIDGE = r"clip\.vision_model\.encoder\.layers\.(\d+)\.cross_", r"clip.vision.layers.\1.plugs.attention."
@@ -93,7 +89,6 @@ RELEASED_TABLE = [
 ]
 # What no box of theirs depends on: what their forward never calls, and the head of a loss that is not in the paper [D26].
 UNUSED = r"ml_text_feat_perceiver\.|reg_pos_embed\.|condition_text_pos_embed\.|condition_text_proj\.|seg_conv\d\."
-
 
 def load_released(path, clip_weights):
     """A checkpoint of HiVG's authors -> (model in eval mode, config); what it was built with is read off its keys. [D37] Here a
@@ -129,7 +124,6 @@ def load_released(path, clip_weights):
                                  "clip_weights": clip_weights, "dataset": "refcoco"})
     return model.eval(), {"epoch": "released", "args": vars(train.complete(args))}
 
-
 # --- Accuracy --------------------------------------------------------------------------------------------------------
 
 def by_length(samples, ious):
@@ -141,14 +135,12 @@ def by_length(samples, ious):
             parts.append(f"{least}-{most if most < 1000 else ''} words {sum(right) / len(right):.4f} of {len(right)}")
     return ", ".join(parts)
 
-
 def evaluate_split(model, samples, args):
     """(one row of the results, accuracy by length); `seconds` is the whole pass, pictures loaded and all."""
     began = time.time()
     ious = train.predict(model, train.make_loader(samples, args, False), args)[2]
     return {**train.scores(ious), "expressions": len(samples), "images": len({s.image_id for s in samples}),
             "seconds": time.time() - began}, by_length(samples, ious)
-
 
 def evaluate_dataset(model, args, asked):
     """Print and return the results of the splits that are asked for, and draw their figures."""
@@ -165,7 +157,6 @@ def evaluate_dataset(model, args, asked):
             print(f"{'':8}  {path}")
     return {"dataset": args.dataset, "method": args.method, "leaky_pretraining": train.leaky_pretraining(args),
             "splits": splits}
-
 
 @torch.no_grad()
 def evaluate_image(model, args, asked):
@@ -190,7 +181,6 @@ def evaluate_image(model, args, asked):
         data.contact_sheet(tiles, min(len(tiles), 2)).save(asked.save)
     return results
 
-
 def make_folders(asked):
     """Where results go, before minutes are spent on what could not be written."""
     for path in filter(None, (asked.json, asked.save)):
@@ -198,7 +188,6 @@ def make_folders(asked):
             raise InputError(f"--json and --save take a file, --save a .png or .jpg; {path} is none")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(asked.figures or ".").mkdir(parents=True, exist_ok=True)
-
 
 def main(argv=None):
     asked = parse_args(argv)
@@ -219,7 +208,6 @@ def main(argv=None):
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
     return result
-
 
 if __name__ == "__main__":
     train.run(main)

@@ -27,13 +27,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
 def check_linear(linear, rank):
     if type(linear) is not nn.Linear:        # a subclass may be read by others without being called: MultiheadAttention
         raise TypeError(f"LoRA needs a plain nn.Linear, not {type(linear).__name__}")
     if rank < 1:
         raise ValueError(f"rank is {rank}; it must be 1 or more")
-
 
 class LoRALinear(nn.Module):
     """h = W x + α/r B A x, HiVG Eq. (5): a linear whose own weight is frozen, and a low-rank pair that is trained.
@@ -60,19 +58,16 @@ class LoRALinear(nn.Module):
         """W + α/r B A, computed in float32 and given in W's own precision."""
         return (self.weight.float() + self.scale * self.B.float() @ self.A.float()).to(self.weight.dtype)
 
-
 def layer_group(layer, layers, groups):
     """ceil(l G / L): which of `groups` a layer is in; layers and groups count from 1."""
     if not (1 <= layer <= layers and 1 <= groups <= layers):
         raise ValueError(f"no group for layer {layer} of {layers} in {groups} groups: each must hold a layer")
     return math.ceil(layer * groups / layers)
 
-
 def find_pairs(module):
     """[(parent, name, LoRALinear), ...] of every pair within `module`."""
     return [(parent, name, child) for parent in module.modules() for name, child in parent.named_children()
             if isinstance(child, LoRALinear)]
-
 
 def add_stage(layers, stage, groups, rank=32, alpha=16, targets=("q", "k", "v", "out")):
     """Begin a stage j: a fresh pair on each target of the layers in groups 1 .. j, HiVG Eq. (6).
@@ -106,7 +101,6 @@ def add_stage(layers, stage, groups, rank=32, alpha=16, targets=("q", "k", "v", 
         setattr(layer.get_submodule(parent), name, LoRALinear(linear, rank, alpha))
     for layer in layers:
         layer.hilora_stage = stage
-
 
 def merge(module):
     """End a stage: every pair within `module` goes into its weight, and plain nn.Linear modules are left.

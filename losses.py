@@ -16,13 +16,11 @@ import torch.nn.functional as F
 
 EPS = 1e-7      # below the area of any real box (one pixel of a 640 px image has 2.4e-6), above a division by zero
 
-
 def to_corners(boxes):
     """(..., 4) boxes as (cx, cy, w, h) -> (x1, y1, x2, y2), in the same unit; a negative width or height counts as 0."""
     cx, cy, w, h = boxes.unbind(-1)
     w, h = w.clamp(min=0), h.clamp(min=0)
     return torch.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], dim=-1)
-
 
 def iou_and_giou(a, b):
     """IoU and generalised IoU of each pair of boxes.
@@ -40,7 +38,6 @@ def iou_and_giou(a, b):
     iou = intersection / union.clamp(min=EPS)
     return iou, iou - (hull - union) / hull.clamp(min=EPS)
 
-
 def box_loss(pred, target, l1=1.0, giou=1.0):
     """L = l1 * smooth-L1 + giou * (1 - GIoU), M²IST Eq. (6), whose λ is `giou`; HiVG Eq. (14) weighs both.
 
@@ -52,7 +49,6 @@ def box_loss(pred, target, l1=1.0, giou=1.0):
     # M²IST Eq. (6), second term. [D2] λ is never given; the released code adds the two with weight 1.
     return l1 * smooth_l1 + giou * (1 - iou_and_giou(pred, target)[1]).mean()
 
-
 def contrastive_loss(text, image, temperature):
     """L_CLC, HiVG Eqs. (9)-(11): each expression finds its picture in the batch, and each picture its expression.
 
@@ -63,7 +59,6 @@ def contrastive_loss(text, image, temperature):
     pair = torch.arange(len(logits), device=logits.device)
     t2i, i2t = F.cross_entropy(logits, pair), F.cross_entropy(logits.T, pair)      # HiVG Eqs. (9) and (10)
     return (t2i + i2t) / 2                                                         # HiVG Eq. (11)
-
 
 def box_mask(boxes, side):
     """m_d of HiVG Eq. (13): which cells of a side x side grid lie in the box. (B, 4) -> (B, side * side) bool, row by row.
@@ -79,7 +74,6 @@ def box_mask(boxes, side):
     nearest = F.one_hot(cell[:, 1] * side + cell[:, 0], side * side).bool()
     return torch.where(mask.any(1, keepdim=True), mask, nearest)
 
-
 class RegionText(nn.Module):
     """<t_eos, MLP(v_i)> of HiVG Eq. (12): how much each cell of the picture answers to the text.
 
@@ -93,7 +87,6 @@ class RegionText(nn.Module):
     def forward(self, t, v):
         h = self.fc1(self.norm(v))
         return (self.fc2(h * torch.sigmoid(1.702 * h)) @ F.normalize(t, dim=-1)[..., None])[..., 0]      # QuickGELU
-
 
 def region_text_loss(scores, mask, padding, focal=20.0, dice=2.0):
     """L_RTCC, HiVG Eqs. (12)-(13): the cells of the box answer to the text, the others do not.
@@ -111,7 +104,6 @@ def region_text_loss(scores, mask, padding, focal=20.0, dice=2.0):
     overlap = (s * target * real).sum(1)
     dice_loss = 1 - (2 * overlap + 1) / ((s * real).sum(1) + (target * real).sum(1) + 1)
     return (focal * focal_loss + dice * dice_loss).mean()                # HiVG Eq. (13)
-
 
 def total_loss(found, boxes, l1, giou, contrast=0.0, focal=0.0, dice=0.0):
     """L_total, HiVG Eq. (15), each part with its coefficient; with the last three 0 it is M²IST Eq. (6).

@@ -30,10 +30,8 @@ import hilora
 from adapters import CrossModalBridge, SideNetworks, quick_gelu
 from losses import RegionText
 
-
 class InputError(ValueError):
     """Something the user gave is wrong; the message names it and the way out. The command lines print it and exit 2."""
-
 
 def run(main):
     """Run a command line: what is wrong with the input or a file is one line on stderr and exit status 2, never a traceback."""
@@ -43,18 +41,15 @@ def run(main):
         print(f"error: {str(error).rsplit('InputError: ', 1)[-1].strip()}", file=sys.stderr)
         sys.exit(2)
 
-
 def save_whole(path, write):
     """Call write(a path beside `path`), then rename: killed at any time, what stood at `path` before still stands."""
     partial = Path(f"{path}.{os.getpid()}.partial")
     write(partial)
     partial.replace(path)
 
-
 # --- One layer for every encoder -------------------------------------------------------------------------------------
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "quick_gelu": quick_gelu}        # DETR and grounding encoders, BERT, CLIP
-
 
 class TransformerLayer(nn.Module):
     """Self-attention and a feed-forward, each added to the residual stream x.
@@ -111,13 +106,11 @@ class TransformerLayer(nn.Module):
         scores = q[:, :, :1] @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
         return scores.masked_fill(padding[:, None, None, :], float("-inf")).softmax(-1).mean(1)[:, 0]
 
-
 # --- The encoders ----------------------------------------------------------------------------------------------------
 
 # An encoded image or text: x (B, N, C), padding (B, N); x0 (B, N, C), what entered the layers; ports, [(a_1, g_1), ...], and
 # states, [x_1, ...], what left each layer, shallow first; of CLIP the embedding (B, C) that it compares.
 Encoded = namedtuple("Encoded", "x padding x0 ports states embedding", defaults=(None, (), (), None))
-
 
 def run_layers(layers, x, padding, position=None, context=None, mask=True):
     """mask: whether padding is kept from being looked at."""
@@ -128,12 +121,10 @@ def run_layers(layers, x, padding, position=None, context=None, mask=True):
         states.append(x)
     return Encoded(x, padding, x0, ports, states)
 
-
 def resnet50_body():
     """torchvision's ResNet-50 up to layer4: (B, 3, H, W) -> (B, 2048, H/32, W/32). Batch norm is frozen: buffers only."""
     net = torchvision.models.resnet50(weights=None, norm_layer=torchvision.ops.FrozenBatchNorm2d)
     return nn.Sequential(OrderedDict((n, m) for n, m in net.named_children() if n not in ("avgpool", "fc")))
-
 
 class SmallStem(nn.Module):
     """The tiny size's stand-in for a ResNet: (B, 3, H, W) -> (B, width, H/8, W/8). The coordinates, in [-1, 1], are two
@@ -149,7 +140,6 @@ class SmallStem(nn.Module):
         where = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).expand(len(x), -1, -1, -1)
         return F.relu(self.mix(torch.cat([x, where], dim=1)))
 
-
 def sine_position(padding, dim):
     """DETR's 2-D sine positions (Carion et al., ECCV 2020): padding (B, H, W) -> (B, H*W, dim), half of dim for y, half
     for x. Counted over what is not padding and scaled to [0, 2π], so a picture's place in its square makes no difference."""
@@ -160,7 +150,6 @@ def sine_position(padding, dim):
     angles = y[..., None] / frequency, x[..., None] / frequency                                 # (B, H, W, dim / 4)
     halves = [torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2) for angle in angles]  # sin, cos in turn
     return torch.cat(halves, dim=-1).flatten(1, 2)
-
 
 class VisionEncoder(nn.Module):
     """DETR's encoder, M²IST Section III-A a. images (B, 3, S, S), padding (B, S, S) -> Encoded of Nv tokens. Post-norm,
@@ -177,7 +166,6 @@ class VisionEncoder(nn.Module):
         position = sine_position(padding, z.shape[1]).to(z.dtype)
         return run_layers(self.layers, z.flatten(2).transpose(1, 2), padding.flatten(1), position)
 
-
 class TextEncoder(nn.Module):
     """BERT without its pooler, M²IST Section III-A b. tokens, padding: (B, T) -> Encoded of T tokens. Post-norm, GELU.
     Every token is of type 0, whose embedding BERT adds all the same; [D8] the released code has lost it."""
@@ -191,7 +179,6 @@ class TextEncoder(nn.Module):
     def forward(self, tokens, padding):
         x = self.word(tokens) + self.position.weight[:tokens.shape[1]] + self.token_type.weight[0]
         return run_layers(self.layers, self.dropout(self.norm(x)), padding)
-
 
 class ClipVision(nn.Module):
     """CLIP's ViT, HiVG Section 3.1. images (B, 3, S, S), padding (B, S, S) -> Encoded of 1 + Nv tokens, [CLS] first.
@@ -217,7 +204,6 @@ class ClipVision(nn.Module):
     def embed(self, x):                                     # (..., dim) -> (..., embedding): what CLIP makes of [CLS]
         return self.projection(self.norm(x))
 
-
 class ClipText(nn.Module):
     """CLIP's text tower, HiVG Section 3.1. tokens, padding (B, T) -> Encoded, x after the final norm and the projection.
     Causal: no token sees what follows it, so padding, which is last, is seen by none."""
@@ -235,7 +221,6 @@ class ClipText(nn.Module):
         x, eos = self.projection(self.norm(found.x)), (~padding).sum(1) - 1                  # [EOS] ends its text
         return found._replace(x=x, embedding=x[torch.arange(len(x), device=x.device), eos])
 
-
 class Clip(nn.Module):
     """Both towers and the temperature, as pretrained together."""
     def __init__(self, vision, text):
@@ -247,13 +232,11 @@ class Clip(nn.Module):
     def temperature(self):
         return (-self.logit_scale).exp()            # τ of HiVG Eqs. (9) and (10)
 
-
 # --- Grounding -------------------------------------------------------------------------------------------------------
 
 # What is found: boxes (B, 4) as (cx, cy, w, h) in [0, 1]; attention (B, Nv), how [REG] looks at the image, where asked for;
 # what HiVG's constraints compare: scores and padding (B, Nv), in training; text, image (B, C) and temperature, CLIP's.
 Grounding = namedtuple("Grounding", "boxes attention scores padding text image temperature", defaults=[None] * 6)
-
 
 class GroundingEncoder(nn.Module):
     """The V-L encoder of M²IST (Section III-A c), the grounding encoder of HiVG (Section 3.1), and the box head.
@@ -297,13 +280,11 @@ class GroundingEncoder(nn.Module):
         eos = x[torch.arange(len(x), device=x.device), vision.x.shape[1] + (~text.padding).sum(1)]   # [EOS] ends its text
         return found._replace(scores=self.region(eos, x[:, cells]), padding=padding[:, cells])
 
-
 def trim(tokens, padding, limit):
     """Tokens and padding (B, T), cut to `limit`; only padding may be cut."""
     if not padding[:, limit:].all():
         raise ValueError(f"a text has more than max_tokens = {limit} tokens")
     return tokens[:, :limit], padding[:, :limit]
-
 
 def chosen_layers(spec, name, count):
     """Layers that the size or the user chose of an encoder with `count`, each once; [] if the choice is the method's."""
@@ -311,7 +292,6 @@ def chosen_layers(spec, name, count):
     if not all(1 <= layer <= count for layer in layers) or len(set(layers)) < len(layers):
         raise InputError(f"--{name.replace('_', '-')} {' '.join(map(str, layers))}: must differ and lie in 1 .. {count}")
     return layers
-
 
 class DetrBert(nn.Module):
     """Every method on DETR and BERT: encoders, what stands beside them, the grounding encoder. spec: from `architecture`.
@@ -353,7 +333,6 @@ class DetrBert(nn.Module):
 
     def forward(self, images, image_padding, tokens, token_padding, attention=False):
         return self.ground(self.encode_image(images, image_padding), self.encode_text(tokens, token_padding), attention)
-
 
 class ClipGrounding(nn.Module):
     """Every method on CLIP, HiVG Section 3.1: the two towers, bridges within the vision tower, the grounding encoder.
@@ -397,7 +376,6 @@ class ClipGrounding(nn.Module):
         text = self.encode_text(tokens, token_padding)
         return self.ground(self.encode_image(images, image_padding, text), text, attention)
 
-
 # --- Weights of others. A table is [(regular expression of their key, our key), ...]. --------------------------------
 
 DETR_URL = "https://dl.fbaipublicfiles.com/detr/detr-r50-e632da11.pth"
@@ -440,7 +418,6 @@ CLIP_TABLE = [                                                                  
     (r"(logit_scale)", r"\1")]
 CLIP_IGNORED = r".*\.position_ids"
 
-
 def import_weights(module, state, table, ignored, source):
     """Load `state`, a dict in another project's names, into `module`. ignored: a pattern of keys known and not wanted.
     source: what to call the state in an error. Raises InputError that names keys missing, unexpected or of another shape."""
@@ -463,7 +440,6 @@ def import_weights(module, state, table, ignored, source):
             raise InputError(f"{source}: {len(names)} keys {what}: {', '.join(names[:5])}{more}")
     module.load_state_dict(found)
 
-
 def read_state(path, whole=False):
     """A .safetensors, .pth or .bin file -> its state dict, on the CPU, or all that stands beside it. No code in it is run."""
     try:
@@ -479,7 +455,6 @@ def read_state(path, whole=False):
         raise InputError(f"{path}: not a file of weights ({str(error).splitlines()[0]})") from None
     return file if whole else state
 
-
 def plain(state, source):
     """A state dict without PEFT in its names, and its pairs merged, W + α/r B A; α/r is HiVG's 16/32, which no file says."""
     state = {re.sub(r"base_model\.model\.|base_layer\.|default\.", "", key): value for key, value in state.items()}
@@ -493,7 +468,6 @@ def plain(state, source):
             raise InputError(f"{source}: {missing} is missing") from None
     return state
 
-
 def load_detr(vision, weights=None):
     """DETR R-50: a file or where its authors keep it, in their naming; the hub's name or a folder, in transformers'."""
     if weights and Path(weights).suffix not in (".pth", ".pt"):
@@ -504,7 +478,6 @@ def load_detr(vision, weights=None):
     except OSError as error:
         raise InputError(f"cannot fetch {DETR_URL} ({error}): give --vision-weights FILE, or --weights random") from None
     import_weights(vision, state, DETR_TABLE, DETR_IGNORED, weights or DETR_URL)
-
 
 def load_hub(module, weights, flag, table, ignored):
     """DETR, BERT or CLIP as transformers saves it: a name on the hub, a folder or a file; of a file of HiVG's, its CLIP. Half
@@ -526,7 +499,6 @@ def load_hub(module, weights, flag, table, ignored):
         print(f"{path}: its CLIP alone is taken, without {', '.join(other)}")
     state = {key.removeprefix(prefix): value for key, value in state.items() if key not in other}
     import_weights(module, state, table, ignored, path)
-
 
 # --- Building a model ------------------------------------------------------------------------------------------------
 
@@ -580,11 +552,9 @@ OPTIONS = dict(max_tokens=None, bottleneck=None, interaction_dim=None, interacti
                residual=False, text_layers=None, vision_layers=None, bridge_layers=None, vision_weights=None,
                text_weights=None, clip_weights=None, cache=".cache", pretext_steps=None, pixels=None)
 
-
 def one_of(name, value, valid):
     if value not in valid:
         raise InputError(f"unknown {name} {value!r}: choose one of {', '.join(valid)}")
-
 
 def architecture(method, size, options=()):
     """Everything a model is built from, by name: the size's part of SIZES, the method's row, the options that are given."""
@@ -596,11 +566,9 @@ def architecture(method, size, options=()):
     given = {name: value for name, value in dict(options).items() if value is not None}
     return {**OPTIONS, **SIZES[size][family], **METHODS[method], **given}
 
-
 def shapes_weights(cache, pretext_steps, family):
     """Path of the pretrained tiny encoders; another architecture or another length of pretraining is another file."""
     return Path(cache) / f"{family}-{pretext_steps}-{zlib.crc32(repr(SIZES['tiny'][family]).encode()):08x}.safetensors"
-
 
 def build_encoders(spec):
     """{name: module} of an architecture: vision and text, or clip. The random weights are the same every time, seeded
@@ -611,7 +579,6 @@ def build_encoders(spec):
             return {"clip": Clip(ClipVision(spec["image_size"], spec["stride"], **spec["vision"]), ClipText(**spec["text"]))}
         backbone = resnet50_body() if spec["stride"] == 32 else SmallStem(spec["vision"]["channels"])
         return {"vision": VisionEncoder(backbone, **spec["vision"]), "text": TextEncoder(**spec["text"])}
-
 
 def build_model(method, size="base", weights="pretrained", **options):
     """A grounding model; what its method, one of METHODS, does not tune has requires_grad False. size: base (the papers'),
@@ -638,7 +605,6 @@ def build_model(method, size="base", weights="pretrained", **options):
         return (ClipGrounding if spec["family"] == "clip" else DetrBert)(**encoders, spec=spec).train()
     except ValueError as error:                                      # widths or layers that do not go together
         raise InputError(error) from None
-
 
 def count_parameters(model):
     """{"total", "trainable", "encoder_tunable"}: numbers of parameters, each tensor once. encoder_tunable: those trained in

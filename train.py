@@ -58,12 +58,10 @@ RECIPES = {
     "tiny clip-frozen": dict(epochs=7),
     "tiny clip-lora": dict(stage_epochs=3)}
 
-
 def by_recipe(add, flag, text, source, **options):           # adds a flag whose default the recipes give
     key = flag[2:].replace("-", "_")
     rows = ", ".join(f"{words} {row[key]}" for words, row in RECIPES.items() if key in row)
     add(flag, help=f"{text} ({source}; tiny ours; default: {rows})".strip(), **options)
-
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -129,7 +127,6 @@ def build_parser():
     add("--resume", action="store_true", help="go on with the run in --out, by its own flags (ours; default: no)")
     return parser
 
-
 LEAST = {             # the least that makes sense, of which flags; 3 tokens are [CLS], a word and [SEP]
     1: "epochs batch_size micro_batch lr_drop limit pretext_steps bottleneck interaction_dim interaction_bottleneck rank",
     0: "workers warmup lr lr_encoder weight_decay l1 giou contrast focal dice stages stage_epochs stage_lr",
@@ -137,7 +134,6 @@ LEAST = {             # the least that makes sense, of which flags; 3 tokens are
 NOT_FOR = {           # flags that the methods of a family would ignore
     "clip": "bottleneck interaction_dim interaction_bottleneck residual scale vision_weights text_weights",
     "detr": "vision_layers bridge_layers clip_weights stages stage_epochs stage_lr rank alpha deep_to_shallow contrast"}
-
 
 def check(args):
     """What can be refused before anything is loaded; evaluate.py has some of the same flags."""
@@ -150,7 +146,6 @@ def check(args):
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {args.device} cannot be used ({str(error).splitlines()[0]}); try --device cpu") from None
-
 
 def complete(args):
     """Fill in what the command line left open, and refuse what cannot be, would be ignored or would fail halfway."""
@@ -179,7 +174,6 @@ def complete(args):
             raise InputError(message)
     return args
 
-
 def parse_args(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -202,7 +196,6 @@ def parse_args(argv=None):
             raise InputError(f"--{key.replace('_', '-')} is {value}, but the run in {out} has {saved.get(key)}: leave "
                              f"the flag out to resume it, or start a new run by another --out")
     return args
-
 
 # --- The tiny encoders' pretraining --------------------------------------------------------------------------------
 # No expression is seen with its picture: vision learns what is where, text its masked words, CLIP a contrast with captions.
@@ -233,7 +226,6 @@ class ShapesScenes(Dataset):
         return DataLoader(self, batch, sampler=order, collate_fn=lambda items: [
             torch.stack(part) if torch.is_tensor(part[0]) else part for part in zip(*items)])
 
-
 def caption(rng, thing, box):
     """A thing and its whereabouts, in words or as on a map: "red circle top left", "blue square c 5". box: as in a batch."""
     cx, cy = box[:2]
@@ -242,7 +234,6 @@ def caption(rng, thing, box):
     in_words = "top" if cy < 0.38 else "bottom" if cy > 0.62 else "", "left" if cx < 0.38 else "right" if cx > 0.62 else ""
     place = on_map if rng.random() < 0.5 else in_words
     return " ".join(word for word in (size, thing.colour, thing.shape, *place) if word)
-
 
 class PretextVision(nn.Module):
     """What covers a cell (colour, shape: cross entropy) and its box (L1), by a linear that stays as it was drawn: so all is
@@ -268,7 +259,6 @@ class PretextVision(nn.Module):
                 + F.cross_entropy(says_shape[covered], shape[covered])
                 + F.l1_loss(says_box[covered], 6 * (boxes[covered] - 0.5)))            # of about unit variance
 
-
 class PretextText(nn.Module):
     """Masked words, 15% of them as in BERT; texts of `shapes`' train split without their pictures."""
     def __init__(self, encoder, seed):
@@ -287,7 +277,6 @@ class PretextText(nn.Module):
         hidden = (torch.rand(tokens.shape) < 0.15) & real
         out = self.head(self.encoder(tokens.masked_fill(hidden, self.tokenizer.mask), ~real).x)
         return F.cross_entropy(out[real], tokens[real])      # of all, hidden or not: each place must still say its word
-
 
 class PretextClip(nn.Module):
     """Contrast with captions, HiVG Eqs. (9)-(11), of whole pictures, by [CLS] as in CLIP, which alone is slow, and of crops,
@@ -316,7 +305,6 @@ class PretextClip(nn.Module):
         return (losses.contrastive_loss(self.embed_texts(list(crops)), self.encoder.vision.embed(pooled), temperature)
                 + losses.contrastive_loss(self.embed_texts(whole), image.embedding, temperature))
 
-
 def pretrain_encoders(cache, steps, family, batch=64, lr=2e-3, seed=0):
     """Pretrain the tiny encoders on the CPU and keep them in the cache, unless they are there already."""
     path = shapes_weights(cache, steps, family)
@@ -338,7 +326,6 @@ def pretrain_encoders(cache, steps, family, batch=64, lr=2e-3, seed=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     save_whole(path, lambda partial: save_file(nn.ModuleDict(encoders).state_dict(), partial))
 
-
 # --- Checkpoints: the tuned weights alone, and in their metadata what rebuilds the rest ------------------------------
 
 def frozen_fingerprint(model, held):
@@ -348,7 +335,6 @@ def frozen_fingerprint(model, held):
         if name not in held:
             digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
 
 def tuned_state(model, merged=False):
     """{name: tensor} of what training has changed, LoRA's pairs apart or, if `merged`, in the weights that they are for."""
@@ -360,7 +346,6 @@ def tuned_state(model, merged=False):
             state[f"{name}.weight"] = module.merged() if merged and hasattr(module, "merged") else module.weight.detach()
     return {name: value.cpu().contiguous() for name, value in state.items()}
 
-
 def load_tuned(model, state, source):
     """Put tuned weights back, every key checked: all that have a gradient, and none that the model has not."""
     wanted = model.state_dict()
@@ -370,23 +355,19 @@ def load_tuned(model, state, source):
         raise InputError(f"{source}: is of another method or size; {len(bad)} weights do not fit, {bad[0]} among them")
     model.load_state_dict(state, strict=False)          # strict=False: the frozen rest is not in it, as checked above
 
-
 def save_checkpoint(path, model, config):
     """Write the tuned weights and `config`, whose "model" are build_model's arguments."""
     metadata = {"config": json.dumps({**config, "frozen": frozen_fingerprint(model, tuned_state(model))})}
     save_whole(path, lambda partial: save_file(tuned_state(model, merged=True), partial, metadata))
-
 
 # --- Training --------------------------------------------------------------------------------------------------------
 
 def model_arguments(args):                              # what rebuilds the model: build_model's arguments
     return {key: getattr(args, key) for key in ("method", "size", "weights", *OPTIONS)}
 
-
 make_tokenizer = functools.lru_cache(data.Tokenizer)            # reading its files takes longer than building a loader
 INPUTS = ("images", "image_padding", "tokens", "token_padding")        # of the model, in a batch
 Phase = namedtuple("Phase", "name stage first last lr lr_encoder")     # epochs first + 1 .. last; stage: LoRA's, 0 for none
-
 
 def make_loader(samples, args, train, epoch=0):
     """Batches of a dataset. In training the order and the transforms are drawn from the seed and the epoch alone."""
@@ -404,7 +385,6 @@ def make_loader(samples, args, train, epoch=0):
                       collate_fn=functools.partial(data.collate, pad=tokenizer.pad),
                       drop_last=train and len(samples) >= args.batch_size)
 
-
 def plan(args):
     """The phases of a run: --epochs without LoRA, then its stages (HiVG Section 4.1). [D27] Bridges are trained in all."""
     phases = [Phase("warm-up" if args.stages else "training", 0, 0, args.epochs, args.lr, args.lr_encoder)]
@@ -413,14 +393,12 @@ def plan(args):
         phases.append(Phase(f"stage {stage}", stage, before, before + args.stage_epochs, lr, lr))
     return phases
 
-
 def make_optimizer(model, args, phase):
     """AdamW with two rates: the grounding encoder's, and that of whatever is tuned in or beside the encoders."""
     tuned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     head, rest = ([p for name, p in tuned if name.startswith("grounding.") is wanted] for wanted in (True, False))
     groups = [dict(params=head, lr=phase.lr, peak=phase.lr), dict(params=rest, lr=phase.lr_encoder, peak=phase.lr_encoder)]
     return torch.optim.AdamW(groups, weight_decay=args.weight_decay)
-
 
 def rate_factor(args, step, steps, epochs):
     """What the learning rates are multiplied by at a step (from 0) of a phase of `epochs` epochs of `steps` steps."""
@@ -429,11 +407,9 @@ def rate_factor(args, step, steps, epochs):
         return warm * 0.5 * (1 + math.cos(math.pi * step / (epochs * steps)))
     return warm * (0.1 if step // steps >= args.lr_drop else 1.0)
 
-
 def autocast(args):
     dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
     return torch.autocast(torch.device(args.device).type, dtype, enabled=dtype is not None)
-
 
 def train_epoch(model, loader, optimizer, scaler, args, epoch, phase, bar):
     """One pass over the training data. Returns the mean loss and the accuracy on the way."""
@@ -464,7 +440,6 @@ def train_epoch(model, loader, optimizer, scaler, args, epoch, phase, bar):
         bar.update()
     return total / seen, right / seen
 
-
 @torch.no_grad()
 def predict(model, loader, args):
     """Boxes (N, 4), truths (N, 4) and IoUs (N,) of a whole loader, on the CPU."""
@@ -476,10 +451,8 @@ def predict(model, loader, args):
         found.append((pred, batch["boxes"], losses.iou_and_giou(pred, batch["boxes"])[0]))
     return [torch.cat(part) for part in zip(*found)]
 
-
 def scores(ious):
     return {"acc@0.5": (ious >= 0.5).float().mean().item(), "mean_iou": ious.mean().item()}
-
 
 @torch.no_grad()
 def picture_predictions(model, samples, args, path):
@@ -496,10 +469,8 @@ def picture_predictions(model, samples, args, path):
                                found.attention[0]))
     data.contact_sheet(tiles).save(path)
 
-
 # What TransVG's files of DETR have not seen, of COCO's pictures; the public ones have seen all of them.
 UNSEEN = {"detr-r50-unc": ("refcoco", "refcoco+"), "detr-r50-gref": ("refcocog-umd", "refcocog-google")}
-
 
 def leaky_pretraining(args):
     """Whether the vision encoder's pretraining has seen the pictures of val and test, by the name of its file and by the dataset:
@@ -513,14 +484,12 @@ def leaky_pretraining(args):
     leaks = [False if dataset in clean else True if dataset in data.DATASETS else None for dataset in args.dataset.split(",")]
     return True if True in leaks else None if None in leaks else False
 
-
 def refuse_to_overwrite(args):
     out = Path(args.out)
     if blocked := [path for path in (out, *out.parents) if path.exists() and not path.is_dir()]:
         raise InputError(f"--out {out}: {blocked[0]} is a file, not a folder")
     if not args.resume and out.exists() and any(path.suffix != ".partial" for path in out.iterdir()):
         raise InputError(f"--out {out} already holds a run: give another --out, or --resume to go on with it")
-
 
 def read_last(path):
     """last.pt of an earlier start of the run, or what a new run begins with."""
@@ -531,7 +500,6 @@ def read_last(path):
         return {key: state[key] for key in ("epoch", "best", "log", "model", "frozen", "optimizer", "scaler")}
     except Exception:
         raise InputError(f"{path}: damaged, or not what train.py writes; start a new run by another --out") from None
-
 
 def begin_phase(model, phase, args, state):
     """Bring the model to the beginning of a phase, or to where in it the run stopped -> its optimizer."""
@@ -546,7 +514,6 @@ def begin_phase(model, phase, args, state):
         optimizer.load_state_dict(state["optimizer"])
     return optimizer
 
-
 def end_phase(model, phase, best, lines):
     """Go on with the weights that were best on val so far, merged, be they of this phase or of an earlier one [D33]."""
     drop_pairs(model)
@@ -556,14 +523,12 @@ def end_phase(model, phase, best, lines):
     if here < before:
         tqdm.write(f"{phase.name} ends worse on val ({here:.4f}) than it began ({before:.4f}): what it began with is kept")
 
-
 def drop_pairs(model):
     """Take LoRA's pairs out, unmerged: the best checkpoint has what was for the better; other layers stay as they were."""
     if pairs := hilora.find_pairs(model):
         for _, _, pair in pairs:
             nn.init.zeros_(pair.B)
         hilora.merge(model)
-
 
 def fit(model, args, train_samples, val_samples):
     """The training loop: phases of epochs, each epoch followed by an evaluation on val and by writing everything down."""
@@ -603,7 +568,6 @@ def fit(model, args, train_samples, val_samples):
             drop_pairs(model)           # of a phase that was over before this start; the next stage begins without them
     return lines
 
-
 def main(argv=None):
     began, args = time.time(), parse_args(argv)
     refuse_to_overwrite(args)
@@ -639,7 +603,6 @@ def main(argv=None):
         reached = max(line["val_acc@0.5"] for line in lines[:phase.last])
         print(f"{phase.name}: best Acc@0.5 on val until its end, epoch {phase.last}: {reached:.4f}")
     print(f"{(time.time() - began) / 60:.1f} minutes; look at {args.out}/val.png; python evaluate.py {args.out}")
-
 
 if __name__ == "__main__":
     run(main)
