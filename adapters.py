@@ -1,11 +1,11 @@
 """What is plugged in beside or into frozen encoders. Imports torch alone.
 
-    ExpertAdapter, InteractionAdapter, M3ISA, SideNetworks     M²IST Section III-B
-    CrossModalBridge                                           HiVG Section 3.2
+    ExpertAdapter, InteractionAdapter, M3ISA, AdapterNetworks     M²IST Section III-B
+    CrossModalBridge                                              HiVG Section 3.2
 
 A frozen encoder layer has two ports: `a`, what its attention puts out, and `g`, what its feed-forward puts out, both
-before they are added to the residual stream. A bridge writes at the attention port. A side network reads both and never
-writes back, so that no gradient needs to pass the encoder:
+before they are added to the residual stream. A bridge and an inserted adapter write at them. A side network reads both and
+never writes back, so that no gradient needs to pass the encoder:
 
       frozen encoder   x_0 ──[layer 1]──[layer 2]── ... ──[layer L]── x_out ──(+)──> f
                         │     │a_1 │g_1  │a_2 │g_2         │a_L │g_L           │
@@ -15,6 +15,12 @@ writes back, so that no gradient needs to pass the encoder:
 Symbols (paper = here):   C_v, C_l = vision_dim, text_dim        C_d = bottleneck      s = scale
     C_i = interaction_dim   VEA, LEA = ExpertAdapter   IEA = InteractionAdapter   x_v, x_l = vision, text tokens
 Shapes: B batch, N tokens of one modality, C its width. Everything is (B, N, C).
+
+The methods that M²IST is compared with in Table I differ from it in nothing but what stands at which port, and how [D39]:
+    Adapter (Houlsby et al., ICML 2019)              EA after attention and feed-forward, sequential
+    AdaptFormer (Chen et al., NeurIPS 2022)          EA beside the feed-forward, parallel
+    CM Adapter (Jiang et al., arXiv 2211.09623)      IEA, part of whose up-projection is shared, at both ports, sequential
+    MRS-Adapter (Yuan et al., TGRS 2023)             IEA beside the feed-forward, parallel
 """
 import torch
 import torch.nn as nn
@@ -85,30 +91,62 @@ class InteractionAdapter(nn.Module):
     def forward(self, x_v, x_l):
         return self.vision(x_v), self.text(x_l)
 
-class M3ISA(nn.Module):
-    """One mixture of side-adapters, for one vision layer and the text layer it is paired with (Fig. 2, right).
+class ExpertPair(nn.Module):
+    """VEA and LEA, each for its own modality; where one is not among `parts`, its method is None and nothing stands there.
 
-    IEA stands at the attention ports, VEA and LEA at the feed-forward ports (Table VI d)."""
-    def __init__(self, vision_dim, text_dim, bottleneck=128, interaction_dim=256, interaction_bottleneck=128,
-                 scale=0.1, residual=False):
+    vision, text: (B, N, C_v), (B, N, C_l) -> the same shape."""
+    def __init__(self, vision_dim, text_dim, bottleneck=128, scale=0.1, residual=False, parts=("vision", "text")):
         super().__init__()
-        self.iea = InteractionAdapter(vision_dim, text_dim, interaction_bottleneck, interaction_dim, scale, residual)
-        self.vea = ExpertAdapter(vision_dim, bottleneck, scale, residual)
-        self.lea = ExpertAdapter(text_dim, bottleneck, scale, residual)
+        if "vision" in parts:
+            self.vea = ExpertAdapter(vision_dim, bottleneck, scale, residual)
+        if "text" in parts:
+            self.lea = ExpertAdapter(text_dim, bottleneck, scale, residual)
+        vars(self).update({modality: None for modality in ("vision", "text") if modality not in parts})
 
-    def vision(self, a, g):
-        return self.iea.vision(a) + self.vea(g)
+    def vision(self, x):
+        return self.vea(x)
 
-    def text(self, a, g):
-        return self.iea.text(a) + self.lea(g)
+    def text(self, x):
+        return self.lea(x)
 
-class SideNetworks(nn.Module):
-    """The two side networks of M²IST, Section III-B b: a stack of M³ISAs beside the vision and the text encoder.
+# What can stand at a port: name -> how it is made of (C_v, C_l) and the options of M3ISA. It has two methods, `vision` and
+# `text`, each from tokens to what is added to them. A new adapter is a class like ExpertPair, and a row here.
+ADAPTERS = {
+    "iea": lambda dims, o: InteractionAdapter(*dims, o["interaction_bottleneck"], o["interaction_dim"], o["scale"], o["residual"]),
+    "ea": lambda dims, o: ExpertPair(*dims, o["bottleneck"], o["scale"], o["residual"]),
+    "vea": lambda dims, o: ExpertPair(*dims, o["bottleneck"], o["scale"], o["residual"], ("vision",)),       # Table V (c)
+    "lea": lambda dims, o: ExpertPair(*dims, o["bottleneck"], o["scale"], o["residual"], ("text",))}         # Table V (b)
 
-        s_0 = x_0        s_l = s_{l-1} + IEA_l(a_l) + EA_l(g_l)        returns s_L
+class M3ISA(nn.ModuleDict):
+    """A mixture of adapters, for one vision layer and the text layer it is paired with (Fig. 2, right): {port: adapter}.
+
+    The paper's has IEA at the attention ports, VEA and LEA at the feed-forward ports (Table VI d). attention_port,
+    ffn_port: a name from ADAPTERS, or "none"."""
+    def __init__(self, vision_dim, text_dim, attention_port="iea", ffn_port="ea", bottleneck=128, interaction_dim=256,
+                 interaction_bottleneck=128, scale=0.1, residual=False):
+        options = dict(bottleneck=bottleneck, interaction_dim=interaction_dim, scale=scale, residual=residual,
+                       interaction_bottleneck=interaction_bottleneck)
+        super().__init__({port: ADAPTERS[kind]((vision_dim, text_dim), options)
+                          for port, kind in (("attention", attention_port), ("ffn", ffn_port)) if kind != "none"})
+
+class Inserted(nn.Module):
+    """An adapter within an encoder, at a port of one of its layers: "sequential" reads what the port puts out, "parallel"
+    what the sublayer was given. adapt: the bound method `vision` or `text`, so that its weights keep the one name they have."""
+    def __init__(self, adapt, insertion):
+        super().__init__()
+        self.adapt, self.insertion = adapt, insertion
+
+    def forward(self, out, x, context):
+        return out + self.adapt(out if self.insertion == "sequential" else x)
+
+class AdapterNetworks(nn.Module):
+    """A stack of M³ISAs on a pair of encoders, and the three forms to insert it (Fig. 3, Table VII). M²IST's is `side`,
+    Section III-B b, the two side networks:
+
+        s_0 = x_0        s_l = s_{l-1} + IEA_l(a_l) + EA_l(g_l)        to be added to the encoder's output: s_L
 
     a_l and g_l are read before the residual and its LayerNorm. [D9] The released code reads text after them, and sends
-    the adapters' output through BERT's own norms, which undo s.
+    the adapters' output through BERT's own norms, which undo s. `sequential` and `parallel` write the ports instead.
 
     layers: how many pairs. text_layers: the text layers (from 1) that are paired with vision layers 1 .. layers, in
     that order; the paper's best is 7-12 with 1-6 (Table VIII c; [D6] the released code pairs 1-6 with 1-6).
@@ -117,57 +155,90 @@ class SideNetworks(nn.Module):
         super().__init__()
         if len(text_layers) != layers:
             raise ValueError(f"{layers} vision layers cannot be paired with text layers {list(text_layers)}")
-        self.text_layers = list(text_layers)
+        self.layers = {"vision": list(range(1, layers + 1)), "text": list(text_layers)}
         self.blocks = nn.ModuleList(M3ISA(vision_dim, text_dim, **options) for _ in range(layers))
 
-    def vision(self, x0, ports):
-        """x0: (B, N, C_v), the encoder's input tokens. ports: [(a_1, g_1), ...] of all vision layers. -> s_L like x0."""
-        s = x0
-        for block, (a, g) in zip(self.blocks, ports):
-            s = s + block.vision(a, g)
+    def standing(self, modality):
+        """{layer: {port: the method that adapts it}} of the layers where something stands."""
+        found = {layer: {port: getattr(adapter, modality) for port, adapter in block.items() if getattr(adapter, modality)}
+                 for layer, block in zip(self.layers[modality], self.blocks)}
+        return {layer: ports for layer, ports in found.items() if ports}
+
+    def side(self, modality, x0, ports):
+        """x0: (B, N, C), what entered the encoder. ports: [{"attention": a_1, "ffn": g_1}, ...] of all layers. -> s_L like x0,
+        or 0 where this modality has no adapter, and so no side network."""
+        standing = self.standing(modality)
+        s = x0 if standing else 0
+        for layer, adapts in standing.items():
+            s = s + sum(adapt(ports[layer - 1][port]) for port, adapt in adapts.items())
         return s
 
-    def text(self, x0, ports):
-        """x0: (B, N, C_l), the embedded words. ports: [(a_1, g_1), ...] of all text layers. -> s_L like x0."""
-        s = x0
-        for block, layer in zip(self.blocks, self.text_layers):
-            s = s + block.text(*ports[layer - 1])
-        return s
+    def insert(self, modality, layers, insertion):
+        """Plug the adapters into an encoder's layers. [D38] They start as the identity, their last linear at 0."""
+        for layer, adapts in self.standing(modality).items():
+            for port, adapt in adapts.items():
+                layers[layer - 1].plugs[port] = Inserted(adapt, insertion)
+        for name, p in self.named_parameters():
+            if name.endswith("up.weight"):
+                nn.init.zeros_(p)
 
 def quick_gelu(x):
     return x * torch.sigmoid(1.702 * x)
+
+# Shapes of the sample-agnostic weights of a bridge, HiVG Table 4, as functions of n, L_l, H_l.
+BRIDGE_WEIGHTS = {"nxLxH": lambda n, L, H: (n, L, H), "nxLx1": lambda n, L, H: (n, L, 1), "nx1xH": lambda n, L, H: (n, 1, H),
+                  "1x1xH": lambda n, L, H: (1, 1, H), "none": None, "aware": None}
 
 class CrossModalBridge(nn.Module):
     """MACB, HiVG Section 3.2 and Fig. 7: lets a layer of the vision encoder see the text, of all its layers at once.
 
     Stands at the attention port of a CLIP vision layer. Symbols (paper = here): n = text_layers, L_l <= max_tokens,
     H_v, H_l = vision_dim, text_dim, f_l^i = texts[i - 1], w_l = weights, W_proj = projection, f_v^sa = what `semantic`
-    returns. heads: those of the cross-attention."""
-    def __init__(self, vision_dim, text_dim, text_layers, max_tokens, heads):
+    returns. heads: those of the cross-attention; 0 for none, where every token of the picture is given the mean of the
+    text's (Table 4, line 2) [D40]. weights: a name from BRIDGE_WEIGHTS, "aware" for an MLP of the text in their place
+    (Table 10, line 1) [D40]. only: the one of the context's texts that this bridge is given, from 0 (Table 4, line 7)."""
+    def __init__(self, vision_dim, text_dim, text_layers, max_tokens, heads, weights="nxLxH", only=None):
         super().__init__()
-        self.heads = heads
+        self.n, self.heads, self.only = text_layers, heads, only
         # [D13] One weight for each layer, place and channel, the same for all samples. 0 is "as CLIP has it"; the paper
         # names no start, and the released code's N(0, 1) hides the features at first.
-        self.weights = nn.Parameter(torch.zeros(text_layers, max_tokens, text_dim))
+        shape = BRIDGE_WEIGHTS[weights]
+        self.weights = shape and nn.Parameter(torch.zeros(shape(text_layers, max_tokens, text_dim)))
+        self.aware = None
+        if weights == "aware":
+            self.aware = nn.Sequential(nn.Linear(text_dim, text_dim // 4), nn.ReLU(), nn.Linear(text_dim // 4, text_dim))
+            nn.init.zeros_(self.aware[2].weight), nn.init.zeros_(self.aware[2].bias)
         self.projection = nn.Linear(text_layers * text_dim, vision_dim)
-        self.norm = nn.LayerNorm(vision_dim)
-        self.q, self.k, self.v, self.out = (nn.Linear(vision_dim, vision_dim) for _ in range(4))
+        if heads:
+            self.norm = nn.LayerNorm(vision_dim)
+            self.q, self.k, self.v, self.out = (nn.Linear(vision_dim, vision_dim) for _ in range(4))
         self.fc1, self.fc2 = nn.Linear(vision_dim, 4 * vision_dim), nn.Linear(4 * vision_dim, vision_dim)
 
     def select(self, texts):
         """n features (B, L_l, H_l) -> *f_l^ml (B, L_l, H_v)."""
-        calibrated = [w[:f.shape[1]] * f + f for w, f in zip(self.weights, texts, strict=True)]     # HiVG Eq. (3)
-        return self.projection(torch.cat(calibrated, dim=-1))                                       # HiVG Eq. (4)
+        if self.weights is not None:
+            by_layer = self.weights.expand(self.n, -1, -1)
+            texts = [w[:f.shape[1]] * f + f for w, f in zip(by_layer, texts, strict=True)]          # HiVG Eq. (3)
+        elif self.aware:
+            texts = [self.aware(f) * f + f for f in texts]
+        return self.projection(torch.cat(texts, dim=-1))                                            # HiVG Eq. (4)
 
     def semantic(self, vision, texts, padding):
         """vision (B, N, H_v), texts: n times (B, L_l, H_l), padding (B, L_l) -> f_v^sa (B, N, H_v)."""
+        text = self.select(texts)
+        real = (~padding)[..., None].to(text.dtype)
+        found = self.attend(vision, text, padding) if self.heads else (text * real).sum(1, True) / real.sum(1, True)
+        return self.fc2(quick_gelu(self.fc1(found)))
+
+    def attend(self, vision, text, padding):
         # [D14] The released code views (L_l, B, H) as (B, heads, ...) here, so that a sample attends to its neighbours' texts.
         split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(1, 2)          # (B, N, H_v) -> (B, heads, N, H_v / heads)
-        text = self.select(texts)
         found = F.scaled_dot_product_attention(split(self.q(self.norm(vision))), split(self.k(text)), split(self.v(text)),
                                                attn_mask=~padding[:, None, None, :])     # [D15] released: not masked
-        return self.fc2(quick_gelu(self.fc1(self.out(found.transpose(1, 2).flatten(2)))))
+        return self.out(found.transpose(1, 2).flatten(2))
 
     def forward(self, out, x, context):
         """At the attention port: out = attention's output, x = what the layer was given, context = (texts, padding)."""
-        return out + self.semantic(x + out, *context)         # HiVG Section 3.2: "back to the block as residuals"
+        texts, padding = context
+        texts = texts if self.only is None else [texts[self.only]]
+        return out + self.semantic(x + out, texts, padding)         # HiVG Section 3.2: "back to the block as residuals"

@@ -27,7 +27,7 @@ import torchvision
 from safetensors.torch import load_file
 
 import hilora
-from adapters import CrossModalBridge, SideNetworks, quick_gelu
+from adapters import ADAPTERS, BRIDGE_WEIGHTS, AdapterNetworks, CrossModalBridge, quick_gelu
 from losses import RegionText
 
 class InputError(ValueError):
@@ -108,8 +108,8 @@ class TransformerLayer(nn.Module):
 
 # --- The encoders ----------------------------------------------------------------------------------------------------
 
-# An encoded image or text: x (B, N, C), padding (B, N); x0 (B, N, C), what entered the layers; ports, [(a_1, g_1), ...], and
-# states, [x_1, ...], what left each layer, shallow first; of CLIP the embedding (B, C) that it compares.
+# An encoded image or text: x (B, N, C), padding (B, N); x0 (B, N, C), what entered the layers; ports, [{"attention": a_1,
+# "ffn": g_1}, ...], and states, [x_1, ...], what left each layer, shallow first; of CLIP the embedding (B, C) that it compares.
 Encoded = namedtuple("Encoded", "x padding x0 ports states embedding", defaults=(None, (), (), None))
 
 def run_layers(layers, x, padding, position=None, context=None, mask=True):
@@ -117,7 +117,7 @@ def run_layers(layers, x, padding, position=None, context=None, mask=True):
     x0, ports, states = x, [], []
     for layer in layers:
         x, a, g = layer(x, padding if mask else None, position, context)
-        ports.append((a, g))
+        ports.append({"attention": a, "ffn": g})
         states.append(x)
     return Encoded(x, padding, x0, ports, states)
 
@@ -282,7 +282,7 @@ class GroundingEncoder(nn.Module):
 
 def trim(tokens, padding, limit):
     """Tokens and padding (B, T), cut to `limit`; only padding may be cut."""
-    if not padding[:, limit:].all():
+    if tokens.shape[1] > limit and not padding[:, limit:].all():
         raise ValueError(f"a text has more than max_tokens = {limit} tokens")
     return tokens[:, :limit], padding[:, :limit]
 
@@ -294,38 +294,50 @@ def chosen_layers(spec, name, count):
     return layers
 
 class DetrBert(nn.Module):
-    """Every method on DETR and BERT: encoders, what stands beside them, the grounding encoder. spec: from `architecture`.
-    Encoders not to be trained run under no_grad and in eval mode: [D7] the released code leaves dropout on in them."""
+    """Every method on DETR and BERT: encoders, what stands beside or in them, the grounding encoder. spec: from `architecture`.
+    Encoders with nothing to train in them run under no_grad, and only those that are themselves trained leave eval mode:
+    [D7] the released code leaves dropout on in frozen ones."""
     def __init__(self, vision, text, spec):
         super().__init__()
         dims = dict(vision_dim=spec["vision"]["dim"], text_dim=spec["text"]["dim"])
-        self.frozen, self.side = not spec["tune_encoders"], None
-        self.vision, self.text = (encoder.requires_grad_(not self.frozen) for encoder in (vision, text))
+        self.tuned, self.insertion = spec["tune_encoders"], spec["insertion"]
+        self.vision, self.text = (encoder.requires_grad_(self.tuned) for encoder in (vision, text))
         self.grounding = GroundingEncoder(**dims, vision_tokens=(spec["image_size"] // spec["stride"]) ** 2,
                                           max_tokens=spec["max_tokens"], **spec["grounding"])
-        if spec["side"]:
-            widths = ("bottleneck", "interaction_dim", "interaction_bottleneck", "scale", "residual")
-            self.side = SideNetworks(**dims, layers=spec["vision"]["layers"], **{name: spec[name] for name in widths},
-                                     text_layers=chosen_layers(spec, "text_layers", spec["text"]["layers"]))
+        self.text_layers = chosen_layers(spec, "text_layers", spec["text"]["layers"])
+        names = ("attention_port", "ffn_port", "bottleneck", "interaction_dim", "interaction_bottleneck", "scale", "residual")
+        self.adapters = AdapterNetworks(**dims, layers=spec["vision"]["layers"], text_layers=self.text_layers,
+                                        **{name: spec[name] for name in names})
+        if self.insertion != "side":
+            self.adapters.insert("vision", vision.layers, self.insertion)
+            self.adapters.insert("text", text.layers, self.insertion)
 
     def train(self, mode=True):
         super().train(mode)
         for encoder in (self.vision, self.text):
-            encoder.train(mode and not self.frozen)
+            encoder.train(mode and self.tuned)
         return self
+
+    def begin_stage(self, stage, stages, rank, alpha, deep_to_shallow=False):
+        """LoRA, one stage or HiLoRA's, on q and v of the layers where adapters stand, too: "two pairs" (Section IV-D f) [D39]."""
+        vision, text = list(self.vision.layers), [self.text.layers[layer - 1] for layer in self.text_layers]
+        hilora.add_stage(vision[::-1] if deep_to_shallow else vision, stage, stages, rank, alpha, ("q", "v"))
+        hilora.add_stage(text, stage, 1, rank, alpha, ("q", "v"))
 
     def encode_image(self, images, image_padding):
         """images (B, 3, S, S), image_padding (B, S, S) -> Encoded (B, Nv, C_v)."""
-        return self._encode(self.vision, self.side and self.side.vision, images, image_padding)
+        return self._encode("vision", images, image_padding)
 
     def encode_text(self, tokens, token_padding):
         """tokens, token_padding (B, T) -> Encoded (B, T, C_l). T beyond max_tokens may hold nothing but padding."""
-        return self._encode(self.text, self.side and self.side.text, *trim(tokens, token_padding, self.grounding.max_tokens))
+        return self._encode("text", *trim(tokens, token_padding, self.grounding.max_tokens))
 
-    def _encode(self, encoder, side, inputs, padding):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):       # the memory that M²IST saves
+    def _encode(self, modality, inputs, padding):
+        encoder, side = getattr(self, modality), self.insertion == "side"
+        inside = not side or any(p.requires_grad for p in encoder.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and inside):                # the memory that M²IST saves
             encoded = encoder(inputs, padding)
-        x = encoded.x if side is None else encoded.x + side(encoded.x0, encoded.ports)    # Section III-B b
+        x = encoded.x + self.adapters.side(modality, encoded.x0, encoded.ports) if side else encoded.x    # Section III-B b
         return Encoded(x, encoded.padding)
 
     def ground(self, vision, text, attention=False):
@@ -347,9 +359,13 @@ class ClipGrounding(nn.Module):
         self.grounding = GroundingEncoder(
             len(self.levels) * vision["dim"], text["embedding"], 1 + (spec["image_size"] // spec["stride"]) ** 2,
             spec["max_tokens"], clip=True, region_hidden=spec["region_hidden"], **spec["grounding"])
-        for layer in chosen_layers(spec, "bridge_layers", vision["layers"]):
+        bridges, one_each = chosen_layers(spec, "bridge_layers", vision["layers"]), spec["layer_to_layer"]
+        if one_each and len(bridges) != len(self.text_layers):
+            raise InputError(f"--layer-to-layer: {len(bridges)} bridges need as many --text-layers, not {len(self.text_layers)}")
+        for number, layer in enumerate(bridges):
             clip.vision.layers[layer - 1].plugs["attention"] = CrossModalBridge(
-                vision["dim"], text["dim"], len(self.text_layers), spec["max_tokens"], vision["heads"])
+                vision["dim"], text["dim"], 1 if one_each else len(self.text_layers), spec["max_tokens"],
+                0 if spec["no_cross_attention"] else vision["heads"], spec["bridge_weights"], number if one_each else None)
 
     def begin_stage(self, stage, stages, rank, alpha, deep_to_shallow=False):
         """HiLoRA's stage of the vision tower, in `stages` groups, and of the text tower, which is one (Section 4.1) and
@@ -538,19 +554,29 @@ SIZES = {       # size: family: everything about the architecture, and what opti
             grounding=dict(dim=96, heads=6, hidden=192, layers=3, dropout=0.0, pre_norm=True, position_std=0.1),
             region_hidden=96, pretext_steps=1200)}}
 
-# What a method puts in or beside the encoders of its family; it may replace what the size says.
+# What a method puts in or beside the encoders of its family; it may replace what the size says. Methods on DETR and BERT are
+# what stands at the ports, by a name from ADAPTERS, and how (adapters.py); LoRA comes with its stage (train.py). [D39]
+PORTS = dict(family="detr", tune_encoders=False, insertion="side", attention_port="none", ffn_port="none", scale=0.1)
 METHODS = {
-    "full": dict(family="detr", tune_encoders=True, side=False),                                    # Table I [D10]
-    "frozen": dict(family="detr", tune_encoders=False, side=False),                                 # Table V (a)
-    "m2ist": dict(family="detr", tune_encoders=False, side=True, scale=0.1),                        # Tables I and V (f)
+    "full": dict(PORTS, tune_encoders=True),                                                      # Table I [D10]
+    "frozen": PORTS,                                                                              # Table V (a)
+    "adapter": dict(PORTS, insertion="sequential", attention_port="ea", ffn_port="ea"),           # Table I, and so the next
+    "lora": PORTS,
+    "adaptformer": dict(PORTS, insertion="parallel", ffn_port="ea"),
+    "cm-adapter": dict(PORTS, insertion="sequential", attention_port="iea", ffn_port="iea"),
+    "mrs-adapter": dict(PORTS, insertion="parallel", ffn_port="iea"),
+    "m2ist": dict(PORTS, attention_port="iea", ffn_port="ea"),                                    # Tables I and V (f)
+    "m2ist+lora": dict(PORTS, attention_port="iea", ffn_port="ea"),                               # Table X
     "clip-frozen": dict(family="clip", vision_layers=[], bridge_layers=[], region_hidden=None),   # HiVG Fig. 4 (d), no LoRA
     "clip-lora": dict(family="clip", vision_layers=[], bridge_layers=[], region_hidden=None),     # ... with vanilla LoRA
     "hivg": dict(family="clip")}
 
-# Options of a model (see train.py --help). None: as the size says; in HiVG no text_layers: all, no vision_layers: the last.
-OPTIONS = dict(max_tokens=None, bottleneck=None, interaction_dim=None, interaction_bottleneck=None, scale=None,
-               residual=False, text_layers=None, vision_layers=None, bridge_layers=None, vision_weights=None,
-               text_weights=None, clip_weights=None, cache=".cache", pretext_steps=None, pixels=None)
+# Options of a model (see train.py --help). None: as the size or the method says; in HiVG no text_layers: all, no
+# vision_layers: the last.
+OPTIONS = dict(max_tokens=None, attention_port=None, ffn_port=None, insertion=None, bottleneck=None, interaction_dim=None,
+               interaction_bottleneck=None, scale=None, residual=False, text_layers=None, vision_layers=None,
+               bridge_layers=None, bridge_weights="nxLxH", no_cross_attention=False, layer_to_layer=False,
+               vision_weights=None, text_weights=None, clip_weights=None, cache=".cache", pretext_steps=None, pixels=None)
 
 def one_of(name, value, valid):
     if value not in valid:
@@ -564,7 +590,11 @@ def architecture(method, size, options=()):
     for name in options:
         one_of("option", name, OPTIONS)
     given = {name: value for name, value in dict(options).items() if value is not None}
-    return {**OPTIONS, **SIZES[size][family], **METHODS[method], **given}
+    spec = {**OPTIONS, **SIZES[size][family], **METHODS[method], **given}
+    for name, valid in (("attention_port", ("none", *ADAPTERS)), ("ffn_port", ("none", *ADAPTERS)),
+                        ("insertion", ("side", "sequential", "parallel")), ("bridge_weights", BRIDGE_WEIGHTS)):
+        one_of(name, spec[name], (None, *valid) if family == "clip" else valid)
+    return spec
 
 def shapes_weights(cache, pretext_steps, family):
     """Path of the pretrained tiny encoders; another architecture or another length of pretraining is another file."""

@@ -3,6 +3,7 @@
     python train.py                                           m2ist on `shapes`, tiny, on a CPU, in minutes
     python train.py --method hivg                             a warm-up, then HiLoRA stage by stage
     python train.py --size base --dataset my.jsonl            the paper's model on one's own pictures
+    python train.py --row m2ist/V/b                           a row of the papers' tables; --rows lists them
     python train.py --out runs/x --resume                     go on where a run stopped
 
 --out gets args.json, log.jsonl (one object an epoch), last.pt (to resume), val.png (a look at what was learned) and
@@ -13,6 +14,7 @@ import functools
 import hashlib
 import json
 import math
+import sys
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -29,6 +31,7 @@ from tqdm import tqdm
 import data
 import hilora
 import losses
+from adapters import ADAPTERS, BRIDGE_WEIGHTS
 from model import (DETR_URL, METHODS, OPTIONS, SIZES, InputError, architecture, build_encoders, build_model, count_parameters,
                    one_of, read_state, run, save_whole, shapes_weights)
 
@@ -37,13 +40,17 @@ from model import (DETR_URL, METHODS, OPTIONS, SIZES, InputError, architecture, 
 # Defaults of flags: of all rows whose words are among the run's family, size, method and dataset; of two, the later one.
 RECIPES = {
     "detr": dict(l1=1.0, giou=1.0, contrast=0.0, focal=0.0, dice=0.0, stages=0, stage_epochs=0, stage_lr=[]),
+    # Vanilla LoRA is one stage, all of --epochs long. No rank is given; of 96 are about the parameters of Table I [D39].
+    "lora": dict(stages=1), "m2ist+lora": dict(stages=1),
     # M²IST Section IV-B c; batch of Table I. [D12] 1e-5 is the paper's rate for M³ISA; full tuning, given none, takes it.
-    "detr base": dict(epochs=90, batch_size=64, lr=1e-4, lr_encoder=1e-5, schedule="step", lr_drop=60, warmup=0),
+    "detr base": dict(epochs=90, batch_size=64, lr=1e-4, lr_encoder=1e-5, schedule="step", lr_drop=60, warmup=0, rank=96,
+                      alpha=96.0),
     "detr base refcoco+": dict(epochs=180, lr_drop=120),
     "detr base refcocog-umd": dict(max_tokens=40),                  # as released; its texts are twice as long
     "detr base refcocog-google": dict(max_tokens=40),
     # Ours, found on `shapes`: 3,000 steps in all, so larger rates, a warm-up and a smooth end.
-    "detr tiny": dict(epochs=4, batch_size=32, lr=1e-3, lr_encoder=1e-3, schedule="cosine", lr_drop=3, warmup=200),
+    "detr tiny": dict(epochs=4, batch_size=32, lr=1e-3, lr_encoder=1e-3, schedule="cosine", lr_drop=3, warmup=200, rank=24,
+                      alpha=24.0),
     "tiny full": dict(lr_encoder=1e-4),     # adapters, which start from nothing, take the whole rate; encoders a tenth of it
     # HiVG Section 4.1 and Table 8. [D21] The section's batch is 60, the table's 80.
     "clip": dict(l1=2.0, giou=2.0, contrast=1.0, focal=20.0, dice=2.0, epochs=50, lr=2.5e-4, lr_encoder=2.5e-4,
@@ -74,6 +81,8 @@ def build_parser():
     add("--weights", help="of the encoders: pretrained, random, shapes (ours; default: shapes for tiny, else pretrained)")
     add("--out", help="folder of the run (ours; default: runs/DATASET-METHOD-SEED)")
     add("--seed", type=int, default=0, help="of new weights, order and transforms (ours; default: 0)")
+    add("--row", help="a row of the papers' tables, say m2ist/V/b, at size base or tiny, which other flags may change (default: none)")
+    add("--rows", action="store_true", help="list the rows, with what each changes, and stop (ours; default: no)")
     add = parser.add_argument_group("encoders").add_argument
     add("--vision-weights", help="file of DETR R-50, official or TransVG's; hub name or folder (Section IV-B a; default: "
         "DETR's official file)")
@@ -86,6 +95,9 @@ def build_parser():
     add("--cache", default=OPTIONS["cache"], help="folder of the pretrained tiny encoders (ours; default: .cache)")
     add("--pretext-steps", type=int, help="steps of the tiny encoders' pretraining (ours; default: 800, of CLIP 1200)")
     add = parser.add_argument_group("M3ISA").add_argument
+    add("--attention-port", help=f"what stands there, {', '.join(ADAPTERS)}, none (Tables V, VI; default: by the method)")
+    add("--ffn-port", help="the same at the feed-forward ports (Tables V, VI; default: by the method)")
+    add("--insertion", help="side, sequential, parallel (Table VII; default: by the method, M²IST's is side)")
     add("--bottleneck", type=int, help="C_d of VEA and LEA (Section IV-B b; default: 128, tiny 32)")
     add("--interaction-dim", type=int, help="C_i of IEA (Section IV-B b; default: 256, tiny 64)")
     add("--interaction-bottleneck", type=int, help="C_d of IEA (Section IV-C a; default: 128, tiny 32)")
@@ -98,8 +110,12 @@ def build_parser():
         "large 6 12 18 24, tiny 1 2 4 6; clip-frozen and clip-lora the last)")
     add("--bridge-layers", type=int, nargs="*", help="vision layers with a cross-modal bridge, none if left empty (HiVG "
         "Section 4.1; default: 4 8 12, large 6 12 18 24, tiny 2 4 6)")
+    add("--bridge-weights", help=f"shape of bridges' weights: {', '.join(BRIDGE_WEIGHTS)} (HiVG Tables 4, 10; default: nxLxH)")
+    add("--no-cross-attention", action="store_true", help="bridges without it (HiVG Table 4; default: no)")
+    add("--layer-to-layer", action="store_true", help="a bridge sees one of --text-layers (HiVG Table 4; default: no)")
     by_recipe(add, "--stages", "G, LoRA's stages and layer groups; 0 is no LoRA", "HiVG Section 4.1", type=int)
-    by_recipe(add, "--stage-epochs", "of each stage, after --epochs of warm-up", "HiVG Table 8", type=int)
+    add("--last-stage", type=int, help="stop after this stage (HiVG Table 5; default: --stages)")
+    by_recipe(add, "--stage-epochs", "of each stage, after --epochs of warm-up; 0: stages share --epochs", "HiVG Table 8", type=int)
     by_recipe(add, "--stage-lr", "of each stage, the last for all more", "HiVG Table 8", type=float, nargs="+")
     by_recipe(add, "--rank", "r of LoRA", "HiVG Table 8", type=int)
     by_recipe(add, "--alpha", "α of LoRA", "HiVG Table 8", type=float)
@@ -128,12 +144,14 @@ def build_parser():
     return parser
 
 LEAST = {             # the least that makes sense, of which flags; 3 tokens are [CLS], a word and [SEP]
-    1: "epochs batch_size micro_batch lr_drop limit pretext_steps bottleneck interaction_dim interaction_bottleneck rank",
+    1: "epochs batch_size micro_batch lr_drop limit pretext_steps bottleneck interaction_dim interaction_bottleneck rank "
+       "last_stage",
     0: "workers warmup lr lr_encoder weight_decay l1 giou contrast focal dice stages stage_epochs stage_lr",
     3: "max_tokens", 1e-6: "alpha"}
 NOT_FOR = {           # flags that the methods of a family would ignore
-    "clip": "bottleneck interaction_dim interaction_bottleneck residual scale vision_weights text_weights",
-    "detr": "vision_layers bridge_layers clip_weights stages stage_epochs stage_lr rank alpha deep_to_shallow contrast"}
+    "clip": "bottleneck interaction_dim interaction_bottleneck residual scale vision_weights text_weights attention_port ffn_port "
+            "insertion",
+    "detr": "vision_layers bridge_layers bridge_weights no_cross_attention layer_to_layer clip_weights contrast"}
 
 def check(args):
     """What can be refused before anything is loaded; evaluate.py has some of the same flags."""
@@ -167,7 +185,9 @@ def complete(args):
             *((getattr(args, flag), f"--{flag.replace('_', '-')} is {method}") for flag in NOT_FOR[spec["family"]].split()),
             ((args.focal or args.dice) and not spec.get("region_hidden"), f"--focal and --dice are {method}"),
             (args.stages > layers, f"--stages is {args.stages}; there are {layers} layers to divide"),
-            (args.stages and not args.stage_epochs, "--stages needs --stage-epochs of 1 or more"),
+            (args.stages and not args.stage_epochs and args.epochs < args.stages, "--stages need as many --epochs, or --stage-epochs"),
+            (args.stages and spec.get("tune_encoders"), f"--stages is {method}, which trains what LoRA would freeze"),
+            ((args.last_stage or 0) > args.stages, "--last-stage is one of --stages"),
             (args.deep_to_shallow and not args.stages, "--deep-to-shallow is for --stages of 1 or more"),
             (clip and args.text_layers and not spec["bridge_layers"], "--text-layers are for bridges; there is none")]:
         if wrong:
@@ -177,7 +197,14 @@ def complete(args):
 def parse_args(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
-    out = args.out = args.out or f"runs/{','.join(Path(d).stem for d in args.dataset.split(','))}-{args.method}-{args.seed}"
+    if args.rows:
+        print("\n".join(f"{row:32} {'  '.join(f'{k} {v}' for k, v in row_options(row, 'base').items())}" for row in ROWS))
+        sys.exit()
+    if args.row:                       # what it sets are defaults: other flags may still change them
+        parser.set_defaults(**row_options(args.row, args.size or ("tiny" if args.dataset == "shapes" else "base")))
+        args = parser.parse_args(argv)
+    datasets, name = ",".join(Path(d).stem for d in args.dataset.split(",")), (args.row or args.method).replace("/", "-")
+    out = args.out = args.out or f"runs/{datasets}-{name}-{args.seed}"
     path = Path(out) / "args.json"
     if args.resume and not path.exists():            # killed before its first write, or never started
         print(f"--resume: nothing to go on with in {out} yet, starting a new run")
@@ -196,6 +223,55 @@ def parse_args(argv=None):
             raise InputError(f"--{key.replace('_', '-')} is {value}, but the run in {out} has {saved.get(key)}: leave "
                              f"the flag out to resume it, or start a new run by another --out")
     return args
+
+# --- Every row of the papers' tables ---------------------------------------------------------------------------------
+
+def rows(table, *options):                            # M²IST calls its rows (a), (b), ...; HiVG's count from 1
+    names = "abcdefgh" if table.startswith("m2ist") else "12345678"
+    return {f"{table}/{name}": row for name, row in zip(names, options)}
+
+# row: what it changes of `m2ist` or `hivg` at size base; {} is the default itself. II is by C_d.
+ROWS = {
+    **{f"m2ist/I/{name}": dict(method=name)
+       for name in ("full", "frozen", "adapter", "lora", "adaptformer", "cm-adapter", "mrs-adapter", "m2ist")},
+    **{f"m2ist/II/{width}": dict(bottleneck=width) for width in (8, 32, 128)},
+    **rows("m2ist/V", dict(method="frozen"), dict(attention_port="none", ffn_port="lea"), dict(attention_port="none", ffn_port="vea"),
+           dict(attention_port="none"), dict(ffn_port="none"), {}),
+    **rows("m2ist/VI", dict(attention_port="ea"), dict(ffn_port="iea"), dict(attention_port="ea", ffn_port="iea"), {}),
+    **rows("m2ist/VII", dict(insertion="sequential"), dict(insertion="parallel"), {}),
+    **rows("m2ist/VIII", dict(text_layers=[1, 2, 3, 4, 5, 6]), dict(text_layers=[1, 3, 5, 7, 9, 11]), {}),
+    **rows("m2ist/IX", dict(interaction_bottleneck=32), dict(interaction_bottleneck=64), {}),        # [D41]
+    **rows("m2ist/X", dict(method="full"), dict(method="lora"), {}, dict(method="m2ist+lora")),
+    **rows("hivg/3", dict(bridge_layers=[], stages=0), dict(stages=0), dict(bridge_layers=[]), {}),
+    **rows("hivg/4", dict(bridge_weights="none"), dict(no_cross_attention=True), dict(bridge_weights="1x1xH"),
+           dict(bridge_weights="nx1xH"), dict(bridge_weights="nxLx1"), {},
+           dict(layer_to_layer=True, bridge_weights="none", text_layers=[4, 8, 12]), dict(text_layers=[12])),
+    **rows("hivg/5", dict(last_stage=1), dict(last_stage=2), {}, dict(stages=2), dict(stages=4), dict(rank=16), dict(rank=64),
+           dict(deep_to_shallow=True)),
+    **rows("hivg/9", dict(contrast=0.0, focal=0.0, dice=0.0), dict(contrast=0.0), dict(focal=0.0, dice=0.0), {}),      # [D42]
+    **rows("hivg/10", dict(bridge_weights="aware"), dict(text_layers=[12]), dict(text_layers=[6, 12]),
+           dict(text_layers=[1, 4, 8, 12]), {}),
+    **rows("hivg/11", *(dict(bridge_layers=[], stages=0, focal=0.0, dice=0.0, vision_layers=list(layers)) for layers in (
+        [12], [2, 5, 9], [2, 5, 9, 12], [1, 4, 8, 12], [3, 6, 9, 12], range(6, 13), range(1, 13)))),
+    "hivg/fig4d/original-clip": dict(method="clip-frozen"), "hivg/fig4d/clip-vanilla-lora": dict(method="clip-lora"),
+    "hivg/fig4d/no-hilora-no-macb": dict(bridge_layers=[], stages=0), "hivg/fig4d/no-hilora": dict(stages=0),
+    "hivg/fig4d/vanilla-lora": dict(stages=1, stage_epochs=60), "hivg/fig4d/stage-1": dict(last_stage=1),
+    "hivg/fig4d/stage-2": dict(last_stage=2), "hivg/fig4d/stage-3": {}}
+
+def row_options(row, size):
+    """What a row sets. Its layers, widths and epochs are those of size base; the tiny size takes a share of them [D43]."""
+    if row not in ROWS or size == "large":
+        raise InputError(f"no row {row!r} of size {size}: `python train.py --rows` lists the rows; sizes are base and tiny")
+    options = {"method": row.partition("/")[0], **ROWS[row]}
+    tiny, base = (architecture(options["method"], name) for name in ("tiny", "base"))
+    for name, value in options.items() if size == "tiny" else ():
+        tower = name.partition("_")[0]
+        if name in ("text_layers", "vision_layers"):
+            layers = [math.ceil(layer * tiny[tower]["layers"] / base[tower]["layers"]) for layer in value]
+            options[name] = layers[2::3] if tiny["family"] == "detr" else sorted(set(layers))      # two pairs in place of six
+        elif name.endswith("bottleneck") or name == "stage_epochs":
+            options[name] = value // 4 if name.endswith("bottleneck") else value // 20
+    return options
 
 # --- The tiny encoders' pretraining --------------------------------------------------------------------------------
 # No expression is seen with its picture: vision learns what is where, text its masked words, CLIP a contrast with captions.
@@ -386,12 +462,22 @@ def make_loader(samples, args, train, epoch=0):
                       drop_last=train and len(samples) >= args.batch_size)
 
 def plan(args):
-    """The phases of a run: --epochs without LoRA, then its stages (HiVG Section 4.1). [D27] Bridges are trained in all."""
-    phases = [Phase("warm-up" if args.stages else "training", 0, 0, args.epochs, args.lr, args.lr_encoder)]
-    for stage in range(1, args.stages + 1):
-        lr, before = args.stage_lr[min(stage, len(args.stage_lr)) - 1], phases[-1].last
-        phases.append(Phase(f"stage {stage}", stage, before, before + args.stage_epochs, lr, lr))
-    return phases
+    """The phases of a run: --epochs without LoRA, then its stages (HiVG Section 4.1). [D27] Bridges are trained in all.
+    Without --stage-epochs there is no warm-up: the stages share --epochs, as adapters have them from the first."""
+    warm = args.epochs if args.stage_epochs or not args.stages else 0
+    each = args.stage_epochs or args.epochs // max(1, args.stages)
+    phases = [Phase("warm-up" if args.stages else "training", 0, 0, warm, args.lr, args.lr_encoder)]
+    for stage in range(1, (args.last_stage or args.stages) + 1):
+        lr, before = (args.stage_lr or [None])[:stage][-1], phases[-1].last
+        phases.append(Phase(f"stage {stage}", stage, before, before + each, lr or args.lr, lr or args.lr_encoder))
+    return [phase for phase in phases if phase.last > phase.first]
+
+def to_last_stage(model, args):
+    """Bring a model to the last stage of its plan, whose pairs count."""
+    for phase in plan(args):
+        drop_pairs(model)
+        begin_phase(model, phase, args, {"epoch": 0})
+    return model
 
 def make_optimizer(model, args, phase):
     """AdamW with two rates: the grounding encoder's, and that of whatever is tuned in or beside the encoders."""
@@ -411,9 +497,11 @@ def autocast(args):
     dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
     return torch.autocast(torch.device(args.device).type, dtype, enabled=dtype is not None)
 
+def loss_weights(args):
+    return {name: getattr(args, name) for name in ("l1", "giou", "contrast", "focal", "dice")}
+
 def train_epoch(model, loader, optimizer, scaler, args, epoch, phase, bar):
     """One pass over the training data. Returns the mean loss and the accuracy on the way."""
-    weights = dict(l1=args.l1, giou=args.giou, contrast=args.contrast, focal=args.focal, dice=args.dice)
     model.train()
     total = right = seen = 0
     for i, batch in enumerate(loader):
@@ -426,7 +514,7 @@ def train_epoch(model, loader, optimizer, scaler, args, epoch, phase, bar):
             *inputs, boxes, _ = (v.to(args.device, non_blocking=True) for v in part)
             with autocast(args):
                 found = model(*inputs)
-            part_loss = losses.total_loss(found, boxes, **weights) * len(boxes) / size
+            part_loss = losses.total_loss(found, boxes, **loss_weights(args)) * len(boxes) / size
             scaler.scale(part_loss).backward()
             loss += part_loss.item()
             right += (losses.iou_and_giou(found.boxes.detach(), boxes)[0] >= 0.5).sum().item()
@@ -578,10 +666,7 @@ def main(argv=None):
     if not val_samples:
         print(f"{args.dataset} has no split 'val': the last epoch is kept as the best")
     with torch.device("meta"):                          # what is wrong with the flags shows now, not after pretraining
-        model = build_model(**{**model_arguments(args), "weights": "random"})
-        for phase in plan(args):                        # to the last stage, whose pairs count
-            drop_pairs(model)
-            begin_phase(model, phase, args, {"epoch": 0})
+        model = to_last_stage(build_model(**{**model_arguments(args), "weights": "random"}), args)
     print(f"{args.method} {args.size} on {args.dataset}: {len(train_samples)} expressions to train on ("
           f"{len(listed) - len(train_samples)} left out, without area), {len(val_samples)} to validate; parameters {count_parameters(model)}; leaky pretraining "
           f"{leaky_pretraining(args)}")

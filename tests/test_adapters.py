@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn as nn
 
-from adapters import CrossModalBridge, ExpertAdapter, InteractionAdapter, SideNetworks
+import adapters
+from adapters import AdapterNetworks, CrossModalBridge, ExpertAdapter, InteractionAdapter
 
 
 def by_hand(x, linear):
@@ -72,25 +73,79 @@ def test_one_tensor_is_shared_and_vision_may_have_no_channels_of_its_own():
         InteractionAdapter(4, 8, interaction_dim=5)
 
 
+def networks(**options):
+    torch.manual_seed(0)
+    return disturb(AdapterNetworks(4, 6, layers=2, text_layers=[2, 4], bottleneck=3, interaction_dim=4,
+                                   interaction_bottleneck=2, **options))
+
+
+def random_ports(layers, dim):
+    return [{"attention": torch.randn(1, 3, dim), "ffn": torch.randn(1, 3, dim)} for _ in range(layers)]
+
+
 def test_side_networks_follow_the_recurrence_with_the_paired_layers():
-    side = SideNetworks(4, 6, layers=2, text_layers=[2, 4], bottleneck=3, interaction_dim=4, interaction_bottleneck=2)
-    x0_v, x0_l = torch.randn(1, 3, 4), torch.randn(1, 2, 6)
-    ports_v = [(torch.randn(1, 3, 4), torch.randn(1, 3, 4)) for _ in range(2)]
-    ports_l = [(torch.randn(1, 2, 6), torch.randn(1, 2, 6)) for _ in range(4)]
+    side = networks()
+    x0_v, x0_l, ports_v, ports_l = torch.randn(1, 3, 4), torch.randn(1, 3, 6), random_ports(2, 4), random_ports(4, 6)
     s_v, s_l = x0_v, x0_l
     for l, block in enumerate(side.blocks):
-        s_v = s_v + block.iea.vision(ports_v[l][0]) + block.vea(ports_v[l][1])
-        text_layer = [2, 4][l] - 1
-        s_l = s_l + block.iea.text(ports_l[text_layer][0]) + block.lea(ports_l[text_layer][1])
-    assert torch.allclose(side.vision(x0_v, ports_v), s_v, atol=1e-6)
-    assert torch.allclose(side.text(x0_l, ports_l), s_l, atol=1e-6)
+        iea, pair, text_layer = block["attention"], block["ffn"], [2, 4][l] - 1
+        s_v = s_v + iea.vision(ports_v[l]["attention"]) + pair.vea(ports_v[l]["ffn"])
+        s_l = s_l + iea.text(ports_l[text_layer]["attention"]) + pair.lea(ports_l[text_layer]["ffn"])
+    assert torch.allclose(side.side("vision", x0_v, ports_v), s_v, atol=1e-6)
+    assert torch.allclose(side.side("text", x0_l, ports_l), s_l, atol=1e-6)
     with pytest.raises(ValueError, match="paired"):
-        SideNetworks(4, 6, layers=2, text_layers=[1])
+        AdapterNetworks(4, 6, layers=2, text_layers=[1])
+
+
+@pytest.mark.parametrize("attention, ffn, kinds", [
+    ("ea", "iea", ("ExpertPair", "InteractionAdapter")), ("iea", "iea", ("InteractionAdapter", "InteractionAdapter")),
+    ("none", "ea", (None, "ExpertPair")), ("iea", "none", ("InteractionAdapter", None))])
+def test_what_stands_at_the_ports_is_what_was_asked_for(attention, ffn, kinds):
+    for block in networks(attention_port=attention, ffn_port=ffn).blocks:
+        assert tuple(type(block[port]).__name__ if port in block else None for port in ("attention", "ffn")) == kinds
+
+
+@pytest.mark.parametrize("port, has, lacks", [("vea", "vision", "text"), ("lea", "text", "vision")])
+def test_an_expert_of_one_modality_leaves_the_other_without_a_side_network(port, has, lacks):
+    """Table V (b), (c): where no adapter stands there are no side network and no parameters."""
+    side, dims = networks(attention_port="none", ffn_port=port), {"vision": 4, "text": 6}
+    x0, ports = torch.randn(1, 3, dims[has]), random_ports(4, dims[has])
+    layers = {"vision": [1, 2], "text": [2, 4]}[has]
+    ea = [block["ffn"].vea if port == "vea" else block["ffn"].lea for block in side.blocks]
+    expected = x0 + sum(adapter(ports[layer - 1]["ffn"]) for adapter, layer in zip(ea, layers))
+    assert torch.allclose(side.side(has, x0, ports), expected, atol=1e-6)
+    assert side.side(lacks, torch.randn(1, 3, dims[lacks]), random_ports(4, dims[lacks])) == 0
+    assert {p.shape[-1] for name, p in side.named_parameters() if "down.weight" in name} == {dims[has]}
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.plugs = nn.ModuleDict()
+
+
+@pytest.mark.parametrize("insertion", ["sequential", "parallel"])
+def test_an_inserted_adapter_starts_as_the_identity_and_adds_to_its_port(insertion):
+    """Fig. 3 (a), (b): sequential reads what the port puts out, parallel what the sublayer was given."""
+    stack, layers = networks(), nn.ModuleList(Layer() for _ in range(4))
+    stack.insert("text", layers, insertion)
+    assert [sorted(layer.plugs) for layer in layers] == [[], ["attention", "ffn"], [], ["attention", "ffn"]]
+    out, x = torch.randn(1, 3, 6), torch.randn(1, 3, 6)
+    for p in (p for name, p in stack.named_parameters() if name.endswith("up.bias")):
+        nn.init.zeros_(p)                                                            # as init_adapter leaves them
+    for layer in (layers[1], layers[3]):
+        assert all(torch.equal(plug(out, x, None), out) for plug in layer.plugs.values())
+    disturb(stack), [nn.init.normal_(p) for name, p in stack.named_parameters() if name.endswith("up.weight")]
+    read = out if insertion == "sequential" else x
+    for block, layer in zip(stack.blocks, (layers[1], layers[3])):
+        assert torch.equal(layer.plugs["attention"](out, x, None), out + block["attention"].text(read))
+        assert torch.equal(layer.plugs["ffn"](out, x, None), out + block["ffn"].lea(read))
+    assert not list(layers.parameters())                        # the adapters' weights go by one name, their stack's
 
 
 def test_init_is_kaiming_normal_with_zero_biases():
     torch.manual_seed(0)
-    side = SideNetworks(256, 768, layers=1, text_layers=[1])
+    side = AdapterNetworks(256, 768, layers=1, text_layers=[1])
     for linear in (m for m in side.modules() if isinstance(m, nn.Linear)):
         assert linear.weight.std().item() == pytest.approx(math.sqrt(2 / linear.in_features), rel=0.03)
         assert linear.bias.abs().max() == 0
@@ -161,3 +216,45 @@ def test_a_sample_of_the_bridge_knows_nothing_of_its_neighbours():
         length = int((~padding[b]).sum())
         alone = module(out[b:b + 1], x[b:b + 1], ([t[b:b + 1, :length] for t in texts], padding[b:b + 1, :length]))
         assert (alone[0] - together[b]).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("name, shape", [("nxLxH", (3, 5, 3)), ("nxLx1", (3, 5, 1)), ("nx1xH", (3, 1, 3)), ("1x1xH", (1, 1, 3))])
+def test_the_weights_of_a_bridge_have_the_shape_that_table_4_names(name, shape):
+    """One of the shape of 1 along an axis is shared by all layers, places or channels; Eq. (3) is the same."""
+    torch.manual_seed(0)
+    module = CrossModalBridge(4, 3, text_layers=3, max_tokens=5, heads=2, weights=name)
+    assert module.weights.shape == shape
+    nn.init.normal_(module.weights)
+    texts = [torch.randn(2, 4, 3) for _ in range(3)]
+    full = module.weights.expand(3, 5, 3)
+    calibrated = [full[i, :4] * texts[i] + texts[i] for i in range(3)]
+    assert torch.allclose(module.select(texts), module.projection(torch.cat(calibrated, -1)), atol=1e-6)
+
+
+def test_a_bridge_without_weights_or_with_weights_aware_of_the_sample():
+    texts = [torch.randn(2, 4, 8) for _ in range(3)]
+    none = CrossModalBridge(4, 8, 3, 5, 2, weights="none")
+    assert none.weights is None and torch.equal(none.select(texts), none.projection(torch.cat(texts, -1)))
+    aware = CrossModalBridge(4, 8, 3, 5, 2, weights="aware")
+    assert torch.allclose(aware.select(texts), aware.projection(torch.cat(texts, -1)))             # at first: the text as it is
+    nn.init.normal_(aware.aware[2].weight)
+    assert torch.allclose(aware.select(texts), aware.projection(torch.cat([aware.aware(f) * f + f for f in texts], -1)))
+
+
+def test_a_bridge_without_cross_attention_gives_all_of_the_picture_the_mean_of_the_real_tokens():
+    module = disturb(CrossModalBridge(4, 3, text_layers=2, max_tokens=5, heads=0))
+    texts, padding = [torch.randn(2, 4, 3) for _ in range(2)], torch.tensor([[False, False, True, True], [False] * 4])
+    out, x = torch.randn(2, 6, 4), torch.randn(2, 6, 4)
+    text = module.select(texts)
+    mean = torch.stack([text[0, :2].mean(0), text[1].mean(0)])[:, None]
+    expected = out + module.fc2(adapters.quick_gelu(module.fc1(mean)))
+    assert torch.allclose(module(out, x, (texts, padding)), expected, atol=1e-6)
+    assert not hasattr(module, "q")
+
+
+def test_a_bridge_of_one_layer_is_given_that_layer_alone():
+    torch.manual_seed(0)
+    module = CrossModalBridge(4, 3, text_layers=1, max_tokens=5, heads=2, only=1)
+    texts, padding = [torch.randn(2, 4, 3) for _ in range(3)], torch.zeros(2, 4, dtype=torch.bool)
+    out, x = torch.randn(2, 6, 4), torch.randn(2, 6, 4)
+    assert torch.equal(module(out, x, (texts, padding)), out + module.semantic(x + out, [texts[1]], padding))

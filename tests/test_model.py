@@ -357,9 +357,9 @@ def count(module):
 @pytest.mark.parametrize("bottleneck, unique", [(128, 2_975_232), (32, 1_794_432), (8, 1_499_232)])
 def test_encoder_tunable_parameters_of_m2ist(bottleneck, unique):
     model = meta("m2ist", bottleneck=bottleneck)
-    assert m.count_parameters(model)["encoder_tunable"] == unique == count(model.side)
-    shared = sum(count(block.iea.shared_up) for block in model.side.blocks)
-    norms = sum(count(ea.norm) for block in model.side.blocks for ea in (block.vea, block.lea))
+    assert m.count_parameters(model)["encoder_tunable"] == unique == count(model.adapters)
+    shared = sum(count(block["attention"].shared_up) for block in model.adapters.blocks)
+    norms = sum(count(ea.norm) for block in model.adapters.blocks for ea in (block["ffn"].vea, block["ffn"].lea))
     if bottleneck == 128:        # the paper's figure: shared projections twice, two norms for each VEA and LEA
         assert unique + shared + norms == 3_185_664
 
@@ -531,7 +531,7 @@ def test_no_graph_is_built_through_frozen_encoders():
         boxes = model(images, image_padding, tokens, token_padding).boxes
         boxes.sum().backward()
         assert [out.x.requires_grad for out in seen] == [has_graph, has_graph]
-        assert all(t.requires_grad == has_graph for out in seen for pair in out.ports for t in pair)
+        assert all(t.requires_grad == has_graph for out in seen for ports in out.ports for t in ports.values())
         assert (images.grad is not None) == has_graph
 
 
@@ -544,7 +544,7 @@ def test_full_trains_every_encoder_parameter_that_a_box_depends_on():
 
 def test_frozen_encoders_stay_in_eval_mode_and_trained_ones_do_not():
     assert not any(part.training for part in (tiny().train().vision, tiny().train().text))
-    assert tiny().train().grounding.training and tiny().train().side.training
+    assert tiny().train().grounding.training and tiny().train().adapters.training
     assert tiny("full").train().text.training and not tiny("full").eval().text.training
 
 

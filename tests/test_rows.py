@@ -1,0 +1,313 @@
+"""Every row of the papers' tables: it builds, counts, trains, and differs from its table's default as the row says."""
+import json
+import math
+import re
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+
+import adapters
+import evaluate
+import hilora
+import losses
+import model as m
+import train
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+# row: (ours, the paper's in millions, and why they differ); encoders' and what stands in or beside them, at size base.
+TWICE = "the paper counts the shared up-projection twice, two norms for each VEA and LEA [D11]"
+ALONE = "the paper's 0.59 and 1.02 add up to its 1.61 as ours do, but cannot be derived"
+DERIVED = "cannot be derived: the paper says neither where it stands nor how it counts [D39]"
+COUNTS = {
+    "m2ist/I/full": (140_761_536, 151, "cannot be derived [D10]"), "m2ist/I/frozen": (0, 0, ""),
+    "m2ist/I/adapter": (3_185_664, 3.27, DERIVED), "m2ist/I/lora": (2_359_296, 2.37, "no rank is given [D39]"),
+    "m2ist/I/adaptformer": (1_592_832, 2.38, DERIVED), "m2ist/I/cm-adapter": (2_764_800, 3.27, DERIVED),
+    "m2ist/I/mrs-adapter": (1_382_400, 1.58, TWICE), "m2ist/I/m2ist": (2_975_232, 3.19, TWICE),
+    "m2ist/II/8": (1_499_232, 1.91, "the paper's has 198,274 leftover parameters of BLIP, and " + TWICE),
+    "m2ist/II/32": (1_794_432, 2.20, "the paper's has 198,274 leftover parameters of BLIP, and " + TWICE),
+    "m2ist/II/128": (2_975_232, 3.19, TWICE),
+    "m2ist/V/a": (0, 0, ""), "m2ist/V/b": (1_194_240, 0.59, ALONE), "m2ist/V/c": (398_592, 1.02, ALONE),
+    "m2ist/V/d": (1_592_832, 1.61, TWICE), "m2ist/V/e": (1_382_400, 1.58, TWICE), "m2ist/V/f": (2_975_232, 3.19, TWICE),
+    "m2ist/VI/a": (3_185_664, 3.22, "the paper doubles its rounded 1.61"), "m2ist/VI/b": (2_764_800, 3.17, TWICE),
+    "m2ist/VI/c": (2_975_232, 3.19, TWICE), "m2ist/VI/d": (2_975_232, 3.19, TWICE),
+    **{f"m2ist/VII/{row}": (2_975_232, 3.19, TWICE) for row in "abc"},
+    **{f"m2ist/VIII/{row}": (2_975_232, None, "") for row in "abc"},
+    "m2ist/IX/a": (1_941_888, 2.00, TWICE), "m2ist/IX/b": (2_286_336, 2.40, TWICE), "m2ist/IX/c": (2_975_232, 3.19, TWICE),
+    "m2ist/X/a": (140_761_536, 151, "cannot be derived [D10]"), "m2ist/X/b": (2_359_296, 2.37, "no rank is given [D39]"),
+    "m2ist/X/c": (2_975_232, 3.19, TWICE), "m2ist/X/d": (5_334_528, 6.46, "the paper adds its Adapter row, 3.27, not its LoRA row"),
+    "hivg/3/1": (0, None, ""), "hivg/3/2": (36_836_352, None, ""), "hivg/3/3": (3_932_160, None, ""),
+    "hivg/4/1": (39_349_248, None, ""), "hivg/4/2": (33_676_800, None, ""), "hivg/4/3": (39_350_784, None, ""),
+    "hivg/4/4": (39_367_680, None, ""), "hivg/4/5": (39_352_020, None, ""), "hivg/4/7": (26_373_120, None, ""),
+    "hivg/4/8": (26_491_392, None, ""), "hivg/5/1": (39_195_648, None, ""), "hivg/5/2": (39_982_080, None, ""),
+    "hivg/5/4": (40_768_512, None, ""), "hivg/5/5": (40_768_512, None, ""), "hivg/5/6": (38_802_432, None, ""),
+    "hivg/5/7": (44_700_672, None, ""), "hivg/5/8": (40_768_512, None, ""),
+    **{f"hivg/9/{row}": (40_768_512, None, "") for row in "123"},
+    "hivg/10/1": (39_744_384, None, ""), "hivg/10/2": (26_491_392, None, ""), "hivg/10/3": (27_789_312, None, ""),
+    "hivg/10/4": (30_385_152, None, ""), **{f"hivg/11/{row}": (0, None, "") for row in "1234567"},
+    "hivg/fig4d/original-clip": (0, None, ""), "hivg/fig4d/clip-vanilla-lora": (3_932_160, None, ""),
+    "hivg/fig4d/no-hilora-no-macb": (0, None, ""), "hivg/fig4d/no-hilora": (36_836_352, None, ""),
+    "hivg/fig4d/vanilla-lora": (40_768_512, None, ""), "hivg/fig4d/stage-1": (39_195_648, None, ""),
+    "hivg/fig4d/stage-2": (39_982_080, None, ""),
+    **{row: (40_768_512, 41, "") for row in ("hivg/3/4", "hivg/4/6", "hivg/5/3", "hivg/9/4", "hivg/10/5", "hivg/fig4d/stage-3")}}
+
+
+def arguments(row, *flags):
+    return train.parse_args(["--row", row, "--weights", "random", "--device", "cpu", *flags])
+
+
+def built(row, *flags, device="cpu"):
+    args = arguments(row, *flags)
+    torch.manual_seed(0)
+    with torch.device(device):
+        return args, train.to_last_stage(m.build_model(**train.model_arguments(args)), args)
+
+
+def full_size(row):
+    return built(row, "--size", "base", device="meta")
+
+
+def test_every_row_has_a_count():
+    assert set(COUNTS) == set(train.ROWS)
+
+
+@pytest.mark.parametrize("row", COUNTS)
+def test_encoder_tunable_parameters_of_every_row(row):
+    ours, paper, why = COUNTS[row]
+    assert m.count_parameters(full_size(row)[1])["encoder_tunable"] == ours
+    assert why or paper is None or round(ours / 1e6) == paper                    # a difference has its line
+
+
+def test_the_papers_way_of_counting_gives_the_papers_figures():
+    """Shared up-projections twice, 6 x 33,024, and a second norm for each VEA and LEA, 6 x 512 and 6 x 1,536 (facts of D11)."""
+    twice, norms = 6 * 33_024, 6 * (512 + 1_536)
+    for row, experts, interactions in (("m2ist/I/m2ist", 1, 1), ("m2ist/V/d", 1, 0), ("m2ist/V/e", 0, 1), ("m2ist/IX/c", 1, 1),
+                                       ("m2ist/VII/a", 1, 1), ("m2ist/I/mrs-adapter", 0, 1)):
+        ours, paper, _ = COUNTS[row]
+        assert round((ours + experts * norms + interactions * twice) / 1e6, 2) == paper
+    for row, width in (("m2ist/IX/a", 32), ("m2ist/IX/b", 64)):                  # the column is IEA's bottleneck, not C_i [D41]
+        assert round((COUNTS[row][0] + 6 * 256 * (width + 1) + norms) / 1e6, 2) == pytest.approx(COUNTS[row][1], abs=0.006)
+
+
+# --- At tiny size: a training step, and a difference ------------------------------------------------------------------
+
+def batch():
+    g = torch.Generator().manual_seed(1)
+    padding = torch.zeros(4, 64, 64, dtype=torch.bool)
+    padding[:, 50:] = True
+    inputs = (torch.randn(4, 3, 64, 64, generator=g), padding, torch.randint(5, 100, (4, 9), generator=g),
+              torch.arange(9) >= torch.tensor([[9], [5], [7], [8]]))
+    return inputs, torch.rand(4, 4, generator=g) * 0.4 + 0.3
+
+
+def disturb(model):
+    """Weights of their own for all that is tuned, the same for the same name: what starts at 0 then shows."""
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            with torch.no_grad():
+                p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))))
+    return model
+
+
+def step(args, model):
+    """(loss, {name: parameter changed by a step})."""
+    inputs, boxes = batch()
+    optimizer = train.make_optimizer(model, args, train.plan(args)[-1])
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    loss = losses.total_loss(model.train()(*inputs), boxes, **train.loss_weights(args))
+    loss.backward()
+    optimizer.step()
+    return loss.item(), {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+
+
+@pytest.mark.parametrize("row", train.ROWS)
+def test_every_row_takes_a_step_at_tiny_size_that_changes_what_is_tuned_and_nothing_else(row):
+    args, model = built(row)
+    disturb(model)
+    loss, changed = step(args, model)
+    tuned = {name for name, p in model.named_parameters() if p.requires_grad}
+    idle = {name for name in tuned if ".region." in name and not (args.focal or args.dice)}
+    assert math.isfinite(loss) and changed == tuned - idle
+
+
+def sight(row):
+    """All that can tell a run from another: its plan, where its pairs are, what a step of it sees."""
+    args, model = built(row)
+    pairs = [name for name, module in model.named_modules() if isinstance(module, hilora.LoRALinear)]
+    first = m.build_model(**train.model_arguments(args))
+    train.begin_phase(first, train.plan(args)[-1]._replace(stage=min(1, args.stages)), args, {"epoch": 0})
+    begins = [name for name, module in first.named_modules() if isinstance(module, hilora.LoRALinear)]
+    return train.plan(args), pairs, begins, args.rank, step(args, disturb(model))[0]
+
+
+DEFAULT = {"m2ist/I": "m2ist", "m2ist/II": "128", "m2ist/V": "f", "m2ist/VI": "d", "m2ist/VII": "c", "m2ist/VIII": "c",
+           "m2ist/IX": "c", "m2ist/X": "c", "hivg/3": "4", "hivg/4": "6", "hivg/5": "3", "hivg/9": "4", "hivg/10": "5",
+           "hivg/11": "4", "hivg/fig4d": "stage-3"}
+SAME_AT_TINY = {"hivg/10/4"}                   # text layers 1, 4, 8, 12 of twelve are all of tiny's three [D43]
+
+
+@pytest.mark.parametrize("table", DEFAULT)
+def test_every_row_differs_from_all_others_of_its_table(table):
+    rows = [row for row in train.ROWS if row.startswith(table + "/") and row not in SAME_AT_TINY]
+    seen = [sight(row) for row in rows]
+    for i, row in enumerate(rows):
+        assert seen[i] not in seen[:i], row
+    default = dict(method="m2ist") if table.startswith("m2ist") else dict(method="hivg")
+    if table != "hivg/11":                       # whose rows are all without bridges, HiLoRA and RTCC
+        args = train.parse_args(["--method", default["method"], "--weights", "random", "--device", "cpu"])
+        torch.manual_seed(0)
+        model = train.to_last_stage(m.build_model(**train.model_arguments(args)), args)
+        assert step(args, disturb(model))[0] == seen[rows.index(f"{table}/{DEFAULT[table]}")][-1]
+
+
+# --- Switch by switch, at full size -----------------------------------------------------------------------------------
+
+def kinds(row):
+    block = full_size(row)[1].adapters.blocks[0]
+    return {port: sorted(name for name, _ in adapter.named_children()) for port, adapter in block.items()}
+
+
+EA, IEA = ["lea", "vea"], ["shared_up", "text_down", "text_up", "vision_down"]
+
+
+@pytest.mark.parametrize("row, ports", [
+    ("m2ist/V/b", {"ffn": ["lea"]}), ("m2ist/V/c", {"ffn": ["vea"]}), ("m2ist/V/d", {"ffn": EA}), ("m2ist/V/e", {"attention": IEA}),
+    ("m2ist/V/f", {"attention": IEA, "ffn": EA}), ("m2ist/VI/a", {"attention": EA, "ffn": EA}),
+    ("m2ist/VI/b", {"attention": IEA, "ffn": IEA}), ("m2ist/VI/c", {"attention": EA, "ffn": IEA}), ("m2ist/I/frozen", {}),
+    ("m2ist/I/adapter", {"attention": EA, "ffn": EA}), ("m2ist/I/adaptformer", {"ffn": EA}), ("m2ist/I/lora", {}),
+    ("m2ist/I/cm-adapter", {"attention": IEA, "ffn": IEA}), ("m2ist/I/mrs-adapter", {"ffn": IEA})])
+def test_what_stands_at_the_ports_of_a_row(row, ports):
+    assert kinds(row) == ports
+
+
+@pytest.mark.parametrize("row, insertion", [
+    ("m2ist/VII/a", "sequential"), ("m2ist/VII/b", "parallel"), ("m2ist/VII/c", "side"), ("m2ist/I/adapter", "sequential"),
+    ("m2ist/I/adaptformer", "parallel"), ("m2ist/I/cm-adapter", "sequential"), ("m2ist/I/mrs-adapter", "parallel")])
+def test_how_adapters_are_inserted_and_where(row, insertion):
+    model = full_size(row)[1]
+    found = {name: [i for i, layer in enumerate(tower.layers, 1) if layer.plugs]
+             for name, tower in (("vision", model.vision), ("text", model.text))}
+    inside = {"vision": [1, 2, 3, 4, 5, 6], "text": [7, 8, 9, 10, 11, 12]}
+    assert found == ({"vision": [], "text": []} if insertion == "side" else inside)
+    plugs = [plug for layer in model.vision.layers for plug in layer.plugs.values()]
+    assert {plug.insertion for plug in plugs} == (set() if insertion == "side" else {insertion})
+
+
+@pytest.mark.parametrize("row, layers", [("a", [1, 2, 3, 4, 5, 6]), ("b", [1, 3, 5, 7, 9, 11]), ("c", [7, 8, 9, 10, 11, 12])])
+def test_the_text_layers_of_table_viii(row, layers):
+    assert full_size(f"m2ist/VIII/{row}")[1].adapters.layers == {"vision": [1, 2, 3, 4, 5, 6], "text": layers}
+
+
+@pytest.mark.parametrize("row, ea, iea", [("II/8", 8, 128), ("II/32", 32, 128), ("IX/a", 128, 32), ("IX/b", 128, 64), ("V/f", 128, 128)])
+def test_the_widths_of_tables_ii_and_ix(row, ea, iea):
+    block = full_size(f"m2ist/{row}")[1].adapters.blocks[5]
+    assert block["ffn"].vea.down.out_features == block["ffn"].lea.down.out_features == ea
+    assert block["attention"].vision_down.out_features == block["attention"].text_down.out_features == iea
+    assert block["attention"].shared_up.out_features == 256
+
+
+@pytest.mark.parametrize("row, adapters_too", [("m2ist/I/lora", False), ("m2ist/X/b", False), ("m2ist/X/d", True)])
+def test_lora_stands_on_q_and_v_of_the_paired_layers_for_all_of_the_training(row, adapters_too):
+    args, model = full_size(row)
+    pairs = {name for name, module in model.named_modules() if isinstance(module, hilora.LoRALinear)}
+    assert pairs == {f"{tower}.layers.{layer}.{linear}" for tower, layers in (("vision", range(6)), ("text", range(6, 12)))
+                     for layer in layers for linear in "qv"}
+    assert any(len(block) for block in model.adapters.blocks) == adapters_too
+    assert [(phase.stage, phase.first, phase.last, phase.lr, phase.lr_encoder) for phase in train.plan(args)] == [(1, 0, 90, 1e-4, 1e-5)]
+
+
+def bridges(model):
+    return {i: layer.plugs["attention"] for i, layer in enumerate(model.clip.vision.layers, 1) if layer.plugs}
+
+
+@pytest.mark.parametrize("row, shape", [("4/3", (1, 1, 512)), ("4/4", (12, 1, 512)), ("4/5", (12, 77, 1)), ("4/6", (12, 77, 512)),
+                                        ("4/1", None), ("4/7", None), ("10/1", None), ("4/8", (1, 77, 512)), ("10/3", (2, 77, 512)),
+                                        ("10/4", (4, 77, 512))])
+def test_the_bridges_weights_of_tables_4_and_10(row, shape):
+    found = bridges(full_size(f"hivg/{row}")[1])
+    assert list(found) == [4, 8, 12]
+    assert [bridge.weights is not None and tuple(bridge.weights.shape) for bridge in found.values()] == [shape or False] * 3
+    assert all((bridge.aware is not None) == (row == "10/1") for bridge in found.values())
+
+
+def test_the_other_bridges_of_table_4():
+    found = bridges(full_size("hivg/4/2")[1])
+    assert all(not bridge.heads and not hasattr(bridge, "q") for bridge in found.values())
+    args, model = full_size("hivg/4/7")
+    seen = {layer: model.text_layers[bridge.only] for layer, bridge in bridges(model).items()}
+    assert seen == {4: 4, 8: 8, 12: 12}                                               # each the text layer of its own number
+    assert all(bridge.projection.in_features == 512 for bridge in bridges(model).values())
+
+
+@pytest.mark.parametrize("row, bridged, stages", [("3/1", 0, 0), ("3/2", 3, 0), ("3/3", 0, 3), ("3/4", 3, 3), ("5/4", 3, 2),
+                                                  ("5/5", 3, 4), ("5/1", 3, 1), ("5/2", 3, 2), ("fig4d/vanilla-lora", 3, 1)])
+def test_the_stages_of_a_row(row, bridged, stages):
+    args, model = full_size(f"hivg/{row}")
+    assert len(bridges(model)) == bridged and max(phase.stage for phase in train.plan(args)) == stages
+
+
+def trained_layers(model):
+    return [i for i, layer in enumerate(model.clip.vision.layers, 1) if hilora.find_pairs(layer)]
+
+
+@pytest.mark.parametrize("row, layers", [("5/1", range(1, 5)), ("5/2", range(1, 9)), ("5/3", range(1, 13)), ("5/4", range(1, 13))])
+def test_the_layers_that_a_stage_of_table_5_trains(row, layers):
+    assert trained_layers(full_size(f"hivg/{row}")[1]) == list(layers)
+
+
+def test_ranks_and_the_order_of_table_5():
+    for row, rank in (("5/6", 16), ("5/7", 64), ("5/3", 32)):
+        assert {len(pair.A) for _, _, pair in hilora.find_pairs(full_size(f"hivg/{row}")[1])} == {rank}
+    args, _ = full_size("hivg/5/8")
+    with torch.device("meta"):
+        model = m.build_model(**train.model_arguments(args))
+        train.begin_phase(model, train.plan(args)[1], args, {"epoch": 0})
+    assert trained_layers(model) == [9, 10, 11, 12]                                   # stage 1 is the deepest group
+
+
+@pytest.mark.parametrize("row, weights", [(1, (0, 0, 0)), (2, (0, 20, 2)), (3, (1, 0, 0)), (4, (1, 20, 2))])
+def test_the_losses_of_table_9(row, weights):
+    args = arguments(f"hivg/9/{row}", "--size", "base")
+    assert (args.contrast, args.focal, args.dice) == weights and (args.l1, args.giou) == (2, 2)
+
+
+def test_the_vision_layers_of_table_11():
+    found = [full_size(f"hivg/11/{row}") for row in range(1, 8)]
+    assert [list(model.levels) for _, model in found] == [[12], [2, 5, 9], [2, 5, 9, 12], [1, 4, 8, 12], [3, 6, 9, 12],
+                                                          [6, 7, 8, 9, 10, 11, 12], list(range(1, 13))]
+    assert all(not bridges(model) and not args.stages and not args.focal and not args.dice for args, model in found)
+
+
+# --- Gradients: where they pass -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("method, vision, text", [("m2ist", 0, 0), ("frozen", 0, 0), ("adapter", 1, 3), ("adaptformer", 1, 3),
+                                                  ("cm-adapter", 1, 3), ("mrs-adapter", 1, 3), ("lora", 1, 3)])
+def test_gradients_pass_an_encoder_from_its_first_inserted_module_on(method, vision, text):
+    """From layer `vision`, `text` on; 0: not at all. Nothing before it is kept for a backward."""
+    _, model = built(f"m2ist/I/{method}")
+    inputs, _ = batch()
+    seen = {"vision": [], "text": []}
+    for name in seen:
+        for layer in getattr(model, name).layers:
+            layer.register_forward_hook(lambda _, __, out, name=name: seen[name].append(out[0].requires_grad))
+    model.train()(*inputs)
+    for name, first in (("vision", vision), ("text", text)):
+        assert seen[name] == [bool(first) and layer >= first for layer in range(1, len(seen[name]) + 1)]
+
+
+def test_an_inserted_adapter_starts_as_the_frozen_model():
+    inputs, _ = batch()
+    for row in ("adapter", "adaptformer", "cm-adapter", "mrs-adapter", "lora"):
+        assert torch.equal(built(f"m2ist/I/{row}")[1].eval()(*inputs).boxes.detach(), built("m2ist/I/frozen")[1].eval()(*inputs).boxes.detach())
+
+
+@pytest.mark.parametrize("row", ["m2ist/I/adapter", "m2ist/VII/b", "m2ist/X/d"])
+def test_a_copied_model_has_adapters_of_its_own(row):
+    import copy
+    _, model = built(row)
+    twin, (inputs, _) = copy.deepcopy(model), batch()
+    before = model.eval()(*inputs).boxes
+    disturb(twin)
+    assert torch.equal(model(*inputs).boxes, before) and not torch.equal(twin.eval()(*inputs).boxes, before)
