@@ -663,10 +663,10 @@ def test_what_is_padding_does_not_reach_the_box():
 
 def test_adapter_options_reach_the_adapters():
     model = tiny(bottleneck=5, interaction_dim=32, interaction_bottleneck=7, scale=0.5, residual=True, text_layers=[1, 3])
-    block = model.side.blocks[0]
-    assert (block.vea.down.out_features, block.iea.text_down.out_features, block.iea.shared_up.out_features) == (5, 7, 32)
-    assert (block.lea.scale, block.iea.scale, block.vea.residual, block.iea.residual) == (0.5, 0.5, True, True)
-    assert model.side.text_layers == [1, 3]
+    iea, pair = model.adapters.blocks[0]["attention"], model.adapters.blocks[0]["ffn"]
+    assert (pair.vea.down.out_features, iea.text_down.out_features, iea.shared_up.out_features) == (5, 7, 32)
+    assert (pair.lea.scale, iea.scale, pair.vea.residual, iea.residual) == (0.5, 0.5, True, True)
+    assert model.adapters.layers["text"] == [1, 3]
 
 
 @pytest.mark.parametrize("arguments, words", [
