@@ -165,10 +165,14 @@ def check(args):
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {args.device} cannot be used ({str(error).splitlines()[0]}); try --device cpu") from None
 
+def specify(args):
+    """The architecture that a run's flags ask for, as a dict."""
+    return architecture(args.method, args.size, {key: getattr(args, key) for key in OPTIONS})
+
 def complete(args):
     """Fill in what the command line left open, and refuse what cannot be, would be ignored or would fail halfway."""
     args.size = args.size or ("tiny" if args.dataset == "shapes" else "base")
-    spec = architecture(args.method, args.size, {key: getattr(args, key) for key in OPTIONS})
+    spec = specify(args)
     args.weights = args.weights or ("shapes" if args.size == "tiny" else "pretrained")
     known = {spec["family"], args.size, args.method, args.dataset}
     recipe = {key: value for words, row in RECIPES.items() if known.issuperset(words.split()) for key, value in row.items()}
@@ -186,6 +190,7 @@ def complete(args):
             ((args.focal or args.dice) and not spec.get("region_hidden"), f"--focal and --dice are {method}"),
             (args.stages > layers, f"--stages is {args.stages}; there are {layers} layers to divide"),
             (args.stages and not args.stage_epochs and args.epochs < args.stages, "--stages need as many --epochs, or --stage-epochs"),
+            (args.residual and spec["insertion"] != "side", "--residual is for side networks; what is inserted adds to what is there"),
             (args.stages and spec.get("tune_encoders"), f"--stages is {method}, which trains what LoRA would freeze"),
             ((args.last_stage or 0) > args.stages, "--last-stage is one of --stages"),
             (args.deep_to_shallow and not args.stages, "--deep-to-shallow is for --stages of 1 or more"),

@@ -311,3 +311,125 @@ def test_a_copied_model_has_adapters_of_its_own(row):
     before = model.eval()(*inputs).boxes
     disturb(twin)
     assert torch.equal(model(*inputs).boxes, before) and not torch.equal(twin.eval()(*inputs).boxes, before)
+
+
+def test_the_readmes_adapter_of_ten_lines_is_a_method(capsys, monkeypatch):
+    monkeypatch.setattr(adapters, "ADAPTERS", dict(adapters.ADAPTERS))
+    monkeypatch.setattr(m, "ADAPTERS", adapters.ADAPTERS), monkeypatch.setattr(m, "METHODS", dict(m.METHODS))
+    monkeypatch.setattr(train, "METHODS", m.METHODS)
+    code = re.search(r"```python\n(import torch, adapters.+?)```", README, re.S)[1]
+    assert len([line for line in code.splitlines() if line and not line.startswith(("import", "print"))]) <= 10
+    with torch.device("meta"):
+        exec(code, {})
+    assert f"'encoder_tunable': {2 * 6 * (256 + 768)}" in capsys.readouterr().out
+    args = train.parse_args(["--method", "shift", "--weights", "random", "--device", "cpu"])
+    model = m.build_model(**train.model_arguments(args))
+    changed = step(args, model)[1]
+    assert {name for name in changed if name.startswith("adapters.")} == {name for name, _ in model.named_parameters() if "adapters." in name}
+
+
+# --- What a row costs ---------------------------------------------------------------------------------------------------
+
+def cost(row, *flags):
+    return evaluate.count_cost(arguments(row, "--size", "base", *flags))
+
+
+def test_saved_bytes_are_the_distinct_storages_that_backward_needs():
+    """Of relu(W x + b): x and the output; of y * y: y once; of a transposed view: what it is a view of. Weights are the model's."""
+    linear, x = nn.Linear(4, 8), torch.randn(3, 4)
+    assert evaluate.saved_bytes(linear, lambda: torch.relu(linear(x))) == 3 * 4 * 4 + 3 * 8 * 4
+    y = torch.randn(5, requires_grad=True)
+    assert evaluate.saved_bytes(linear, lambda: y * y) == 5 * 4
+    z = torch.randn(6, 2)
+    assert evaluate.saved_bytes(linear, lambda: (linear(z[:, :1].expand(6, 4)).sum() * 1, nn.functional.linear(z.T, y[:1].expand(3, 6)))) \
+        == 6 * 2 * 4 + 5 * 4
+    linear.requires_grad_(False)
+    assert evaluate.saved_bytes(linear, lambda: linear(x)) == 0
+
+
+def test_macs_are_those_of_the_products():
+    """A tiny text encoder's layer by hand, and twice the layers twice as many."""
+    found = cost("m2ist/I/frozen")
+    T, C, hidden, vl = 20, 768, 3072, 421
+    bert = 12 * (T * (4 * C * C + 2 * C * hidden) + 2 * T * T * C)
+    detr = 6 * (400 * (4 * 256 * 256 + 2 * 256 * 2048) + 2 * 400 * 400 * 256)
+    grounding = 6 * (vl * (4 * 256 * 256 + 2 * 256 * 2048) + 2 * vl * vl * 256) + 400 * 256 * 256 + T * C * 256 + 2 * 256 * 256 + 4 * 256
+    resnet = found["macs"] - bert - detr - grounding - 400 * 2048 * 256
+    assert resnet == pytest.approx(4.087e9 * (640 / 224) ** 2, rel=2e-3)           # ResNet-50 without its classifier, at 224
+
+
+def test_what_the_tables_say_about_memory_holds_by_saved_bytes():
+    """At full size, 640 pixels, 20 tokens. M²IST: at most 35% of full (the paper's memory: 39.64%), least of all but frozen."""
+    saved = {row: cost(row)["saved_bytes"] for row in train.ROWS if re.match("m2ist/(I|V|VI|VII)/", row)}
+    full, frozen, ours = saved["m2ist/I/full"], saved["m2ist/I/frozen"], saved["m2ist/I/m2ist"]
+    assert ours <= 0.35 * full
+    assert all(ours < saved[f"m2ist/I/{other}"] for other in ("full", "adapter", "lora", "adaptformer", "cm-adapter", "mrs-adapter"))
+    assert all(saved[f"m2ist/V/{row}"] <= 1.08 * frozen for row in "abcdef")                # the paper's 15.44 of 14.32
+    # The frozen linears keep nothing of what they are given, so an adapter brings its own input, be it a port or the stream.
+    assert saved["m2ist/VII/c"] < saved["m2ist/VII/b"] == saved["m2ist/VII/a"]
+
+
+def test_macs_of_hivg_beside_the_papers():
+    """38.7 G there, which fits four bridges and a segmentation head of 4.32 G; ours has three and none."""
+    ours, four = cost("hivg/3/4")["macs"], cost("hivg/3/4", "--bridge-layers", "1", "4", "8", "12")["macs"]
+    assert (round(ours / 1e9, 2), round(four / 1e9, 2)) == (32.05, 33.68)
+    assert f"{ours / 1e9:.2f} G" in README
+
+
+def test_the_command_prints_the_costs_with_shares_of_full_and_the_papers_beside(tmp_path, capsys):
+    results = evaluate.main(["--cost", "full", "m2ist", "hivg/3/2", "--size", "tiny", "--device", "cpu", "--json", str(tmp_path / "c.json")])
+    assert json.loads((tmp_path / "c.json").read_text()) == results
+    assert [row["method"] for row in results] == ["full", "m2ist", "hivg/3/2"]
+    assert set(results[0]) == {"method", "size", "total", "trainable", "encoder_tunable", "macs", "saved_bytes", "train_step_s", "eval_s",
+                               "batch"}
+    out = capsys.readouterr().out
+    share = results[1]["saved_bytes"] / results[0]["saved_bytes"]
+    assert f"({share:.1%})" in out and "the paper: 3.19 M (2.11%), 15.44 GB (39.64%)" in out
+    assert all(0 < row["eval_s"] and 0 < row["train_step_s"] < 60 for row in results)
+    evaluate.main(["--cost", "m2ist", "--size", "tiny", "--device", "cpu"])
+    assert "%" not in capsys.readouterr().out                                      # shares of what was not asked for
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--cost", "nosuch"], "nosuch"), (["--cost", "m2ist/V/z"], "m2ist/V/z.*--rows"), ([], "--cost"),
+    (["runs/x", "--cost", "m2ist"], "--cost"), (["--cost", "hivg/3/1", "--size", "large"], "large"), (["--cost", "m2ist", "--size", "xl"], "xl")])
+def test_what_is_wrong_with_a_question_of_cost_is_said(flags, words):
+    with pytest.raises(m.InputError, match=words):
+        evaluate.main(flags)
+
+
+# --- The command line ---------------------------------------------------------------------------------------------------
+
+def test_rows_are_listed_with_what_they_change(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.parse_args(["--rows"])
+    out = capsys.readouterr().out
+    assert not stop.value.code and all(re.search(rf"^{re.escape(row)} ", out, re.M) for row in train.ROWS)
+    assert re.search(r"^m2ist/V/b .*ffn_port lea", out, re.M) and re.search(r"^hivg/11/2 .*\[2, 5, 9\]", out, re.M)
+
+
+def test_a_row_sets_defaults_that_flags_may_change():
+    args = arguments("m2ist/II/32", "--size", "base")
+    assert (args.method, args.bottleneck, args.row, args.out) == ("m2ist", 32, "m2ist/II/32", "runs/shapes-m2ist-II-32-0")
+    assert arguments("m2ist/II/32", "--size", "base", "--bottleneck", "64").bottleneck == 64
+    assert arguments("m2ist/II/32").bottleneck == 8                                                  # tiny: a fourth [D43]
+    assert arguments("m2ist/VIII/b").text_layers == [2, 4] and arguments("m2ist/VIII/a").text_layers == [1, 2]
+    assert arguments("hivg/11/2").vision_layers == [1, 3, 5] and arguments("hivg/fig4d/vanilla-lora").stage_epochs == 3
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--row", "m2ist/V/z"], "m2ist/V/z.*--rows"), (["--row", "hivg/3/1", "--size", "large"], "base and tiny"),
+    (["--row", "m2ist/V/b", "--method", "hivg"], "ffn-port is not for --method hivg"), (["--ffn-port", "nosuch"], "nosuch.*iea"),
+    (["--insertion", "above"], "above.*sequential"), (["--method", "hivg", "--bridge-weights", "HxL"], "HxL.*nx1xH"),
+    (["--method", "hivg", "--insertion", "parallel"], "insertion is not for"), (["--layer-to-layer"], "layer-to-layer is not for"),
+    (["--method", "full", "--stages", "1"], "full"), (["--method", "hivg", "--last-stage", "4"], "--last-stage"),
+    (["--method", "lora", "--epochs", "1", "--stages", "2"], "--epochs"), (["--method", "adapter", "--residual"], "--residual")])
+def test_what_is_wrong_with_a_row_or_a_switch_is_said(flags, words):
+    with pytest.raises(m.InputError, match=words):
+        train.parse_args([*flags, "--device", "cpu"])
+
+
+def test_a_bridge_for_each_text_layer_is_asked_for():
+    args = train.parse_args(["--method", "hivg", "--layer-to-layer", "--text-layers", "1", "2", "--weights", "random", "--device", "cpu"])
+    with pytest.raises(m.InputError, match="3 bridges need as many --text-layers, not 2"):
+        m.build_model(**train.model_arguments(args))
