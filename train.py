@@ -58,9 +58,10 @@ RECIPES = {
     "tiny clip-frozen": dict(epochs=7),
     "tiny clip-lora": dict(stage_epochs=3)}
 
-def by_recipe(add, flag, text, source, **options):           # adds a flag whose default the recipes give
+def by_recipe(add, flag, text, source, **options):           # adds a flag whose default the sizes or the recipes give
     key = flag[2:].replace("-", "_")
-    rows = ", ".join(f"{words} {row[key]}" for words, row in RECIPES.items() if key in row)
+    sizes = [(f"{family} {size}", spec) for size, families in SIZES.items() for family, spec in families.items()]
+    rows = ", ".join(f"{words} {row[key]}" for words, row in [*sizes, *RECIPES.items()] if key in row)
     add(flag, help=f"{text} ({source}; tiny ours; default: {rows})".strip(), **options)
 
 def build_parser():
@@ -75,29 +76,24 @@ def build_parser():
     add("--out", help="folder of the run (ours; default: runs/DATASET-METHOD-SEED)")
     add("--seed", type=int, default=0, help="of new weights, order and transforms (ours; default: 0)")
     add = parser.add_argument_group("encoders").add_argument
-    add("--vision-weights", help="file of DETR R-50, official or TransVG's; hub name or folder (Section IV-B a; default: "
-        "DETR's official file)")
-    add("--text-weights", help="hub name or folder of a BERT (Section IV-B a; default: bert-base-uncased)")
-    add("--clip-weights", help="hub name or folder of a CLIP, or a file in HiVG's naming (HiVG Section 4.1; default: OpenAI's "
-        "ViT-B/16, large ViT-L/14)")
-    add("--max-tokens", type=int, help="text tokens with the first and the last (released code, HiVG Appendix B; default: "
-        "M²IST 20, of RefCOCOg 40, HiVG 77)")
-    add("--pixels", help="whose mean and deviation, detr's or clip's; HiVG's takes detr's (released code; default: the encoder's)")
+    add("--vision-weights", help="DETR R-50: a file, also TransVG's, a folder, a hub name (Section IV-B a; default: official)")
+    by_recipe(add, "--text-weights", "hub name or folder of a BERT", "Section IV-B a")
+    by_recipe(add, "--clip-weights", "hub name or folder of a CLIP, or a file in HiVG's naming", "HiVG Section 4.1")
+    by_recipe(add, "--max-tokens", "text tokens with the first and the last", "released code, HiVG Appendix B", type=int)
+    add("--pixels", help="whose mean and deviation: clip, or detr, as HiVG's takes (released code; default: the encoder's)")
     add("--cache", default=OPTIONS["cache"], help="folder of the pretrained tiny encoders (ours; default: .cache)")
-    add("--pretext-steps", type=int, help="steps of the tiny encoders' pretraining (ours; default: 800, of CLIP 1200)")
+    by_recipe(add, "--pretext-steps", "of the tiny encoders' pretraining", "not in the papers", type=int)
     add = parser.add_argument_group("M3ISA").add_argument
-    add("--bottleneck", type=int, help="C_d of VEA and LEA (Section IV-B b; default: 128, tiny 32)")
-    add("--interaction-dim", type=int, help="C_i of IEA (Section IV-B b; default: 256, tiny 64)")
-    add("--interaction-bottleneck", type=int, help="C_d of IEA (Section IV-C a; default: 128, tiny 32)")
+    by_recipe(add, "--bottleneck", "C_d of VEA and LEA", "Section IV-B b", type=int)
+    by_recipe(add, "--interaction-dim", "C_i of IEA", "Section IV-B b", type=int)
+    by_recipe(add, "--interaction-bottleneck", "C_d of IEA", "Section IV-C a", type=int)
     add("--scale", type=float, help="s of all adapters (Section IV-B b; default: 0.1)")
     add("--residual", action="store_true", help="adapters add their own input, Eqs. 1, 4, 5 (released code; default: no)")
-    add("--text-layers", type=int, nargs="+", help="M²IST: paired with vision layers 1, 2, ... (Table VIII c; default: "
-        "7 8 9 10 11 12, tiny 3 4); HiVG: what bridges see (Table 10; default: all; 13: the text as projected)")
+    by_recipe(add, "--text-layers", "M²IST: paired with vision layers 1, 2, ...; HiVG: what bridges see, all if not given; 13: the "
+              "text as projected", "Table VIII c, HiVG Table 10", type=int, nargs="+")
     add = parser.add_argument_group("HiVG").add_argument
-    add("--vision-layers", type=int, nargs="+", help="whose features are grounded (HiVG Section 4.1; default: 1 4 8 12, "
-        "large 6 12 18 24, tiny 1 2 4 6; clip-frozen and clip-lora the last)")
-    add("--bridge-layers", type=int, nargs="*", help="vision layers with a cross-modal bridge, none if left empty (HiVG "
-        "Section 4.1; default: 4 8 12, large 6 12 18 24, tiny 2 4 6)")
+    by_recipe(add, "--vision-layers", "to ground; the last of plain CLIP's methods", "HiVG Section 4.1", type=int, nargs="+")
+    by_recipe(add, "--bridge-layers", "with a cross-modal bridge, none if empty", "HiVG Section 4.1", type=int, nargs="*")
     by_recipe(add, "--stages", "G, LoRA's stages and layer groups; 0 is no LoRA", "HiVG Section 4.1", type=int)
     by_recipe(add, "--stage-epochs", "of each stage, after --epochs of warm-up", "HiVG Table 8", type=int)
     by_recipe(add, "--stage-lr", "of each stage, the last for all more", "HiVG Table 8", type=float, nargs="+")
