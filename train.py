@@ -23,7 +23,8 @@ import torch.nn.functional as F
 import torchvision
 import transformers
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader, Dataset
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
@@ -196,7 +197,7 @@ def parse_args(argv=None):
 # --- The tiny encoders' pretraining --------------------------------------------------------------------------------
 # No expression is seen with its picture: vision learns what is where, text its masked words, CLIP a contrast with captions.
 
-class ShapesScenes(Dataset):
+class ShapesScenes:
     """Pictures of the train split -> image, padding, owner (Nv,), which of the things covers a cell of the encoder's grid,
     -1 where none does, and things: [(Thing, its box as in a batch), ...]. spec: of the encoder, from SIZES."""
     def __init__(self, spec, pixels, seed):
@@ -216,11 +217,11 @@ class ShapesScenes(Dataset):
             owner[y1:y2, x1:x2] = index                                         # cells whose centre lies in the box
         return image, padding, owner.flatten(), things
 
-    def batches(self, steps, batch):
-        """images (B, 3, S, S), padding (B, S, S), owner (B, Nv), and a list of things for each picture; `steps` times."""
-        order = torch.randint(len(self), (steps * batch,)).tolist()
-        return DataLoader(self, batch, sampler=order, collate_fn=lambda items: [
-            torch.stack(part) if torch.is_tensor(part[0]) else part for part in zip(*items)])
+def random_batches(items, steps, batch):
+    """`steps` times the parts of some items: tensors as one, padded by 0, which is [PAD], to the longest; else a tuple."""
+    for _ in range(steps):
+        parts = zip(*(items[i] for i in torch.randint(len(items), (batch,)).tolist()))
+        yield [pad_sequence(part, batch_first=True) if torch.is_tensor(part[0]) else part for part in parts]
 
 def caption(rng, thing, box):
     """A thing and its whereabouts, in words or as on a map: "red circle top left", "blue square c 5". box: as in a batch."""
@@ -238,7 +239,7 @@ class PretextVision(nn.Module):
         super().__init__()
         self.encoder, self.parts = encoder, [len(data.COLOURS) + 1, len(data.SHAPES), 4]
         self.head = nn.Linear(SIZES["tiny"]["detr"]["vision"]["dim"], sum(self.parts)).requires_grad_(False)
-        self.batches = ShapesScenes(SIZES["tiny"]["detr"], data.PIXELS["detr"], seed).batches
+        self.items = ShapesScenes(SIZES["tiny"]["detr"], data.PIXELS["detr"], seed)
 
     def targets(self, owner, things):
         """Colour (B, Nv), one past the last for none; shape (B, Nv), box (B, Nv, 4)."""
@@ -261,12 +262,7 @@ class PretextText(nn.Module):
         super().__init__()
         self.encoder, self.tokenizer = encoder, data.Tokenizer("shapes", None, SIZES["tiny"]["detr"]["max_tokens"])
         self.head = nn.Linear(encoder.word.embedding_dim, encoder.word.num_embeddings)
-
-    def batches(self, steps, batch):
-        texts = [torch.tensor(self.tokenizer(sample.text)) for sample in data.load_samples("shapes", "train")]
-        for _ in range(steps):
-            chosen = [texts[i] for i in torch.randint(len(texts), (batch,))]
-            yield nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=self.tokenizer.pad),
+        self.items = [(torch.tensor(self.tokenizer(sample.text)),) for sample in data.load_samples("shapes", "train")]
 
     def forward(self, tokens):
         real = tokens != self.tokenizer.pad
@@ -280,12 +276,11 @@ class PretextClip(nn.Module):
     def __init__(self, encoder, seed):
         super().__init__()
         self.encoder, self.tokenizer = encoder, data.Tokenizer("shapes", None, SIZES["tiny"]["clip"]["max_tokens"])
-        self.batches = ShapesScenes(SIZES["tiny"]["clip"], data.PIXELS["clip"], seed).batches
+        self.items = ShapesScenes(SIZES["tiny"]["clip"], data.PIXELS["clip"], seed)
         self.rng = data.seeded("captions", seed)
 
     def embed_texts(self, texts):
-        ids = [torch.tensor(self.tokenizer(text)) for text in texts]
-        tokens = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.tokenizer.pad)
+        tokens = pad_sequence([torch.tensor(self.tokenizer(text)) for text in texts], batch_first=True)
         return self.encoder.text(tokens, tokens == self.tokenizer.pad).embedding
 
     def forward(self, images, padding, owner, things):
@@ -312,7 +307,7 @@ def pretrain_encoders(cache, steps, family, batch=64, lr=2e-3, seed=0):
         task = {"vision": PretextVision, "text": PretextText, "clip": PretextClip}[name](encoder.train(), seed)
         optimizer = torch.optim.AdamW(task.parameters(), lr)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-        for inputs in (bar := tqdm(task.batches(steps, batch), f"pretraining the tiny {name} encoder", steps)):
+        for inputs in (bar := tqdm(random_batches(task.items, steps, batch), f"pretraining the tiny {name} encoder", steps)):
             loss = task(*inputs)
             optimizer.zero_grad()
             loss.backward()
