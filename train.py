@@ -176,19 +176,17 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     out = args.out = args.out or f"runs/{','.join(Path(d).stem for d in args.dataset.split(','))}-{args.method}-{args.seed}"
     path = Path(out) / "args.json"
-    if args.resume and not path.exists():            # killed before its first write, or never started
-        print(f"--resume: nothing to go on with in {out} yet, starting a new run")
-        args.resume = False
-    if not args.resume:
-        return complete(args)
     try:
-        saved = json.loads(path.read_text())["args"]
+        saved = json.loads(path.read_text())["args"] if args.resume else {}
+    except (FileNotFoundError, NotADirectoryError):            # killed before its first write, or never started
+        print(f"--resume: nothing to go on with in {out} yet, starting a new run")
+        saved = {}
     except (ValueError, KeyError):
         raise InputError(f"{path}: not what train.py writes; start a new run by another --out") from None
     parser.set_defaults(**saved)
     args = complete(parser.parse_args(argv))
-    args.out, args.resume = out, True
-    for key, value in vars(args).items():
+    args.out, args.resume = out, bool(saved)
+    for key, value in vars(args).items() if saved else ():
         if value != saved.get(key) and key not in ("device", "workers", "resume", "out", "cache"):        # these may change
             raise InputError(f"--{key.replace('_', '-')} is {value}, but the run in {out} has {saved.get(key)}: leave "
                              f"the flag out to resume it, or start a new run by another --out")
