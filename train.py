@@ -90,8 +90,8 @@ def build_parser():
     by_recipe(add, "--interaction-bottleneck", "C_d of IEA", "Section IV-C a", type=int)
     add("--scale", type=float, help="s of all adapters (Section IV-B b; default: 0.1)")
     add("--residual", action="store_true", help="adapters add their own input, Eqs. 1, 4, 5 (released code; default: no)")
-    by_recipe(add, "--text-layers", "M²IST: paired with vision layers 1, 2, ...; HiVG: what bridges see, all if not given; 13: the "
-              "text as projected", "Table VIII c, HiVG Table 10", type=int, nargs="+")
+    by_recipe(add, "--text-layers", "M²IST: paired with vision layers 1, 2, ...; HiVG: what bridges see, all if not given; "
+              "13: the text as projected", "Table VIII c, HiVG Table 10", type=int, nargs="+")
     add = parser.add_argument_group("HiVG").add_argument
     by_recipe(add, "--vision-layers", "to ground; the last of plain CLIP's methods", "HiVG Section 4.1", type=int, nargs="+")
     by_recipe(add, "--bridge-layers", "with a cross-modal bridge, none if empty", "HiVG Section 4.1", type=int, nargs="*")
@@ -156,7 +156,7 @@ def complete(args):
     one_of("schedule", args.schedule, ("step", "cosine"))
     one_of("amp", args.amp, ("off", "bf16", "fp16"))
     args.micro_batch = args.micro_batch or args.batch_size
-    args.pretext_steps = args.pretext_steps or spec["pretext_steps"]
+    args.pretext_steps = spec["pretext_steps"]
     args.workers = args.workers if args.workers is not None else 0 if args.dataset == "shapes" else 2
     check(args)
     method, layers, clip = f"not for --method {args.method}", spec["vision"]["layers"], spec["family"] == "clip"
@@ -402,7 +402,7 @@ def autocast(args):
 
 def train_epoch(model, loader, optimizer, scaler, args, epoch, phase, bar):
     """One pass over the training data. Returns the mean loss and the accuracy on the way."""
-    weights = dict(l1=args.l1, giou=args.giou, contrast=args.contrast, focal=args.focal, dice=args.dice)
+    weights = args.l1, args.giou, args.contrast, args.focal, args.dice
     model.train()
     total = right = seen = 0
     for i, batch in enumerate(loader):
@@ -415,7 +415,7 @@ def train_epoch(model, loader, optimizer, scaler, args, epoch, phase, bar):
             *inputs, boxes, _ = (v.to(args.device, non_blocking=True) for v in part)
             with autocast(args):
                 found = model(*inputs)
-            part_loss = losses.total_loss(found, boxes, **weights) * len(boxes) / size
+            part_loss = losses.total_loss(found, boxes, *weights) * len(boxes) / size
             scaler.scale(part_loss).backward()
             loss += part_loss.item()
             right += (losses.iou_and_giou(found.boxes.detach(), boxes)[0] >= 0.5).sum().item()
@@ -430,40 +430,35 @@ def train_epoch(model, loader, optimizer, scaler, args, epoch, phase, bar):
     return total / seen, right / seen
 
 @torch.no_grad()
-def predict(model, loader, args):
-    """Boxes (N, 4), truths (N, 4) and IoUs (N,) of a whole loader, on the CPU."""
+def predict(model, loader, args, attention=False):
+    """Boxes (N, 4), truths (N, 4) and IoUs (N,) of a whole loader, on the CPU; if asked for, [REG]'s attention (N, Nv) too."""
     model.eval()
-    found = []
+    rows = []
     for batch in loader:
         with autocast(args):
-            pred = model(*(batch[k].to(args.device) for k in INPUTS)).boxes.float().cpu()
-        found.append((pred, batch["boxes"], losses.iou_and_giou(pred, batch["boxes"])[0]))
-    return [torch.cat(part) for part in zip(*found)]
+            found = model(*(batch[k].to(args.device) for k in INPUTS), attention=attention)
+        pred, looks = found.boxes.float().cpu(), [found.attention] if attention else []
+        rows.append((pred, batch["boxes"], losses.iou_and_giou(pred, batch["boxes"])[0], *looks))
+    return [torch.cat(part) for part in zip(*rows)]
 
 def scores(ious):
     return {"acc@0.5": (ious >= 0.5).float().mean().item(), "mean_iou": ious.mean().item()}
 
-@torch.no_grad()
 def picture_predictions(model, samples, args, path):
     """Save a sheet of samples with expression, true box (green), predicted box (magenta) and [REG]'s attention."""
-    model.eval()
-    tiles = []
-    for sample, batch in zip(samples, make_loader(samples, argparse.Namespace(**{**vars(args), "batch_size": 1}), False)):
-        with autocast(args):
-            found = model(*(batch[k].to(args.device) for k in INPUTS), attention=True)
-        iou = losses.iou_and_giou(found.boxes.cpu(), batch["boxes"])[0].item()
+    loader, tiles = make_loader(samples, argparse.Namespace(**{**vars(args), "batch_size": 1}), False), []
+    for sample, pred, _, iou, looks in zip(samples, *predict(model, loader, args, attention=True)):
         picture = data.load_picture(sample.image)
-        box = data.from_square(found.boxes[0].cpu(), picture.size, batch["images"].shape[-1])
-        tiles.append(data.draw(picture, f"{sample.text} (IoU {iou:.2f})", [(sample.box, data.TRUE), (box, data.PREDICTED)],
-                               found.attention[0]))
+        boxes = [(sample.box, data.TRUE), (data.from_square(pred, picture.size, loader.dataset.size), data.PREDICTED)]
+        tiles.append(data.draw(picture, f"{sample.text} (IoU {iou:.2f})", boxes, looks))
     data.contact_sheet(tiles).save(path)
 
 # What TransVG's files of DETR have not seen, of COCO's pictures; the public ones have seen all of them.
 UNSEEN = {"detr-r50-unc": ("refcoco", "refcoco+"), "detr-r50-gref": ("refcocog-umd", "refcocog-google")}
 
 def leaky_pretraining(args):
-    """Whether the vision encoder's pretraining has seen the pictures of val and test, by the name of its file and by the dataset:
-    True, False, or None where that is not known, as of CLIP, whose pictures nobody has listed."""
+    """Whether the vision encoder's pretraining has seen the pictures of val and test, by the name of its file and by the
+    dataset: True, False, or None where that is not known, as of CLIP, whose pictures nobody has listed."""
     name = Path(args.vision_weights or DETR_URL).stem
     if args.weights != "pretrained":
         return False
@@ -492,6 +487,7 @@ def read_last(path):
 
 def begin_phase(model, phase, args, state):
     """Bring the model to the beginning of a phase, or to where in it the run stopped -> its optimizer."""
+    drop_pairs(model)                       # of a phase that was over before this start: its weights are merged into last.pt's
     if state["epoch"] == phase.first and "model" in state:
         load_tuned(model, state["model"], "last.pt")
     if phase.stage:
@@ -554,7 +550,6 @@ def fit(model, args, train_samples, val_samples):
                 now = {"epoch": epoch, "best": best, "log": lines, "model": tuned, "optimizer": optimizer.state_dict(),
                        "frozen": frozen_fingerprint(model, tuned), "scaler": scaler.state_dict()}
                 save_whole(out / "last.pt", lambda path: torch.save(now, path))    # last: a killed run writes the rest again
-            drop_pairs(model)           # of a phase that was over before this start; the next stage begins without them
     return lines
 
 def main(argv=None):
@@ -569,11 +564,10 @@ def main(argv=None):
     with torch.device("meta"):                          # what is wrong with the flags shows now, not after pretraining
         model = build_model(**{**model_arguments(args), "weights": "random"})
         for phase in plan(args):                        # to the last stage, whose pairs count
-            drop_pairs(model)
             begin_phase(model, phase, args, {"epoch": 0})
     print(f"{args.method} {args.size} on {args.dataset}: {len(train_samples)} expressions to train on ("
-          f"{len(listed) - len(train_samples)} left out, without area), {len(val_samples)} to validate; parameters {count_parameters(model)}; leaky pretraining "
-          f"{leaky_pretraining(args)}")
+          f"{len(listed) - len(train_samples)} left out, without area), {len(val_samples)} to validate; parameters "
+          f"{count_parameters(model)}; leaky pretraining {leaky_pretraining(args)}")
     if args.weights == "shapes" and args.size == "tiny":
         pretrain_encoders(args.cache, args.pretext_steps, METHODS[args.method]["family"])
     torch.manual_seed(args.seed)
@@ -586,6 +580,7 @@ def main(argv=None):
         about = json.dumps({"args": vars(args), "environment": environment}, indent=1)
         save_whole(Path(args.out) / "args.json", lambda path: path.write_text(about))
     lines, best = fit(model, args, train_samples, val_samples), Path(args.out) / "best.safetensors"
+    drop_pairs(model)                                   # where a finished run was resumed
     load_tuned(model, read_state(best), best)
     picture_predictions(model, data.spread(val_samples or train_samples), args, Path(args.out) / "val.png")
     for phase in plan(args) if val_samples else ():
