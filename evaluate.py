@@ -23,7 +23,6 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-import losses
 import train
 from model import (CLIP_IGNORED, CLIP_TABLE, DETR_TABLE, InputError, build_model, count_parameters, import_weights, plain,
                    read_state)
@@ -48,7 +47,7 @@ def parse_args(argv=None):
     add("--limit", type=int, help="only the first N expressions of each split (default: as in training)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1 (default: cuda if any)")
     asked = parser.parse_args(argv)
-    asked.text = asked.text and [text.encode(errors="replace").decode() for text in asked.text]      # what a shell may let through
+    asked.text = asked.text and [text.encode(errors="replace").decode() for text in asked.text]  # what a shell may let through
     if bool(asked.checkpoint) == bool(asked.cost):
         raise InputError("give a checkpoint to evaluate, or --cost METHOD ... to compare what methods cost")
     if bool(asked.image) != bool(asked.text) or asked.save and not asked.image or "" in map(str.strip, asked.text or ()):
@@ -93,8 +92,7 @@ RELEASED_TABLE = [
     (r"reg_token\.weight", "grounding.reg"),
     (r"vl_pos_embed\.weight", "grounding.position"),
     (r"vl_transformer\.encoder\.norm\.(.+)", r"grounding.norm.\1"),
-    (r"visu_token_(?:mlp\.)?(fc[12]|norm)\.(.+)", r"grounding.region.\1.\2"),
-]
+    (r"visu_token_(?:mlp\.)?(fc[12]|norm)\.(.+)", r"grounding.region.\1.\2")]
 # What no box of theirs depends on: what their forward never calls, and the head of a loss that is not in the paper [D26].
 UNUSED = r"ml_text_feat_perceiver\.|reg_pos_embed\.|condition_text_pos_embed\.|condition_text_proj\.|seg_conv\d\."
 
@@ -108,15 +106,13 @@ def load_released(path, clip_weights):
     bridges = sorted({int(found[1]) for key in state if (found := re.search(r"layers\.(\d+)\.cross_norm", key))})
     texts = sum(f"layers.{layer}.cross_adaptive_weights." in key for key in state for layer in bridges[:1])
     try:
-        if not texts:              # trained on mixed data: no weights, and one projection of the text as CLIP puts it out
-            gate = {kind: state.pop(f"condition_text_proj.{kind}") for kind in ("weight", "bias")}
+        # Trained on mixed data there are no weights, and one projection of the text as CLIP puts it out.
+        gate = {} if texts else {kind: state.pop(f"condition_text_proj.{kind}") for kind in ("weight", "bias")}
         for layer in bridges:
             name = f"clip.vision_model.encoder.layers.{layer}.cross_"
-            weights = [state.pop(f"{name}adaptive_weights.{i}.weight") for i in range(texts)]
-            if not texts:
-                state |= {f"{name}gate.{kind}": value for kind, value in gate.items()}
-                weights = [torch.zeros_like(state["clip.text_model.embeddings.position_embedding.weight"])]
-            state[f"{name}weights"] = torch.stack(weights)
+            weights = [state.pop(f"{name}adaptive_weights.{i}.weight") for i in range(texts)] or [
+                torch.zeros_like(state["clip.text_model.embeddings.position_embedding.weight"])]
+            state |= {f"{name}weights": torch.stack(weights), **{f"{name}gate.{kind}": value for kind, value in gate.items()}}
         (W1, b1), (W2, b2) = ((state.pop(f"{name}.weight"), state.pop(f"{name}.bias"))
                               for name in ("ml_visual_projection", "visu_proj"))
         state |= {"vision_proj.weight": W2 @ W1, "vision_proj.bias": W2 @ b1 + b2}       # two linears in a row are one [D28]
@@ -138,27 +134,20 @@ def by_length(samples, ious):
     """Acc@0.5 by number of words, HiVG Fig. 4 (c), as a line; the bounds are ours."""
     parts = []
     for least, most in ((1, 5), (6, 10), (11, 20), (21, 1000)):
-        right = [iou >= 0.5 for sample, iou in zip(samples, ious.tolist()) if least <= len(sample.text.split()) <= most]
-        if right:
+        if right := [iou >= 0.5 for s, iou in zip(samples, ious.tolist()) if least <= len(s.text.split()) <= most]:
             parts.append(f"{least}-{most if most < 1000 else ''} words {sum(right) / len(right):.4f} of {len(right)}")
     return ", ".join(parts)
-
-def evaluate_split(model, samples, args):
-    """(one row of the results, accuracy by length); `seconds` is the whole pass, pictures loaded and all."""
-    began = time.time()
-    ious = train.predict(model, train.make_loader(samples, args, False), args)[2]
-    return {**train.scores(ious), "expressions": len(samples), "images": len({s.image_id for s in samples}),
-            "seconds": time.time() - began}, by_length(samples, ious)
 
 def evaluate_dataset(model, args, asked):
     """Print and return the results of the splits that are asked for, and draw their figures."""
     names, splits = data.split_names(args.dataset, args.root), {}
     for split in asked.split or [name for name in names if name != "train"] or names:
-        samples = data.load_samples(args.dataset, split, args.root)[:args.limit]
-        splits[split], lengths = evaluate_split(model, samples, args)
-        row = splits[split]
+        samples, began = data.load_samples(args.dataset, split, args.root)[:args.limit], time.time()
+        ious = train.predict(model, train.make_loader(samples, args, False), args)[2]
+        row = splits[split] = {**train.scores(ious), "expressions": len(samples), "images": len({s.image_id for s in samples}),
+                               "seconds": time.time() - began}                    # the whole pass, pictures loaded and all
         print(f"{split:8}  Acc@0.5 {row['acc@0.5']:.4f}  mean IoU {row['mean_iou']:.4f}  {row['expressions']:6} expressions "
-              f"of {row['images']} images in {row['seconds']:.1f} s\n{'':8}  {lengths}")
+              f"of {row['images']} images in {row['seconds']:.1f} s\n{'':8}  {by_length(samples, ious)}")
         if args.figures:
             path = Path(args.figures) / f"{split.replace('/', '-')}.png"
             train.picture_predictions(model, data.spread(samples), args, path)
@@ -223,7 +212,7 @@ def set_up(args, device, batch):
         images = torch.randn(batch, 3, spec["image_size"], spec["image_size"])       # zeros would be slow: denormal gradients
         tokens, boxes = torch.randint(100, 200, (batch, spec["max_tokens"])), torch.full((batch, 4), 0.5)
     inputs = images, torch.zeros_like(images[:, 0], dtype=torch.bool), tokens, torch.zeros_like(tokens, dtype=torch.bool)
-    loss = lambda: losses.total_loss(model.train()(*inputs), boxes, **train.loss_weights(args))
+    loss = lambda: train.weighted_loss(model.train()(*inputs), boxes, args)
     return model, lambda: model.eval()(*inputs), loss
 
 def count_cost(args):
@@ -297,7 +286,7 @@ def main(argv=None):
     released = asked.checkpoint.endswith(".pth")
     model, config = load_released(asked.checkpoint, asked.clip_weights) if released else load_checkpoint(asked.checkpoint)
     # The flags of the training, with what was asked here in their place; an older run lacks the newest flags.
-    said, new = {flag: value for flag, value in vars(asked).items() if value is not None}, vars(train.build_parser().parse_args([]))
+    said, new = {flag: v for flag, v in vars(asked).items() if v is not None}, vars(train.build_parser().parse_args([]))
     args = argparse.Namespace(**{**new, **vars(asked), **config["args"], **said})
     if asked.dataset:
         args.root = asked.root                            # the training's folder is not another dataset's

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 import torchvision
 import transformers
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader, Dataset
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
@@ -65,9 +66,10 @@ RECIPES = {
     "tiny clip-frozen": dict(epochs=7),
     "tiny clip-lora": dict(stage_epochs=3)}
 
-def by_recipe(add, flag, text, source, **options):           # adds a flag whose default the recipes give
+def by_recipe(add, flag, text, source, **options):           # adds a flag whose default the sizes or the recipes give
     key = flag[2:].replace("-", "_")
-    rows = ", ".join(f"{words} {row[key]}" for words, row in RECIPES.items() if key in row)
+    sizes = [(f"{family} {size}", spec) for size, families in SIZES.items() for family, spec in families.items()]
+    rows = ", ".join(f"{words} {row[key]}" for words, row in [*sizes, *RECIPES.items()] if key in row)
     add(flag, help=f"{text} ({source}; tiny ours; default: {rows})".strip(), **options)
 
 def build_parser():
@@ -84,32 +86,27 @@ def build_parser():
     add("--row", help="a row of the papers' tables, say m2ist/V/b, at size base or tiny, which other flags may change (default: none)")
     add("--rows", action="store_true", help="list the rows, with what each changes, and stop (ours; default: no)")
     add = parser.add_argument_group("encoders").add_argument
-    add("--vision-weights", help="file of DETR R-50, official or TransVG's; hub name or folder (Section IV-B a; default: "
-        "DETR's official file)")
-    add("--text-weights", help="hub name or folder of a BERT (Section IV-B a; default: bert-base-uncased)")
-    add("--clip-weights", help="hub name or folder of a CLIP, or a file in HiVG's naming (HiVG Section 4.1; default: OpenAI's "
-        "ViT-B/16, large ViT-L/14)")
-    add("--max-tokens", type=int, help="text tokens with the first and the last (released code, HiVG Appendix B; default: "
-        "M²IST 20, of RefCOCOg 40, HiVG 77)")
-    add("--pixels", help="whose mean and deviation, detr's or clip's; HiVG's takes detr's (released code; default: the encoder's)")
+    add("--vision-weights", help="DETR R-50: a file, also TransVG's, a folder, a hub name (Section IV-B a; default: official)")
+    by_recipe(add, "--text-weights", "hub name or folder of a BERT", "Section IV-B a")
+    by_recipe(add, "--clip-weights", "hub name or folder of a CLIP, or a file in HiVG's naming", "HiVG Section 4.1")
+    by_recipe(add, "--max-tokens", "text tokens with the first and the last", "released code, HiVG Appendix B", type=int)
+    add("--pixels", help="whose mean and deviation: clip, or detr, as HiVG's takes (released code; default: the encoder's)")
     add("--cache", default=OPTIONS["cache"], help="folder of the pretrained tiny encoders (ours; default: .cache)")
-    add("--pretext-steps", type=int, help="steps of the tiny encoders' pretraining (ours; default: 800, of CLIP 1200)")
+    by_recipe(add, "--pretext-steps", "of the tiny encoders' pretraining", "not in the papers", type=int)
     add = parser.add_argument_group("M3ISA").add_argument
     add("--attention-port", help=f"what stands there, {', '.join(ADAPTERS)}, none (Tables V, VI; default: by the method)")
     add("--ffn-port", help="the same at the feed-forward ports (Tables V, VI; default: by the method)")
     add("--insertion", help="side, sequential, parallel (Table VII; default: by the method, M²IST's is side)")
-    add("--bottleneck", type=int, help="C_d of VEA and LEA (Section IV-B b; default: 128, tiny 32)")
-    add("--interaction-dim", type=int, help="C_i of IEA (Section IV-B b; default: 256, tiny 64)")
-    add("--interaction-bottleneck", type=int, help="C_d of IEA (Section IV-C a; default: 128, tiny 32)")
+    by_recipe(add, "--bottleneck", "C_d of VEA and LEA", "Section IV-B b", type=int)
+    by_recipe(add, "--interaction-dim", "C_i of IEA", "Section IV-B b", type=int)
+    by_recipe(add, "--interaction-bottleneck", "C_d of IEA", "Section IV-C a", type=int)
     add("--scale", type=float, help="s of all adapters (Section IV-B b; default: 0.1)")
     add("--residual", action="store_true", help="adapters add their own input, Eqs. 1, 4, 5 (released code; default: no)")
-    add("--text-layers", type=int, nargs="+", help="M²IST: paired with vision layers 1, 2, ... (Table VIII c; default: "
-        "7 8 9 10 11 12, tiny 3 4); HiVG: what bridges see (Table 10; default: all; 13: the text as projected)")
+    by_recipe(add, "--text-layers", "M²IST: paired with vision layers 1, 2, ...; HiVG: what bridges see, all if not given; "
+              "13: the text as projected", "Table VIII c, HiVG Table 10", type=int, nargs="+")
     add = parser.add_argument_group("HiVG").add_argument
-    add("--vision-layers", type=int, nargs="+", help="whose features are grounded (HiVG Section 4.1; default: 1 4 8 12, "
-        "large 6 12 18 24, tiny 1 2 4 6; clip-frozen and clip-lora the last)")
-    add("--bridge-layers", type=int, nargs="*", help="vision layers with a cross-modal bridge, none if left empty (HiVG "
-        "Section 4.1; default: 4 8 12, large 6 12 18 24, tiny 2 4 6)")
+    by_recipe(add, "--vision-layers", "to ground; the last of plain CLIP's methods", "HiVG Section 4.1", type=int, nargs="+")
+    by_recipe(add, "--bridge-layers", "with a cross-modal bridge, none if empty", "HiVG Section 4.1", type=int, nargs="*")
     add("--bridge-weights", help=f"shape of bridges' weights: {', '.join(BRIDGE_WEIGHTS)} (HiVG Tables 4, 10; default: nxLxH)")
     add("--no-cross-attention", action="store_true", help="bridges without it (HiVG Table 4; default: no)")
     add("--layer-to-layer", action="store_true", help="a bridge sees one of --text-layers (HiVG Table 4; default: no)")
@@ -181,7 +178,7 @@ def complete(args):
     one_of("schedule", args.schedule, ("step", "cosine"))
     one_of("amp", args.amp, ("off", "bf16", "fp16"))
     args.micro_batch = args.micro_batch or args.batch_size
-    args.pretext_steps = args.pretext_steps or spec["pretext_steps"]
+    args.pretext_steps = spec["pretext_steps"]
     args.workers = args.workers if args.workers is not None else 0 if args.dataset == "shapes" else 2
     check(args)
     method, layers, clip = f"not for --method {args.method}", spec["vision"]["layers"], spec["family"] == "clip"
@@ -211,19 +208,17 @@ def parse_args(argv=None):
     datasets, name = ",".join(Path(d).stem for d in args.dataset.split(",")), (args.row or args.method).replace("/", "-")
     out = args.out = args.out or f"runs/{datasets}-{name}-{args.seed}"
     path = Path(out) / "args.json"
-    if args.resume and not path.exists():            # killed before its first write, or never started
-        print(f"--resume: nothing to go on with in {out} yet, starting a new run")
-        args.resume = False
-    if not args.resume:
-        return complete(args)
     try:
-        saved = json.loads(path.read_text())["args"]
+        saved = json.loads(path.read_text())["args"] if args.resume else {}
+    except (FileNotFoundError, NotADirectoryError):            # killed before its first write, or never started
+        print(f"--resume: nothing to go on with in {out} yet, starting a new run")
+        saved = {}
     except (ValueError, KeyError):
         raise InputError(f"{path}: not what train.py writes; start a new run by another --out") from None
     parser.set_defaults(**saved)
     args = complete(parser.parse_args(argv))
-    args.out, args.resume = out, True
-    for key, value in vars(args).items():
+    args.out, args.resume = out, bool(saved)
+    for key, value in vars(args).items() if saved else ():
         if value != saved.get(key) and key not in ("device", "workers", "resume", "out", "cache"):        # these may change
             raise InputError(f"--{key.replace('_', '-')} is {value}, but the run in {out} has {saved.get(key)}: leave "
                              f"the flag out to resume it, or start a new run by another --out")
@@ -281,7 +276,7 @@ def row_options(row, size):
 # --- The tiny encoders' pretraining --------------------------------------------------------------------------------
 # No expression is seen with its picture: vision learns what is where, text its masked words, CLIP a contrast with captions.
 
-class ShapesScenes(Dataset):
+class ShapesScenes:
     """Pictures of the train split -> image, padding, owner (Nv,), which of the things covers a cell of the encoder's grid,
     -1 where none does, and things: [(Thing, its box as in a batch), ...]. spec: of the encoder, from SIZES."""
     def __init__(self, spec, pixels, seed):
@@ -301,11 +296,11 @@ class ShapesScenes(Dataset):
             owner[y1:y2, x1:x2] = index                                         # cells whose centre lies in the box
         return image, padding, owner.flatten(), things
 
-    def batches(self, steps, batch):
-        """images (B, 3, S, S), padding (B, S, S), owner (B, Nv), and a list of things for each picture; `steps` times."""
-        order = torch.randint(len(self), (steps * batch,)).tolist()
-        return DataLoader(self, batch, sampler=order, collate_fn=lambda items: [
-            torch.stack(part) if torch.is_tensor(part[0]) else part for part in zip(*items)])
+def random_batches(items, steps, batch):
+    """`steps` times the parts of some items: tensors as one, padded by 0, which is [PAD], to the longest; else a tuple."""
+    for _ in range(steps):
+        parts = zip(*(items[i] for i in torch.randint(len(items), (batch,)).tolist()))
+        yield [pad_sequence(part, batch_first=True) if torch.is_tensor(part[0]) else part for part in parts]
 
 def caption(rng, thing, box):
     """A thing and its whereabouts, in words or as on a map: "red circle top left", "blue square c 5". box: as in a batch."""
@@ -323,7 +318,7 @@ class PretextVision(nn.Module):
         super().__init__()
         self.encoder, self.parts = encoder, [len(data.COLOURS) + 1, len(data.SHAPES), 4]
         self.head = nn.Linear(SIZES["tiny"]["detr"]["vision"]["dim"], sum(self.parts)).requires_grad_(False)
-        self.batches = ShapesScenes(SIZES["tiny"]["detr"], data.PIXELS["detr"], seed).batches
+        self.items = ShapesScenes(SIZES["tiny"]["detr"], data.PIXELS["detr"], seed)
 
     def targets(self, owner, things):
         """Colour (B, Nv), one past the last for none; shape (B, Nv), box (B, Nv, 4)."""
@@ -346,12 +341,7 @@ class PretextText(nn.Module):
         super().__init__()
         self.encoder, self.tokenizer = encoder, data.Tokenizer("shapes", None, SIZES["tiny"]["detr"]["max_tokens"])
         self.head = nn.Linear(encoder.word.embedding_dim, encoder.word.num_embeddings)
-
-    def batches(self, steps, batch):
-        texts = [torch.tensor(self.tokenizer(sample.text)) for sample in data.load_samples("shapes", "train")]
-        for _ in range(steps):
-            chosen = [texts[i] for i in torch.randint(len(texts), (batch,))]
-            yield nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=self.tokenizer.pad),
+        self.items = [(torch.tensor(self.tokenizer(sample.text)),) for sample in data.load_samples("shapes", "train")]
 
     def forward(self, tokens):
         real = tokens != self.tokenizer.pad
@@ -365,12 +355,11 @@ class PretextClip(nn.Module):
     def __init__(self, encoder, seed):
         super().__init__()
         self.encoder, self.tokenizer = encoder, data.Tokenizer("shapes", None, SIZES["tiny"]["clip"]["max_tokens"])
-        self.batches = ShapesScenes(SIZES["tiny"]["clip"], data.PIXELS["clip"], seed).batches
+        self.items = ShapesScenes(SIZES["tiny"]["clip"], data.PIXELS["clip"], seed)
         self.rng = data.seeded("captions", seed)
 
     def embed_texts(self, texts):
-        ids = [torch.tensor(self.tokenizer(text)) for text in texts]
-        tokens = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.tokenizer.pad)
+        tokens = pad_sequence([torch.tensor(self.tokenizer(text)) for text in texts], batch_first=True)
         return self.encoder.text(tokens, tokens == self.tokenizer.pad).embedding
 
     def forward(self, images, padding, owner, things):
@@ -397,7 +386,7 @@ def pretrain_encoders(cache, steps, family, batch=64, lr=2e-3, seed=0):
         task = {"vision": PretextVision, "text": PretextText, "clip": PretextClip}[name](encoder.train(), seed)
         optimizer = torch.optim.AdamW(task.parameters(), lr)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-        for inputs in (bar := tqdm(task.batches(steps, batch), f"pretraining the tiny {name} encoder", steps)):
+        for inputs in (bar := tqdm(random_batches(task.items, steps, batch), f"pretraining the tiny {name} encoder", steps)):
             loss = task(*inputs)
             optimizer.zero_grad()
             loss.backward()
@@ -452,7 +441,7 @@ Phase = namedtuple("Phase", "name stage first last lr lr_encoder")     # epochs 
 
 def make_loader(samples, args, train, epoch=0):
     """Batches of a dataset. In training the order and the transforms are drawn from the seed and the epoch alone."""
-    spec = architecture(args.method, args.size, {key: getattr(args, key) for key in OPTIONS})
+    spec = specify(args)
     kind = "text" if spec["family"] == "detr" else "clip"
     name = spec.get(f"{kind}_weights")
     if name and Path(name).is_file():                   # of weights alone: the tokenizer is the hub's
@@ -480,7 +469,6 @@ def plan(args):
 def to_last_stage(model, args):
     """Bring a model to the last stage of its plan, whose pairs count."""
     for phase in plan(args):
-        drop_pairs(model)
         begin_phase(model, phase, args, {"epoch": 0})
     return model
 
@@ -502,8 +490,8 @@ def autocast(args):
     dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
     return torch.autocast(torch.device(args.device).type, dtype, enabled=dtype is not None)
 
-def loss_weights(args):
-    return {name: getattr(args, name) for name in ("l1", "giou", "contrast", "focal", "dice")}
+def weighted_loss(found, boxes, args):
+    return losses.total_loss(found, boxes, args.l1, args.giou, args.contrast, args.focal, args.dice)
 
 def train_epoch(model, loader, optimizer, scaler, args, epoch, phase, bar):
     """One pass over the training data. Returns the mean loss and the accuracy on the way."""
@@ -519,7 +507,7 @@ def train_epoch(model, loader, optimizer, scaler, args, epoch, phase, bar):
             *inputs, boxes, _ = (v.to(args.device, non_blocking=True) for v in part)
             with autocast(args):
                 found = model(*inputs)
-            part_loss = losses.total_loss(found, boxes, **loss_weights(args)) * len(boxes) / size
+            part_loss = weighted_loss(found, boxes, args) * len(boxes) / size
             scaler.scale(part_loss).backward()
             loss += part_loss.item()
             right += (losses.iou_and_giou(found.boxes.detach(), boxes)[0] >= 0.5).sum().item()
@@ -534,40 +522,35 @@ def train_epoch(model, loader, optimizer, scaler, args, epoch, phase, bar):
     return total / seen, right / seen
 
 @torch.no_grad()
-def predict(model, loader, args):
-    """Boxes (N, 4), truths (N, 4) and IoUs (N,) of a whole loader, on the CPU."""
+def predict(model, loader, args, attention=False):
+    """Boxes (N, 4), truths (N, 4) and IoUs (N,) of a whole loader, on the CPU; if asked for, [REG]'s attention (N, Nv) too."""
     model.eval()
-    found = []
+    rows = []
     for batch in loader:
         with autocast(args):
-            pred = model(*(batch[k].to(args.device) for k in INPUTS)).boxes.float().cpu()
-        found.append((pred, batch["boxes"], losses.iou_and_giou(pred, batch["boxes"])[0]))
-    return [torch.cat(part) for part in zip(*found)]
+            found = model(*(batch[k].to(args.device) for k in INPUTS), attention=attention)
+        pred, looks = found.boxes.float().cpu(), [found.attention] if attention else []
+        rows.append((pred, batch["boxes"], losses.iou_and_giou(pred, batch["boxes"])[0], *looks))
+    return [torch.cat(part) for part in zip(*rows)]
 
 def scores(ious):
     return {"acc@0.5": (ious >= 0.5).float().mean().item(), "mean_iou": ious.mean().item()}
 
-@torch.no_grad()
 def picture_predictions(model, samples, args, path):
     """Save a sheet of samples with expression, true box (green), predicted box (magenta) and [REG]'s attention."""
-    model.eval()
-    tiles = []
-    for sample, batch in zip(samples, make_loader(samples, argparse.Namespace(**{**vars(args), "batch_size": 1}), False)):
-        with autocast(args):
-            found = model(*(batch[k].to(args.device) for k in INPUTS), attention=True)
-        iou = losses.iou_and_giou(found.boxes.cpu(), batch["boxes"])[0].item()
+    loader, tiles = make_loader(samples, argparse.Namespace(**{**vars(args), "batch_size": 1}), False), []
+    for sample, pred, _, iou, looks in zip(samples, *predict(model, loader, args, attention=True)):
         picture = data.load_picture(sample.image)
-        box = data.from_square(found.boxes[0].cpu(), picture.size, batch["images"].shape[-1])
-        tiles.append(data.draw(picture, f"{sample.text} (IoU {iou:.2f})", [(sample.box, data.TRUE), (box, data.PREDICTED)],
-                               found.attention[0]))
+        boxes = [(sample.box, data.TRUE), (data.from_square(pred, picture.size, loader.dataset.size), data.PREDICTED)]
+        tiles.append(data.draw(picture, f"{sample.text} (IoU {iou:.2f})", boxes, looks))
     data.contact_sheet(tiles).save(path)
 
 # What TransVG's files of DETR have not seen, of COCO's pictures; the public ones have seen all of them.
 UNSEEN = {"detr-r50-unc": ("refcoco", "refcoco+"), "detr-r50-gref": ("refcocog-umd", "refcocog-google")}
 
 def leaky_pretraining(args):
-    """Whether the vision encoder's pretraining has seen the pictures of val and test, by the name of its file and by the dataset:
-    True, False, or None where that is not known, as of CLIP, whose pictures nobody has listed."""
+    """Whether the vision encoder's pretraining has seen the pictures of val and test, by the name of its file and by the
+    dataset: True, False, or None where that is not known, as of CLIP, whose pictures nobody has listed."""
     name = Path(args.vision_weights or DETR_URL).stem
     if args.weights != "pretrained":
         return False
@@ -596,6 +579,7 @@ def read_last(path):
 
 def begin_phase(model, phase, args, state):
     """Bring the model to the beginning of a phase, or to where in it the run stopped -> its optimizer."""
+    drop_pairs(model)                       # of a phase that was over before this start: its weights are merged into last.pt's
     if state["epoch"] == phase.first and "model" in state:
         load_tuned(model, state["model"], "last.pt")
     if phase.stage:
@@ -658,7 +642,6 @@ def fit(model, args, train_samples, val_samples):
                 now = {"epoch": epoch, "best": best, "log": lines, "model": tuned, "optimizer": optimizer.state_dict(),
                        "frozen": frozen_fingerprint(model, tuned), "scaler": scaler.state_dict()}
                 save_whole(out / "last.pt", lambda path: torch.save(now, path))    # last: a killed run writes the rest again
-            drop_pairs(model)           # of a phase that was over before this start; the next stage begins without them
     return lines
 
 def main(argv=None):
@@ -673,8 +656,8 @@ def main(argv=None):
     with torch.device("meta"):                          # what is wrong with the flags shows now, not after pretraining
         model = to_last_stage(build_model(**{**model_arguments(args), "weights": "random"}), args)
     print(f"{args.method} {args.size} on {args.dataset}: {len(train_samples)} expressions to train on ("
-          f"{len(listed) - len(train_samples)} left out, without area), {len(val_samples)} to validate; parameters {count_parameters(model)}; leaky pretraining "
-          f"{leaky_pretraining(args)}")
+          f"{len(listed) - len(train_samples)} left out, without area), {len(val_samples)} to validate; parameters "
+          f"{count_parameters(model)}; leaky pretraining {leaky_pretraining(args)}")
     if args.weights == "shapes" and args.size == "tiny":
         pretrain_encoders(args.cache, args.pretext_steps, METHODS[args.method]["family"])
     torch.manual_seed(args.seed)
@@ -687,6 +670,7 @@ def main(argv=None):
         about = json.dumps({"args": vars(args), "environment": environment}, indent=1)
         save_whole(Path(args.out) / "args.json", lambda path: path.write_text(about))
     lines, best = fit(model, args, train_samples, val_samples), Path(args.out) / "best.safetensors"
+    drop_pairs(model)                                   # where a finished run was resumed
     load_tuned(model, read_state(best), best)
     picture_predictions(model, data.spread(val_samples or train_samples), args, Path(args.out) / "val.png")
     for phase in plan(args) if val_samples else ():

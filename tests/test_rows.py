@@ -12,7 +12,6 @@ import torch.nn as nn
 import adapters
 import evaluate
 import hilora
-import losses
 import model as m
 import train
 
@@ -116,7 +115,7 @@ def step(args, model):
     inputs, boxes = batch()
     optimizer = train.make_optimizer(model, args, train.plan(args)[-1])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    loss = losses.total_loss(model.train()(*inputs), boxes, **train.loss_weights(args))
+    loss = train.weighted_loss(model.train()(*inputs), boxes, args)
     loss.backward()
     optimizer.step()
     return loss.item(), {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}

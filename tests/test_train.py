@@ -351,7 +351,7 @@ def test_captions_say_what_a_thing_is_and_where():
 def test_contrast_of_crops_is_of_the_cells_that_the_thing_of_a_caption_covers():
     torch.manual_seed(0)
     task = train.PretextClip(m.build_model("clip-frozen", "tiny", "random").clip, 0)
-    images, padding, owner, things = next(iter(task.batches(1, 4)))
+    images, padding, owner, things = next(train.random_batches(task.items, 1, 4))
     tokens = task.encoder.vision(images, padding).x
     seen, pooled = [], []
     task.embed_texts = lambda texts: seen.append(texts) or torch.randn(len(texts), 64)
