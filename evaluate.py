@@ -32,7 +32,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("checkpoint", nargs="?", help="the --out folder of a run, its best.safetensors, or a released .pth of HiVG")
     add("--cost", nargs="+", help="methods or rows of the papers' tables (train.py --rows), to be compared in place of a checkpoint")
-    add("--size", default="base", help="of the models that --cost compares (default: base)")
+    add("--size", help="of the models that --cost compares (default: base)")
     add("--dataset", help="as in train.py (default: that of the training)")
     add("--root", help="folder of annotations and pictures (default: that of the training)")
     add("--split", action="append", help="only this split; may be given more than once (default: all but train)")
@@ -48,8 +48,8 @@ def parse_args(argv=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1 (default: cuda if any)")
     asked = parser.parse_args(argv)
     asked.text = asked.text and [text.encode(errors="replace").decode() for text in asked.text]  # what a shell may let through
-    if bool(asked.checkpoint) == bool(asked.cost):
-        raise InputError("give a checkpoint to evaluate, or --cost METHOD ... to compare what methods cost")
+    if bool(asked.checkpoint) == bool(asked.cost) or asked.size and not asked.cost:
+        raise InputError("give a checkpoint to evaluate, or --cost METHOD ... [--size] to compare what methods cost")
     if bool(asked.image) != bool(asked.text) or asked.save and not asked.image or "" in map(str.strip, asked.text or ()):
         raise InputError("--image and --text, which must not be empty, go together; --save is for them")
     return asked
@@ -180,29 +180,19 @@ def evaluate_image(model, args, asked):
 
 # --- What a method costs ---------------------------------------------------------------------------------------------
 
-# The paper's "Params." in millions and "Mem." in GB, at batch 64 (M²IST Tables I, V-VII, IX, X), to stand beside ours.
-PAPER = {
-    **dict(zip((f"m2ist/I/{name}" for name in "full frozen adapter lora adaptformer cm-adapter mrs-adapter m2ist".split()),
-               ((151, 38.95), (0, 14.32), (3.27, 28.52), (2.37, 20.37), (2.38, 20.37), (3.27, 27.19), (1.58, 20.07), (3.19, 15.44)))),
-    **train.rows("m2ist/V", (0, 14.32), (0.59, 14.90), (1.02, 14.52), (1.61, 15.09), (1.58, 14.84), (3.19, 15.44)),
-    **train.rows("m2ist/VI", (3.22, 15.65), (3.17, 14.84), (3.19, 15.38), (3.19, 15.44)),
-    **train.rows("m2ist/VII", (3.19, 27.19), (3.19, 20.37), (3.19, 15.44)),
-    **train.rows("m2ist/IX", (2.00, 15.34), (2.40, 15.35), (3.19, 15.44)),
-    **train.rows("m2ist/X", (151, 38.95), (2.37, 20.37), (3.19, 15.44), (6.46, 21.68))}
+# M²IST Table I, the paper's own: "Params." in millions and "Mem." in GB at batch 64; `frozen` is Table V (a).
+PAPER = {"full": (151, 38.95), "frozen": (0, 14.32), "adapter": (3.27, 28.52), "lora": (2.37, 20.37), "adaptformer": (2.38, 20.37),
+         "cm-adapter": (3.27, 27.19), "mrs-adapter": (1.58, 20.07), "m2ist": (3.19, 15.44), "m2ist+lora": (6.46, 21.68)}
 
 def saved_bytes(model, step):
     """What autograd keeps for the backward of what `step` computes: distinct storages, those of the model's own tensors apart."""
-    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-    kept = {}                                     # address: storage; held, so that none is freed and its address given again
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage
-        return tensor
-
+    address = lambda tensor: tensor.untyped_storage()._cdata
+    kept = {}                                                   # the tensors too, or an address might be given a second time
+    keep = lambda tensor: (tensor, kept.setdefault(address(tensor), tensor))[0]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         step()
-    return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
+    own = {address(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
 
 def set_up(args, device, batch):
     """(model at its last stage, what evaluates a random batch, what gives its loss in training), all on the device."""
@@ -212,8 +202,7 @@ def set_up(args, device, batch):
         images = torch.randn(batch, 3, spec["image_size"], spec["image_size"])       # zeros would be slow: denormal gradients
         tokens, boxes = torch.randint(100, 200, (batch, spec["max_tokens"])), torch.full((batch, 4), 0.5)
     inputs = images, torch.zeros_like(images[:, 0], dtype=torch.bool), tokens, torch.zeros_like(tokens, dtype=torch.bool)
-    loss = lambda: train.weighted_loss(model.train()(*inputs), boxes, args)
-    return model, lambda: model.eval()(*inputs), loss
+    return model, lambda: model.eval()(*inputs), lambda: train.weighted_loss(model.train()(*inputs), boxes, args)
 
 def count_cost(args):
     """Parameters, and of one sample MACs of a forward and saved_bytes of a training step, on the meta device, where attention is
@@ -224,10 +213,10 @@ def count_cost(args):
     return {**count_parameters(model), "macs": flops.get_total_flops() // 2, "saved_bytes": saved_bytes(model, loss)}
 
 def time_cost(args):
-    """Seconds of a training step and of an evaluation step of a `batch`, the recipe's or on a CPU 1; on a GPU peak memory too."""
+    """Mean seconds of a training step and of an evaluation step of a `batch`, the recipe's or on a CPU 1; on a GPU peak memory."""
+    from torch.utils.benchmark import Timer          # here, as it may speak up about CUDA where there is none
     gpu = "cuda" in args.device
-    batch = args.batch_size if gpu else 1
-    model, evaluate, loss = set_up(args, args.device, batch)
+    model, evaluate, loss = set_up(args, args.device, args.batch_size if gpu else 1)
     optimizer = train.make_optimizer(model, args, train.plan(args)[-1])
 
     def step():
@@ -235,33 +224,26 @@ def time_cost(args):
         loss().backward()
         optimizer.step()
 
-    def seconds(work):                            # the median of three, after one that does not count
-        taken = []
-        for _ in range(4):
-            began = time.perf_counter()
-            work()
-            if gpu:
-                torch.cuda.synchronize(args.device)
-            taken.append(time.perf_counter() - began)
-        return sorted(taken[1:])[1]
-
-    found = {"batch": batch, "train_step_s": seconds(step), "eval_s": seconds(torch.no_grad()(evaluate))}
+    seconds = lambda work: Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads()).timeit(3).mean
+    found = {"batch": args.batch_size if gpu else 1, "train_step_s": seconds(step), "eval_s": seconds(torch.no_grad()(evaluate))}
     return found | ({"peak_bytes": torch.cuda.max_memory_allocated(args.device)} if gpu else {})
 
 def compare_costs(asked):
     """Print and return what methods and rows cost, their shares of `full` where it is among them, and the paper's beside."""
-    runs = [train.parse_args(["--row" if "/" in name else "--method", name, "--size", asked.size, "--weights", "random",
-                              "--device", asked.device]) for name in asked.cost]
-    results = [{"method": name, "size": asked.size, **count_cost(args), **time_cost(args)} for name, args in zip(asked.cost, runs)]
-    whole = next((row for row in results if row["method"] in ("full", "m2ist/I/full")), None)
+    size = asked.size or "base"                       # the papers'
+    flags = ["--size", size, "--weights", "random", "--device", asked.device]
+    runs = {name: train.parse_args(["--row" if "/" in name else "--method", name, *flags]) for name in asked.cost}
+    results = [{"method": name, "size": size, **count_cost(args), **time_cost(args)} for name, args in runs.items()]
+    whole = next((row for row in results if row["method"] == "full"), None)
     for row in results:
         share = lambda key: f" ({row[key] / whole[key]:.1%})" if whole else ""
         print(f"{row['method']}: {row['encoder_tunable']:,} tuned in or beside the encoders{share('encoder_tunable')}, {row['trainable']:,} "
               f"trainable, {row['total']:,} in all; {row['macs'] / 1e9:.2f} GMACs; {row['saved_bytes'] / 2 ** 20:.1f} MiB saved for "
               f"backward{share('saved_bytes')}; of {row['batch']}: step {row['train_step_s']:.3f} s, evaluation {row['eval_s']:.3f} s"
               + (f", peak {row['peak_bytes'] / 2 ** 30:.2f} GiB" if "peak_bytes" in row else ""))
-        if whole and (paper := PAPER.get(row["method"], PAPER.get(f"m2ist/I/{row['method']}"))):
-            print(f"    the paper: {paper[0]} M ({paper[0] / 151:.2%}), {paper[1]} GB ({paper[1] / 38.95:.2%})")
+        if whole and row["method"] in PAPER:
+            params, memory = PAPER[row["method"]]
+            print(f"    the paper: {params} M ({params / 151:.2%}), {memory} GB ({memory / 38.95:.2%})")
     return results
 
 def make_folders(asked):
@@ -272,17 +254,7 @@ def make_folders(asked):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(asked.figures or ".").mkdir(parents=True, exist_ok=True)
 
-def write_json(asked, result):
-    if asked.json:
-        Path(asked.json).write_text(json.dumps(result, indent=1) + "\n")
-    return result
-
-def main(argv=None):
-    asked = parse_args(argv)
-    train.check(asked)
-    make_folders(asked)
-    if asked.cost:
-        return write_json(asked, compare_costs(asked))
+def evaluate_checkpoint(asked):
     released = asked.checkpoint.endswith(".pth")
     model, config = load_released(asked.checkpoint, asked.clip_weights) if released else load_checkpoint(asked.checkpoint)
     # The flags of the training, with what was asked here in their place; an older run lacks the newest flags.
@@ -291,11 +263,19 @@ def main(argv=None):
     if asked.dataset:
         args.root = asked.root                            # the training's folder is not another dataset's
     model.to(args.device)
-    if not asked.image:
-        print(f"{args.method} {args.size} on {args.dataset}, epoch {config['epoch']}; leaky pretraining "
-              f"{train.leaky_pretraining(args)}")
-    result = (evaluate_image if asked.image else evaluate_dataset)(model, args, asked)
-    return write_json(asked, result)
+    if asked.image:
+        return evaluate_image(model, args, asked)
+    print(f"{args.method} {args.size} on {args.dataset}, epoch {config['epoch']}; leaky pretraining {train.leaky_pretraining(args)}")
+    return evaluate_dataset(model, args, asked)
+
+def main(argv=None):
+    asked = parse_args(argv)
+    train.check(asked)
+    make_folders(asked)
+    result = compare_costs(asked) if asked.cost else evaluate_checkpoint(asked)
+    if asked.json:
+        Path(asked.json).write_text(json.dumps(result, indent=1) + "\n")
+    return result
 
 if __name__ == "__main__":
     train.run(main)

@@ -593,7 +593,8 @@ def architecture(method, size, options=()):
     spec = {**OPTIONS, **SIZES[size][family], **METHODS[method], **given}
     for name, valid in (("attention_port", ("none", *ADAPTERS)), ("ffn_port", ("none", *ADAPTERS)),
                         ("insertion", ("side", "sequential", "parallel")), ("bridge_weights", BRIDGE_WEIGHTS)):
-        one_of(name, spec[name], (None, *valid) if family == "clip" else valid)
+        if spec[name] is not None:                                   # what stands at the ports is not asked of CLIP
+            one_of(name, spec[name], valid)
     return spec
 
 def shapes_weights(cache, pretext_steps, family):

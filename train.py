@@ -174,10 +174,10 @@ def complete(args):
     known = {spec["family"], args.size, args.method, args.dataset}
     recipe = {key: value for words, row in RECIPES.items() if known.issuperset(words.split()) for key, value in row.items()}
     vars(args).update({key: value for key, value in recipe.items() if getattr(args, key) is None})
-    one_of("pixels", args.pixels, (None, *data.PIXELS))
+    one_of("pixels", args.pixels or "clip", data.PIXELS)
     one_of("schedule", args.schedule, ("step", "cosine"))
     one_of("amp", args.amp, ("off", "bf16", "fp16"))
-    args.micro_batch = args.micro_batch or args.batch_size
+    args.micro_batch = args.batch_size if args.micro_batch is None else args.micro_batch
     args.pretext_steps = spec["pretext_steps"]
     args.workers = args.workers if args.workers is not None else 0 if args.dataset == "shapes" else 2
     check(args)
