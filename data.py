@@ -30,8 +30,7 @@ from tqdm import tqdm
 
 from model import InputError, one_of, run, save_whole
 
-# Mean and standard deviation of the pixels that an encoder was pretrained on: ImageNet's for DETR, and CLIP's own,
-# which [D22] the released HiVG does not take.
+# Mean and standard deviation of the pixels in pretraining: ImageNet's for DETR; CLIP's own, which [D22] released HiVG lacks.
 PIXELS = {"detr": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
           "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))}
 
@@ -57,7 +56,6 @@ SHAPES_SPLITS = {
     "val": (10_000_000, 400, (2, 5), (0,)),
     "testA": (20_000_000, 400, (2, 3), (1,)),         # few distractors
     "testB": (30_000_000, 400, (5, 7), (2,))}         # many
-EXPRESSIONS = 3                                       # of each scene
 
 class Thing(NamedTuple):
     """An object of a scene: its centre (x, y) and half its side r, in pixels."""
@@ -95,12 +93,11 @@ def scene(number):
         height = rng.randint(*HEIGHTS)
         things = random_things(rng, height, rng.randint(*counts))
         if len(things) >= counts[0] and zlib.crc32(repr((height, things)).encode()) % 8 in residues:
-            expressions = [describe(rng, things) for _ in range(EXPRESSIONS)]
+            expressions = [describe(rng, things) for _ in range(3)]
             if None not in expressions:
                 return height, things, expressions
 
-# An expression is a description (colour, shape, size; None where it does not say) and one way to tell the things that
-# it fits, the candidates, apart. {} stands for a description.
+# An expression is a description (colour, shape, size; None where unsaid; {} below) and a way to tell the things it fits apart.
 SIDES = {             # side -> (score of a thing, least at the very side; phrases of that one; of one on that side of another)
     "left": (lambda t: t.x, ("the leftmost {}", "the {} furthest to the left", "the {} on the left"),
              ("the {} to the left of the {}", "the {} left of the {}")),
@@ -126,27 +123,24 @@ def words(rng, description):
     noun = shape or rng.choice(NOUNS)
     return " ".join(w for w in (rng.choice(SIZE_WORDS[size]) if size else None, colour, noun) if w)
 
-# Each way below returns an expression that means `target` and nothing else, or None where its random choices fail. said: what
-# it says of the target. candidates: the things that this fits.
+# A way returns an expression that means `target` alone, or None where its random choices fail. candidates: what `said` fits.
 def by_attributes(rng, things, target, said, candidates):
     if any(said) and candidates == [target]:
         return "the " + words(rng, said)
 
 def by_rank(rng, things, target, said, candidates, ordinal=False):
     """The one furthest to a side, or the second, third, ... from it; it and all before it are told apart by CLEAR pixels."""
-    side = rng.choice(list(SIDES))
-    score, phrases, _ = SIDES[side]
+    side, (score, phrases, _) = rng.choice(list(SIDES.items()))
     rank = rng.randint(1, len(ORDINALS)) if ordinal else 0
     ordered = sorted(candidates, key=score)
     gaps = [score(b) - score(a) for a, b in zip(ordered, ordered[1:])]
     if len(ordered) > max(rank, 1) and ordered[rank] is target and min(gaps[:rank + 1]) >= CLEAR:
-        phrase = f"the {ORDINALS[rank - 1]} {{}} from the {side}" if ordinal else rng.choice(phrases)
-        return phrase.format(words(rng, said))
+        return (f"the {ORDINALS[rank - 1]} {{}} from the {side}" if ordinal else rng.choice(phrases)).format(words(rng, said))
 
 def by_relation(rng, things, target, said, candidates):
     anchor = rng.choice([t for t in things if t is not target])
     called = random_description(rng, anchor, (0.8, 0.9, 0.4))
-    score, _, phrases = SIDES[rng.choice(list(SIDES))]
+    score, _, phrases = rng.choice(list(SIDES.values()))
     others = [t for t in candidates if t is not anchor]
     if any(called) and [t for t in things if fits(t, called)] == [anchor] and len(others) > 1 \
             and [t for t in others if score(t) < score(anchor)] == [target] and score(anchor) - score(target) >= CLEAR:
@@ -174,21 +168,13 @@ def render(number):
     pen = ImageDraw.Draw(picture)
     for t in things:
         ink = tuple(c + rng.randint(-14, 14) for c in COLOURS[t.colour])
-        x1, y1, x2, y2 = t.box
-        outline = [(t.x, y1), (x2, y2), (x1, y2)] if t.shape == "triangle" else t.box
+        outline = [(t.x, t.y - t.r), (t.x + t.r, t.y + t.r), (t.x - t.r, t.y + t.r)] if t.shape == "triangle" else t.box
         {"circle": pen.ellipse, "square": pen.rectangle, "triangle": pen.polygon}[t.shape](outline, fill=ink)
     return picture
 
-def shapes_samples(split):
-    first, scenes, _, _ = SHAPES_SPLITS[split]
-    for number in range(first, first + scenes):
-        for text, target in scene(number)[2]:
-            yield Sample(number, text, tuple(map(float, scene(number)[1][target].box)), number)
-
 # --- Datasets by name ------------------------------------------------------------------------------------------------
 
-# dataset: its name in REFER, TransVG and MDETR, and how many expressions it has by M²IST Section IV-A a and HiVG Table 6, where
-# of the google split's the sum alone is to be found.
+# dataset: its name in REFER, TransVG, MDETR; expressions by M²IST Section IV-A a and HiVG Table 6 (google's: their sum alone)
 DATASETS = {
     "refcoco": ("refcoco/refs(unc).p", "unc", "refcoco", dict(train=120_624, val=10_834, testA=5_657, testB=5_095)),
     "refcoco+": ("refcoco+/refs(unc).p", "unc+", "refcoco+", dict(train=120_191, val=10_758, testA=5_726, testB=4_889)),
@@ -212,8 +198,7 @@ def read_refer(path):
     boxes = {thing["id"]: thing["bbox"] for thing in instances["annotations"]}
     for ref in refs:
         for sentence in ref["sentences"]:
-            box = corners(boxes[ref["ann_id"]])
-            yield f"ref {ref['ref_id']}", names[ref["image_id"]], sentence["sent"], box, ref["split"]
+            yield f"ref {ref['ref_id']}", names[ref["image_id"]], sentence["sent"], corners(boxes[ref["ann_id"]]), ref["split"]
 
 class PlainUnpickler(pickle.Unpickler):
     """For numbers, strings, lists and dicts. Whatever else a pickle asks for by name, say a command to run, is refused."""
@@ -250,10 +235,9 @@ def read_jsonl(path):
                 item = json.loads(line.decode("utf-8"))
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}, line {number}: not JSON in UTF-8 ({error})") from None
-            keys = ("image", "text", "box", "split")
-            if missing := [key for key in keys if not isinstance(item, dict) or key not in item]:
+            if missing := [key for key in ("image", "text", "box", "split") if not isinstance(item, dict) or key not in item]:
                 raise InputError(f"{path}, line {number}: lacks {', '.join(missing)}")
-            yield f"line {number}", *(item[key] for key in keys)
+            yield f"line {number}", item["image"], item["text"], item["box"], item["split"]
 
 READERS = {".p": read_refer, ".pth": read_index, ".json": read_mdetr, ".jsonl": read_jsonl}
 
@@ -332,7 +316,11 @@ def load_samples(dataset, split, root=None):
     Raises InputError for an unknown dataset or split (and lists the valid ones), a missing file or folder, a bad line."""
     dataset = str(dataset)
     one_of(f"split of {dataset}", split, split_names(dataset, root))
-    return list(shapes_samples(split)) if dataset == "shapes" else _by_split(dataset, root and str(root))[split]
+    if dataset == "shapes":
+        first, scenes, *_ = SHAPES_SPLITS[split]
+        return [Sample(number, text, tuple(map(float, scene(number)[1][target].box)), number)
+                for number in range(first, first + scenes) for text, target in scene(number)[2]]
+    return _by_split(dataset, root and str(root))[split]
 
 # --- From a Sample to a batch ----------------------------------------------------------------------------------------
 
@@ -358,7 +346,6 @@ UNMIRRORED = re.compile(r"\d|\b(first|second|third|fourth|fifth|last|lft|rt|l|r|
 
 def augment(picture, box, text, size, rng, mirror):
     """The transforms of TransVG, which both papers take over -> picture, box, text. box: (x1, y1, x2, y2) in pixels.
-
     A crop with chance 1/2, unless the words are about a place; brightness, contrast, saturation with chance 0.8; with
     `mirror` the mirror image with chance 1/2, left and right exchanged in the text, unless its other words forbid it (HiVG
     Appendix B mirrors nothing). [D36] The released code compares the box's x with the crop's top, and swaps "bright"."""
@@ -375,11 +362,10 @@ def augment(picture, box, text, size, rng, mirror):
 def crop(picture, box, size, rng):
     """A random part of the picture that keeps the box's centre, or the whole where 20 tries find none."""
     scale = min(picture.size) / (size * rng.choice((400, 500, 600)) / 640)       # the picture's pixels for one of the square's
-    centre = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
     for _ in range(20):
         w, h = (min(side, round(scale * size * rng.uniform(384, 600) / 640)) for side in picture.size)
         x, y = rng.randint(0, picture.width - w), rng.randint(0, picture.height - h)
-        if x < centre[0] < x + w and y < centre[1] < y + h:
+        if x < (box[0] + box[2]) / 2 < x + w and y < (box[1] + box[3]) / 2 < y + h:
             return picture.crop((x, y, x + w, y + h)), tuple(v - start for v, start in zip(box, (x, y, x, y)))
     return picture, box
 
