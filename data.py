@@ -18,6 +18,8 @@ import pickle
 import random
 import re
 import textwrap
+import urllib.request
+import zipfile
 import zlib
 from pathlib import Path
 from typing import NamedTuple, Union
@@ -506,6 +508,56 @@ def contact_sheet(tiles, columns=4):
 
 # --- The command line: look at a dataset before it is trained on -----------------------------------------------------
 
+# archive: its folder, or dataset: who has its pictures; as users reported it. None could be tried where this was written.
+REFER = "https://web.archive.org/web/{}/https://bvisionweb1.cs.unc.edu/licheng/referit/data"
+ADDRESSES = {"refcoco.zip": REFER.format(20220413011718), "refcoco+.zip": REFER.format(20220413011656),
+             "refcocog.zip": REFER.format(20220413012904), "train2014.zip": "http://images.cocodataset.org/zips",
+             "referit": "the drives that TransVG's and CLIP-VG's READMEs link", "flickr30k": "its authors, who have a form"}
+
+def fetch(address, path):
+    """Fetch the rest of a zip, of which a part may be there; all of it where the server cannot begin in the middle."""
+    had = path.stat().st_size if path.exists() else 0
+    with urllib.request.urlopen(urllib.request.Request(address, headers={"Range": f"bytes={had}-"}), timeout=60) as reply:
+        had = had if reply.status == 206 else 0
+        if not had and not b"PK".startswith(reply.peek(2)[:2]):                         # say a page; what is there stays
+            raise ValueError(f"what comes is no zip, it begins {reply.peek(40)[:40]}")
+        size = had + int(reply.headers["Content-Length"] or 0)
+        with tqdm.wrapattr(reply, "read", size, desc=path.name, initial=had) as rest, open(path, "ab" if had else "wb") as out:
+            out.writelines(iter(lambda: rest.read(1 << 20), b""))
+    if path.stat().st_size < size:
+        raise EOFError(f"{path.stat().st_size:,} of {size:,} bytes came")
+
+def unpack(name, folder, wanted, base, mirror):
+    """Unpack what is wanted and not there. Of a member only its last name and its content count: `..`, links lead nowhere."""
+    archive, address = base / name, f"{(mirror or ADDRESSES[name]).rstrip('/')}/{name}"
+    if not (missing := {file for file in wanted if not os.path.lexists(folder / file)}):
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not zipfile.is_zipfile(archive):
+            fetch(address, archive)
+        with zipfile.ZipFile(archive) as file:
+            members = {last: member for member in file.infolist() if (last := member.filename.rpartition("/")[2]) in missing}
+            for last, member in tqdm(members.items(), f"unpacking {name}"):
+                save_whole(folder / last, lambda partial: partial.write_bytes(file.read(member)))     # read checks the sum
+    except Exception as error:                                                 # whatever a server or an archive may hold
+        raise InputError(f"{archive}, from {address}: {type(error).__name__}, {error}. The same command goes on where this "
+                         f"broke off; if that is no use, delete the archive, or have it from elsewhere by --mirror") from None
+
+def download(dataset, root, mirror):
+    """Fetch a dataset's annotations where there are none, REFER's, and of COCO's pictures those that they name."""
+    one_of("dataset to --download", dataset, DATASETS)
+    base, (refer, code, *_) = Path(root or "data"), DATASETS[dataset]
+    if not refer:
+        raise InputError(f"{dataset} cannot be fetched: get its pictures from {ADDRESSES[dataset]}, into "
+                         f"{base / PICTURES[dataset][0]}, and {code}_*.pth from TransVG's shared drive, into {base / code}")
+    try:
+        _by_split(dataset, root)
+    except InputError:
+        unpack(f"{Path(refer).parent}.zip", base / Path(refer).parent, {Path(refer).name, "instances.json"}, base, mirror)
+    pictures = {sample.image_id for samples in _by_split(dataset, root).values() for sample in samples}
+    unpack("train2014.zip", find_files(dataset, root)[1], pictures, base, mirror)
+
 def report(dataset, root, max_tokens):
     """Print what each split holds beside the papers' counts; then how often there is what hurts in training, with examples."""
     counts, found, pictures, sizes = DATASETS.get(dataset, [{}])[-1], {}, {}, {}
@@ -542,10 +594,14 @@ def main(argv=None):
     add("--draw", type=int, default=0, help="how many samples of each split to draw (default: none)")
     add("--save", type=Path, default=".", help="folder for what is drawn (default: this one)")
     add("--write", type=Path, help="FILE.jsonl to write all splits to (default: none)")
+    add("--download", action="store_true", help="fetch what is missing, from addresses as users reported them (default: no)")
+    add("--mirror", help="address of a folder to fetch the same files from (default: ADDRESSES in data.py)")
     add("--max-tokens", type=int, default=20, help="limit that expressions are held against (default: 20)")
     asked = parser.parse_args(argv)
     if asked.write and (asked.write.exists() or asked.dataset == "shapes"):
         raise InputError(f"--write {asked.write}: is there already, or is of shapes, which has no files")
+    for dataset in asked.dataset.split(",") if asked.download else ():
+        download(dataset, asked.root, asked.mirror)
     report(asked.dataset, asked.root, asked.max_tokens)
     samples = {split: load_samples(asked.dataset, split, asked.root) for split in split_names(asked.dataset, asked.root)}
     for split, chosen in samples.items() if asked.draw > 0 else ():
