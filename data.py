@@ -18,21 +18,21 @@ import pickle
 import random
 import re
 import textwrap
+import urllib.request
+import zipfile
 import zlib
 from pathlib import Path
 from typing import NamedTuple, Union
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
 from tqdm import tqdm
 
 from model import InputError, one_of, run, save_whole
 
-# Mean and standard deviation of the pixels that an encoder was pretrained on: ImageNet's for DETR, and CLIP's own,
-# which [D22] the released HiVG does not take.
+# Mean and standard deviation of the pixels in pretraining: ImageNet's for DETR; CLIP's own, which [D22] released HiVG lacks.
 PIXELS = {"detr": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
           "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))}
 
@@ -58,7 +58,6 @@ SHAPES_SPLITS = {
     "val": (10_000_000, 400, (2, 5), (0,)),
     "testA": (20_000_000, 400, (2, 3), (1,)),         # few distractors
     "testB": (30_000_000, 400, (5, 7), (2,))}         # many
-EXPRESSIONS = 3                                       # of each scene
 
 class Thing(NamedTuple):
     """An object of a scene: its centre (x, y) and half its side r, in pixels."""
@@ -96,22 +95,20 @@ def scene(number):
         height = rng.randint(*HEIGHTS)
         things = random_things(rng, height, rng.randint(*counts))
         if len(things) >= counts[0] and zlib.crc32(repr((height, things)).encode()) % 8 in residues:
-            expressions = [describe(rng, things) for _ in range(EXPRESSIONS)]
+            expressions = [describe(rng, things) for _ in range(3)]
             if None not in expressions:
                 return height, things, expressions
 
-# An expression is a description (colour, shape, size; None where it does not say) and one way to tell the things that
-# it fits, the candidates, apart.
-EXTREMES = {          # way -> (score of a thing, phrases; {} stands for the description)
-    "left": (lambda t: t.x, ("the leftmost {}", "the {} furthest to the left", "the {} on the left")),
-    "right": (lambda t: -t.x, ("the rightmost {}", "the {} furthest to the right", "the {} on the right")),
-    "top": (lambda t: t.y, ("the topmost {}", "the highest {}", "the {} at the top")),
-    "bottom": (lambda t: -t.y, ("the lowest {}", "the bottom {}", "the {} at the bottom"))}
-RELATIONS = {         # way -> (how far a thing is on that side of the anchor a, phrases; the second {} is the anchor)
-    "left": (lambda t, a: a.x - t.x, ("the {} to the left of the {}", "the {} left of the {}")),
-    "right": (lambda t, a: t.x - a.x, ("the {} to the right of the {}", "the {} right of the {}")),
-    "above": (lambda t, a: a.y - t.y, ("the {} above the {}", "the {} higher than the {}")),
-    "below": (lambda t, a: t.y - a.y, ("the {} below the {}", "the {} under the {}"))}
+# An expression is a description (colour, shape, size; None where unsaid; {} below) and a way to tell the things it fits apart.
+SIDES = {             # side -> (score of a thing, least at the very side; phrases of that one; of one on that side of another)
+    "left": (lambda t: t.x, ("the leftmost {}", "the {} furthest to the left", "the {} on the left"),
+             ("the {} to the left of the {}", "the {} left of the {}")),
+    "right": (lambda t: -t.x, ("the rightmost {}", "the {} furthest to the right", "the {} on the right"),
+              ("the {} to the right of the {}", "the {} right of the {}")),
+    "top": (lambda t: t.y, ("the topmost {}", "the highest {}", "the {} at the top"),
+            ("the {} above the {}", "the {} higher than the {}")),
+    "bottom": (lambda t: -t.y, ("the lowest {}", "the bottom {}", "the {} at the bottom"),
+               ("the {} below the {}", "the {} under the {}"))}
 ORDINALS = ("second", "third", "fourth")
 NOUNS = ("shape", "object")
 SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
@@ -128,40 +125,32 @@ def words(rng, description):
     noun = shape or rng.choice(NOUNS)
     return " ".join(w for w in (rng.choice(SIZE_WORDS[size]) if size else None, colour, noun) if w)
 
-def ranked(things, score, rank):
-    """The thing of that rank by score, or None unless it and all before it are told apart by CLEAR pixels."""
-    ordered = sorted(things, key=score)
-    gaps = [score(b) - score(a) for a, b in zip(ordered, ordered[1:])]
-    return ordered[rank] if len(ordered) > rank and min(gaps[:rank + 1], default=CLEAR) >= CLEAR else None
-
-# Each way below returns an expression that means `target` and nothing else, or None where its random choices fail. said: what
-# it says of the target. candidates: the things that this fits.
+# A way returns an expression that means `target` alone, or None where its random choices fail. candidates: what `said` fits.
 def by_attributes(rng, things, target, said, candidates):
     if any(said) and candidates == [target]:
         return "the " + words(rng, said)
 
-def by_extreme(rng, things, target, said, candidates):
-    score, phrases = EXTREMES[rng.choice(list(EXTREMES))]
-    if len(candidates) > 1 and ranked(candidates, score, 0) is target:
-        return rng.choice(phrases).format(words(rng, said))
-
-def by_ordinal(rng, things, target, said, candidates):
-    way, rank = rng.choice(list(EXTREMES)), rng.randint(1, len(ORDINALS))
-    if ranked(candidates, EXTREMES[way][0], rank) is target:
-        return f"the {ORDINALS[rank - 1]} {words(rng, said)} from the {way}"
+def by_rank(rng, things, target, said, candidates, ordinal=False):
+    """The one furthest to a side, or the second, third, ... from it; it and all before it are told apart by CLEAR pixels."""
+    side, (score, phrases, _) = rng.choice(list(SIDES.items()))
+    rank = rng.randint(1, len(ORDINALS)) if ordinal else 0
+    ordered = sorted(candidates, key=score)
+    gaps = [score(b) - score(a) for a, b in zip(ordered, ordered[1:])]
+    if len(ordered) > max(rank, 1) and ordered[rank] is target and min(gaps[:rank + 1]) >= CLEAR:
+        return (f"the {ORDINALS[rank - 1]} {{}} from the {side}" if ordinal else rng.choice(phrases)).format(words(rng, said))
 
 def by_relation(rng, things, target, said, candidates):
     anchor = rng.choice([t for t in things if t is not target])
     called = random_description(rng, anchor, (0.8, 0.9, 0.4))
-    distance, phrases = RELATIONS[rng.choice(list(RELATIONS))]
+    score, _, phrases = rng.choice(list(SIDES.values()))
     others = [t for t in candidates if t is not anchor]
     if any(called) and [t for t in things if fits(t, called)] == [anchor] and len(others) > 1 \
-            and [t for t in others if distance(t, anchor) > 0] == [target] and distance(target, anchor) >= CLEAR:
+            and [t for t in others if score(t) < score(anchor)] == [target] and score(anchor) - score(target) >= CLEAR:
         return rng.choice(phrases).format(words(rng, said), words(rng, called))
 
 # A way, and the chances that it says colour, shape and size; as often as they stand here.
-WAYS = (*[(by_attributes, (0.7, 0.8, 0.4))] * 8, *[(by_extreme, (0.5, 0.5, 0.2))] * 5, *[(by_relation, (0.5, 0.5, 0.2))] * 4,
-        (by_ordinal, (0.5, 0.4, 0.1)))
+WAYS = (*[(by_attributes, (0.7, 0.8, 0.4))] * 8, *[(by_rank, (0.5, 0.5, 0.2))] * 5, *[(by_relation, (0.5, 0.5, 0.2))] * 4,
+        (functools.partial(by_rank, ordinal=True), (0.5, 0.4, 0.1)))
 
 def describe(rng, things):
     """(an expression that means exactly one of the things, that one's index), or None where 100 tries find none."""
@@ -175,31 +164,19 @@ def describe(rng, things):
 def render(number):
     """The picture of a scene, as PIL draws it."""
     height, things, _ = scene(number)
-    rng = random.Random(f"paint {number}")
+    rng = seeded("paint", number)
     ground = rng.randint(215, 245)
     picture = Image.new("RGB", (WIDTH, height), tuple(ground + rng.randint(-8, 8) for _ in range(3)))
     pen = ImageDraw.Draw(picture)
     for t in things:
-        ink = tuple(max(0, min(255, c + rng.randint(-14, 14))) for c in COLOURS[t.colour])
-        x1, y1, x2, y2 = t.box
-        if t.shape == "circle":
-            pen.ellipse(t.box, fill=ink)
-        elif t.shape == "square":
-            pen.rectangle(t.box, fill=ink)
-        else:
-            pen.polygon([(t.x, y1), (x2, y2), (x1, y2)], fill=ink)
+        ink = tuple(c + rng.randint(-14, 14) for c in COLOURS[t.colour])
+        outline = [(t.x, t.y - t.r), (t.x + t.r, t.y + t.r), (t.x - t.r, t.y + t.r)] if t.shape == "triangle" else t.box
+        {"circle": pen.ellipse, "square": pen.rectangle, "triangle": pen.polygon}[t.shape](outline, fill=ink)
     return picture
-
-def shapes_samples(split):
-    first, scenes, _, _ = SHAPES_SPLITS[split]
-    for number in range(first, first + scenes):
-        for text, target in scene(number)[2]:
-            yield Sample(number, text, tuple(map(float, scene(number)[1][target].box)), number)
 
 # --- Datasets by name ------------------------------------------------------------------------------------------------
 
-# dataset: its name in REFER, TransVG and MDETR, and how many expressions it has by M²IST Section IV-A a and HiVG Table 6, where
-# of the google split's the sum alone is to be found.
+# dataset: its name in REFER, TransVG, MDETR; expressions by M²IST Section IV-A a and HiVG Table 6 (google's: their sum alone)
 DATASETS = {
     "refcoco": ("refcoco/refs(unc).p", "unc", "refcoco", dict(train=120_624, val=10_834, testA=5_657, testB=5_095)),
     "refcoco+": ("refcoco+/refs(unc).p", "unc+", "refcoco+", dict(train=120_191, val=10_758, testA=5_726, testB=4_889)),
@@ -213,8 +190,7 @@ NUMPY = [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "
          *((part, f"numpy.{core}.multiarray.{part.__name__}") for core in ("core", "_core")        # by numpy 1, by numpy 2
            for part in (np._core.multiarray._reconstruct, np._core.multiarray.scalar))]
 
-# A reader takes a file and yields (where in it, {"image": its name, "text", "box": [x1, y1, x2, y2] in pixels, "split"}).
-
+# A reader takes a file and yields (where in it, the picture's name, text, box [x1, y1, x2, y2] in pixels, split).
 def read_refer(path):
     """REFER: refs(BY).p beside instances.json. A ref's own file_name is of its annotation, not of the picture."""
     with open(path, "rb") as file:
@@ -224,8 +200,7 @@ def read_refer(path):
     boxes = {thing["id"]: thing["bbox"] for thing in instances["annotations"]}
     for ref in refs:
         for sentence in ref["sentences"]:
-            yield f"ref {ref['ref_id']}", {"image": names[ref["image_id"]], "text": sentence["sent"],
-                                           "box": corners(boxes[ref["ann_id"]]), "split": ref["split"]}
+            yield f"ref {ref['ref_id']}", names[ref["image_id"]], sentence["sent"], corners(boxes[ref["ann_id"]]), ref["split"]
 
 class PlainUnpickler(pickle.Unpickler):
     """For numbers, strings, lists and dicts. Whatever else a pickle asks for by name, say a command to run, is refused."""
@@ -245,62 +220,58 @@ def read_index(path):
     for number, row in enumerate(rows):
         image, box, text = row if len(row) == 3 else (row[0], *row[2:4])
         box = [float(v) for v in box] if dataset in ("referit", "flickr") else corners(box)
-        yield f"item {number}", {"image": image, "text": text, "box": box, "split": split}
+        yield f"item {number}", image, text, box, split
 
 def read_mdetr(path):
     """MDETR: finetune_DATASET_SPLIT.json, COCO's format with one "image" an expression."""
     content, split = json.loads(path.read_bytes()), path.stem.rpartition("_")[2]
     boxes = {thing["image_id"]: thing["bbox"] for thing in content["annotations"]}
     for image in content["images"]:
-        yield f"image {image['id']}", {"image": image["file_name"], "text": image["caption"],
-                                       "box": corners(boxes[image["id"]]), "split": split}
+        yield f"image {image['id']}", image["file_name"], image["caption"], corners(boxes[image["id"]]), split
 
 def read_jsonl(path):
     """One's own pictures: an object with these four keys a line, in UTF-8."""
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if line.strip():
             try:
-                yield f"line {number}", json.loads(line.decode("utf-8"))
+                item = json.loads(line.decode("utf-8"))
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}, line {number}: not JSON in UTF-8 ({error})") from None
+            if missing := [key for key in ("image", "text", "box", "split") if not isinstance(item, dict) or key not in item]:
+                raise InputError(f"{path}, line {number}: lacks {', '.join(missing)}")
+            yield f"line {number}", item["image"], item["text"], item["box"], item["split"]
 
 READERS = {".p": read_refer, ".pth": read_index, ".json": read_mdetr, ".jsonl": read_jsonl}
 
-def checked(where, item, area):
-    """(picture, text, box, split) of a reader's item, or an InputError that says what is wrong with it, and where. area: whether a
-    box must have one; who wrote the file can mend it, who downloaded it cannot, and may evaluate on it all the same."""
-    item = item if isinstance(item, dict) else {}
-    if missing := [key for key in ("image", "text", "box", "split") if key not in item]:
-        raise InputError(f"{where}: lacks {', '.join(missing)}")
-    image, text, box, split = (item[key] for key in ("image", "text", "box", "split"))
+def check(where, image, text, box, split, area):
+    """InputError says what is wrong with what a reader yields, and where. area: whether a box must have one; who wrote the
+    file can mend it, who downloaded it cannot, and may evaluate on it all the same."""
     if not (isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) and abs(v) < 1e9 for v in box)):  # nor NaN
         raise InputError(f"{where}: box is {box}, not four numbers [x1, y1, x2, y2]")
     if area and (box[2] <= box[0] or box[3] <= box[1]):
         raise InputError(f"{where}: box {box} has no area; it is [x1, y1, x2, y2] in pixels, x2 > x1 and y2 > y1")
     if not all(isinstance(v, str) and v.strip() and v.encode(errors="ignore").decode() == v for v in (image, text, split)):
         raise InputError(f"{where}: image, text and split must be strings that are not empty, nor broken Unicode")
-    return image, text, tuple(map(float, box)), split
 
 def find_files(dataset, root):
     """([annotation file, ...] of one format, the folder of their pictures). What is there says which format it is."""
     path, base = Path(dataset), Path(root or "data")
     if dataset not in DATASETS and not (path.suffix == ".jsonl" and path.is_file()):
-        raise InputError(f"{dataset}: no such dataset (choose shapes, {', '.join(DATASETS)}, or several joined by commas) and no such "
-                         f"file, FILE.jsonl, of one object a line: "
-                         '{"image": "a.jpg", "text": "the red cup", "box": [x1, y1, x2, y2], "split": "train"}')
+        example = '{"image": "a.jpg", "text": "the red cup", "box": [x1, y1, x2, y2], "split": "train"}'
+        raise InputError(f"{dataset}: no such dataset (choose shapes, {', '.join(DATASETS)}, or several joined by commas) and "
+                         f"no such file, FILE.jsonl, of one object a line: {example}")
     if root and not base.is_dir():
         raise InputError(f"--root {root}: no such folder; expected the one of the annotations and pictures of {dataset}")
     if dataset not in DATASETS:
         return [path], base if root else path.parent
-    refer, code, mdetr, counts = DATASETS[dataset]
-    pictures, patterns = PICTURES.get(dataset, COCO), [refer, f"{code}/{code}_*.pth", mdetr and f"finetune_{mdetr}_*.json"]
-    for place, pattern in itertools.product([base, *sorted(base.glob("*/"))], filter(None, patterns)):
+    (refer, code, mdetr, counts), pictures = DATASETS[dataset], PICTURES.get(dataset, COCO)
+    patterns = list(filter(None, (refer, f"{code}/{code}_*.pth", mdetr and f"finetune_{mdetr}_*.json")))
+    for place, pattern in itertools.product([base, *sorted(base.glob("*/"))], patterns):
         if found := [f for f in sorted(place.glob(pattern)) if f.suffix == ".p" or f.stem.rpartition("_")[2] in counts]:
             folders = [folder / name for folder in (base, place) for name in pictures]
             return found, next(filter(Path.is_dir, folders), folders[0])
-    raise InputError(f"--root {base}: no annotations of {dataset} there or one folder below; looked for "
-                     f"{', '.join(filter(None, patterns))} (pictures in {' or '.join(pictures)}); the README, `The data`, says where "
-                     f"they come from")
+    raise InputError(f"--root {base}: no annotations of {dataset} there or one folder below; looked for {', '.join(patterns)} "
+                     f"(pictures in {' or '.join(pictures)}); the README, `The data`, says where they come from")
 
 def mixed(datasets, root):
     """The papers' mixed setting: a picture of val or test of any dataset is in train of none. It is told by its path, those of
@@ -320,29 +291,26 @@ def mixed(datasets, root):
 
 @functools.lru_cache(maxsize=8)
 def _by_split(dataset, root):
-    """{split: [Sample, ...]} of a dataset, or of `shapes` {split: None}, whose splits are made one at a time."""
-    if dataset == "shapes":
-        return dict.fromkeys(SHAPES_SPLITS)
+    """{split: [Sample, ...]} of a dataset of files, or of several."""
     if "," in dataset and not Path(dataset).is_file():
         return mixed(dataset.split(","), root)
     files, folder = find_files(dataset, root)
     splits = {}
     for file in files:
         try:
-            for where, item in READERS[file.suffix](file):
-                image, text, box, split = checked(f"{file}, {where}", item, area=file.suffix == ".jsonl")
-                splits.setdefault(split, []).append(Sample(folder / image, text, box, image))
-        except InputError:
-            raise
+            for where, image, text, box, split in READERS[file.suffix](file):
+                check(f"{file}, {where}", image, text, box, split, area=file.suffix == ".jsonl")
+                splits.setdefault(split, []).append(Sample(folder / image, text, tuple(map(float, box)), image))
         except Exception as error:                      # whatever somebody's file may hold in place of what it should
-            raise InputError(f"{file}: not as {READERS[file.suffix].__name__}() expects it ({type(error).__name__}: {error})") from None
+            odd = f"{file}: not as {READERS[file.suffix].__name__}() expects it ({type(error).__name__}: {error})"
+            raise error if isinstance(error, InputError) else InputError(odd) from None
     if not splits:
         raise InputError(f"{dataset}: holds no line")
     return splits
 
 def split_names(dataset, root=None):
     """The splits of a dataset, in its own order."""
-    return list(_by_split(str(dataset), root and str(root)))
+    return list(SHAPES_SPLITS if str(dataset) == "shapes" else _by_split(str(dataset), root and str(root)))
 
 def load_samples(dataset, split, root=None):
     """List of Sample. dataset: "shapes", one of DATASETS, the path of a FILE.jsonl, or several joined by commas. root: the
@@ -350,7 +318,11 @@ def load_samples(dataset, split, root=None):
     Raises InputError for an unknown dataset or split (and lists the valid ones), a missing file or folder, a bad line."""
     dataset = str(dataset)
     one_of(f"split of {dataset}", split, split_names(dataset, root))
-    return list(shapes_samples(split)) if dataset == "shapes" else _by_split(dataset, root and str(root))[split]
+    if dataset == "shapes":
+        first, scenes, *_ = SHAPES_SPLITS[split]
+        return [Sample(number, text, tuple(map(float, scene(number)[1][target].box)), number)
+                for number in range(first, first + scenes) for text, target in scene(number)[2]]
+    return _by_split(dataset, root and str(root))[split]
 
 # --- From a Sample to a batch ----------------------------------------------------------------------------------------
 
@@ -376,7 +348,6 @@ UNMIRRORED = re.compile(r"\d|\b(first|second|third|fourth|fifth|last|lft|rt|l|r|
 
 def augment(picture, box, text, size, rng, mirror):
     """The transforms of TransVG, which both papers take over -> picture, box, text. box: (x1, y1, x2, y2) in pixels.
-
     A crop with chance 1/2, unless the words are about a place; brightness, contrast, saturation with chance 0.8; with
     `mirror` the mirror image with chance 1/2, left and right exchanged in the text, unless its other words forbid it (HiVG
     Appendix B mirrors nothing). [D36] The released code compares the box's x with the crop's top, and swaps "bright"."""
@@ -393,11 +364,10 @@ def augment(picture, box, text, size, rng, mirror):
 def crop(picture, box, size, rng):
     """A random part of the picture that keeps the box's centre, or the whole where 20 tries find none."""
     scale = min(picture.size) / (size * rng.choice((400, 500, 600)) / 640)       # the picture's pixels for one of the square's
-    centre = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
     for _ in range(20):
         w, h = (min(side, round(scale * size * rng.uniform(384, 600) / 640)) for side in picture.size)
         x, y = rng.randint(0, picture.width - w), rng.randint(0, picture.height - h)
-        if x < centre[0] < x + w and y < centre[1] < y + h:
+        if x < (box[0] + box[2]) / 2 < x + w and y < (box[1] + box[3]) / 2 < y + h:
             return picture.crop((x, y, x + w, y + h)), tuple(v - start for v, start in zip(box, (x, y, x, y)))
     return picture, box
 
@@ -406,17 +376,16 @@ def placement(width, height, size, rng=None, fill=1.0):
     `fill` of the square's; the picture is centred, or put anywhere by `rng` (training)."""
     scale = fill * size / max(width, height)
     w, h = max(1, round(width * scale)), max(1, round(height * scale))
-    if rng is None:
-        return w, h, (size - w) // 2, (size - h) // 2
-    return w, h, rng.randint(0, size - w), rng.randint(0, size - h)
+    left, top = ((size - side) // 2 if rng is None else rng.randint(0, size - side) for side in (w, h))
+    return w, h, left, top
 
 def letterbox(picture, size, rng=None, pixels=PIXELS["detr"], fill=1.0):
     """An RGB picture -> (image (3, size, size) normalised by `pixels`, padding (size, size) bool, (w, h, left, top)).
     Padding is 0 after normalisation: the mean colour."""
     w, h, left, top = place = placement(*picture.size, size, rng, fill)
     image = TF.normalize(TF.to_tensor(picture.resize((w, h), Image.Resampling.BILINEAR)), *pixels)
-    edges = (left, size - w - left, top, size - h - top)
-    return F.pad(image, edges), F.pad(torch.zeros(h, w, dtype=torch.bool), edges, value=True), place
+    edges = [left, top, size - w - left, size - h - top]
+    return TF.pad(image, edges), TF.pad(torch.zeros(h, w, dtype=torch.bool), edges, fill=True), place
 
 def to_square(box, picture_size, place, size):
     """(x1, y1, x2, y2) in pixels of the picture -> (cx, cy, w, h) in [0, 1] of the square. place: from `placement`."""
@@ -451,11 +420,11 @@ class Tokenizer:
                                  f"or take --weights random or --size tiny") from None
         else:
             said = " ".join([*COLOURS, *SHAPES, *NOUNS, *ORDINALS, "to from", *sum(SIZE_WORDS.values(), ()),
-                             *EXTREMES, *(p for _, ways in (*EXTREMES.values(), *RELATIONS.values()) for p in ways)])
+                             *SIDES, *(p for _, furthest, beside in SIDES.values() for p in furthest + beside)])
             letters = [chr(c) for c in range(33, 127) if not chr(c).isupper()]
             pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + c for c in letters if c.isalnum()),
                       *sorted(set(said.replace("{}", "").split()))]
-            self.wordpiece = BertTokenizer(vocab={piece: i for i, piece in enumerate(dict.fromkeys(pieces))})
+            self.wordpiece = BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)})
         self.pad, self.mask = self.wordpiece.pad_token_id, self.wordpiece.mask_token_id
 
     def __call__(self, text):
@@ -520,14 +489,13 @@ def draw(picture, caption, boxes, attention=None, side=256):
         heat = Image.fromarray(np.uint8(255 * cells / cells.max().clamp(min=1e-9)))
         heat = heat.resize((side, side), Image.Resampling.BICUBIC).crop((left, top, left + w, top + h))
         view = Image.composite(Image.new("RGB", view.size, WARM), view, heat.point(lambda v: v * 3 // 4))
-    pen, font = ImageDraw.Draw(view), ImageFont.load_default(13)
+    pen = ImageDraw.Draw(view)
     for box, colour in boxes:
         x1, y1, x2, y2 = (v * scale for v in box)
         pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=3)
-    tile = Image.new("RGB", (side, side + 36), "white")
-    tile.paste(view, (left, top))
-    lines = textwrap.wrap(caption, (side - 8) // 7, max_lines=2, placeholder=" ...")         # a letter is about 7 pixels wide
-    ImageDraw.Draw(tile).text((4, side + 2), "\n".join(lines), "black", font)
+    tile = ImageOps.expand(view, (left, top, side - w - left, side - h - top + 36), "white")
+    lines = textwrap.fill(caption, (side - 8) // 7, max_lines=2, placeholder=" ...")         # a letter is about 7 pixels wide
+    ImageDraw.Draw(tile).text((4, side + 2), lines, "black", ImageFont.load_default(13))
     return tile
 
 def contact_sheet(tiles, columns=4):
@@ -539,6 +507,56 @@ def contact_sheet(tiles, columns=4):
     return sheet
 
 # --- The command line: look at a dataset before it is trained on -----------------------------------------------------
+
+# archive: its folder, or dataset: who has its pictures; as users reported it. None could be tried where this was written.
+REFER = "https://web.archive.org/web/{}/https://bvisionweb1.cs.unc.edu/licheng/referit/data"
+ADDRESSES = {"refcoco.zip": REFER.format(20220413011718), "refcoco+.zip": REFER.format(20220413011656),
+             "refcocog.zip": REFER.format(20220413012904), "train2014.zip": "http://images.cocodataset.org/zips",
+             "referit": "the drives that TransVG's and CLIP-VG's READMEs link", "flickr30k": "its authors, who have a form"}
+
+def fetch(address, path):
+    """Fetch the rest of a zip, of which a part may be there; all of it where the server cannot begin in the middle."""
+    had = path.stat().st_size if path.exists() else 0
+    with urllib.request.urlopen(urllib.request.Request(address, headers={"Range": f"bytes={had}-"}), timeout=60) as reply:
+        had = had if reply.status == 206 else 0
+        if not had and not b"PK".startswith(reply.peek(2)[:2]):                         # say a page; what is there stays
+            raise ValueError(f"what comes is no zip, it begins {reply.peek(40)[:40]}")
+        size = had + int(reply.headers["Content-Length"] or 0)
+        with tqdm.wrapattr(reply, "read", size, desc=path.name, initial=had) as rest, open(path, "ab" if had else "wb") as out:
+            out.writelines(iter(lambda: rest.read(1 << 20), b""))
+    if path.stat().st_size < size:
+        raise EOFError(f"{path.stat().st_size:,} of {size:,} bytes came")
+
+def unpack(name, folder, wanted, base, mirror):
+    """Unpack what is wanted and not there. Of a member only its last name and its content count: `..`, links lead nowhere."""
+    archive, address = base / name, f"{(mirror or ADDRESSES[name]).rstrip('/')}/{name}"
+    if not (missing := {file for file in wanted if not os.path.lexists(folder / file)}):
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not zipfile.is_zipfile(archive):
+            fetch(address, archive)
+        with zipfile.ZipFile(archive) as file:
+            members = {last: member for member in file.infolist() if (last := member.filename.rpartition("/")[2]) in missing}
+            for last, member in tqdm(members.items(), f"unpacking {name}"):
+                save_whole(folder / last, lambda partial: partial.write_bytes(file.read(member)))     # read checks the sum
+    except Exception as error:                                                 # whatever a server or an archive may hold
+        raise InputError(f"{archive}, from {address}: {type(error).__name__}, {error}. The same command goes on where this "
+                         f"broke off; if that is no use, delete the archive, or have it from elsewhere by --mirror") from None
+
+def download(dataset, root, mirror):
+    """Fetch a dataset's annotations where there are none, REFER's, and of COCO's pictures those that they name."""
+    one_of("dataset to --download", dataset, DATASETS)
+    base, (refer, code, *_) = Path(root or "data"), DATASETS[dataset]
+    if not refer:
+        raise InputError(f"{dataset} cannot be fetched: get its pictures from {ADDRESSES[dataset]}, into "
+                         f"{base / PICTURES[dataset][0]}, and {code}_*.pth from TransVG's shared drive, into {base / code}")
+    try:
+        _by_split(dataset, root)
+    except InputError:
+        unpack(f"{Path(refer).parent}.zip", base / Path(refer).parent, {Path(refer).name, "instances.json"}, base, mirror)
+    pictures = {sample.image_id for samples in _by_split(dataset, root).values() for sample in samples}
+    unpack("train2014.zip", find_files(dataset, root)[1], pictures, base, mirror)
 
 def report(dataset, root, max_tokens):
     """Print what each split holds beside the papers' counts; then how often there is what hurts in training, with examples."""
@@ -573,25 +591,28 @@ def main(argv=None):
     add = parser.add_argument
     add("dataset", help=f"{', '.join(DATASETS)}, shapes, a FILE.jsonl, or several joined by commas")
     add("--root", help="folder of annotations and pictures (default: data; of a .jsonl its own)")
-    add("--draw", type=int, help="how many samples of each split to draw (default: none)")
-    add("--save", default=".", help="folder for what is drawn (default: this one)")
-    add("--write", help="FILE.jsonl to write all splits to (default: none)")
+    add("--draw", type=int, default=0, help="how many samples of each split to draw (default: none)")
+    add("--save", type=Path, default=".", help="folder for what is drawn (default: this one)")
+    add("--write", type=Path, help="FILE.jsonl to write all splits to (default: none)")
+    add("--download", action="store_true", help="fetch what is missing, from addresses as users reported them (default: no)")
+    add("--mirror", help="address of a folder to fetch the same files from (default: ADDRESSES in data.py)")
     add("--max-tokens", type=int, default=20, help="limit that expressions are held against (default: 20)")
     asked = parser.parse_args(argv)
-    path = asked.write and Path(asked.write)
-    if path and (path.exists() or asked.dataset == "shapes"):
-        raise InputError(f"--write {path}: is there already, or is of shapes, which has no files")
+    if asked.write and (asked.write.exists() or asked.dataset == "shapes"):
+        raise InputError(f"--write {asked.write}: is there already, or is of shapes, which has no files")
+    for dataset in asked.dataset.split(",") if asked.download else ():
+        download(dataset, asked.root, asked.mirror)
     report(asked.dataset, asked.root, asked.max_tokens)
     samples = {split: load_samples(asked.dataset, split, asked.root) for split in split_names(asked.dataset, asked.root)}
-    for split, chosen in samples.items() if (asked.draw or 0) > 0 else ():
-        Path(asked.save).mkdir(parents=True, exist_ok=True)
-        sheet = Path(asked.save) / f"{split.replace('/', '-')}.png"
+    for split, chosen in samples.items() if asked.draw > 0 else ():
+        asked.save.mkdir(parents=True, exist_ok=True)
+        sheet = asked.save / f"{split.replace('/', '-')}.png"
         contact_sheet([draw(load_picture(s.image), s.text, [(s.box, TRUE)]) for s in spread(chosen, asked.draw)]).save(sheet)
         print(sheet)
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = os.path.realpath(path.parent)
-        save_whole(path, lambda partial: partial.write_text("".join(json.dumps(
+    if asked.write:
+        asked.write.parent.mkdir(parents=True, exist_ok=True)
+        folder = os.path.realpath(asked.write.parent)
+        save_whole(asked.write, lambda partial: partial.write_text("".join(json.dumps(
             {"image": os.path.relpath(s.image, folder), "text": s.text, "box": s.box, "split": split}) + "\n"
             for split, chosen in samples.items() for s in chosen)))
 

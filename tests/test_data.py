@@ -1,10 +1,15 @@
 """data.py: the meaning of every expression, the splits, the formats, the geometry."""
+import functools
+import http.server
 import json
 import os
 import pickle
 import random
 import re
+import stat
+import threading
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -685,3 +690,198 @@ def test_transforms_are_of_training_alone_and_the_same_each_time(tmp_path):
     assert all(same(items(0, False, {"mirror": True}), items(0, False, None)))
     widths = {int((~padding).any(0).sum()) for _, padding, *_ in first}
     assert {round(64 * scale) for scale in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)} <= widths      # of whole pictures, and of crops
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Download: from this machine, by a server that does what servers do
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves a folder, from the middle of a file where it is asked to. limit: bytes of an answer after which it breaks off.
+    page: what it says, with status 200, whatever it is asked for. asked: (file, first byte) of each request."""
+    folder, limit, ranges, page, asked = None, None, True, None, []
+
+    def do_GET(self):
+        path = Path(self.folder) / self.path.removeprefix("/files/")
+        start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-")) if self.ranges and not self.page else 0
+        self.asked.append((path.name, start))
+        if not path.is_file() or start and start >= path.stat().st_size:
+            return self.send_error(416 if path.is_file() else 404)
+        content = self.page or path.read_bytes()[start:]
+        self.send_response(206 if self.ranges and not self.page else 200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[:self.limit])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """An address that serves tmp_path / "served" with refcoco.zip and train2014.zip as the real ones are laid out."""
+    as_refer(tmp_path / "original")
+    pictures(tmp_path / "original/train2014")
+    served = tmp_path / "served"
+    served.mkdir()
+    with zipfile.ZipFile(served / "refcoco.zip", "w") as archive:
+        for name in ("refs(unc).p", "instances.json"):
+            archive.write(tmp_path / "original/refcoco" / name, f"refcoco/{name}")
+        archive.writestr("__MACOSX/refcoco/._instances.json", "not for us")
+    with zipfile.ZipFile(served / "train2014.zip", "w") as archive:
+        for number in PICTURES:
+            archive.write(tmp_path / "original/train2014" / coco(number), f"train2014/{coco(number)}")
+        archive.writestr(f"train2014/{coco(11)}", "a picture that no expression is about")
+    for name, value in (("folder", served), ("limit", None), ("ranges", True), ("page", None), ("asked", [])):
+        monkeypatch.setattr(Server, name, value)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=functools.partial(server.serve_forever, poll_interval=0.01), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/files/"
+    server.shutdown()
+    server.server_close()
+
+
+def fetch_all(tmp_path, mirror, dataset="refcoco"):
+    data._by_split.cache_clear()
+    data.main([dataset, "--root", str(tmp_path / "new"), "--download", "--mirror", mirror])
+
+
+def files(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+
+
+def test_download_brings_annotations_and_the_pictures_that_they_name(tmp_path, mirror, capsys):
+    fetch_all(tmp_path, mirror)
+    assert re.search(r"^train +1 +2 +3", capsys.readouterr().out, re.M)
+    placed = {f"images/train2014/{coco(number)}" for number in PICTURES}
+    assert files(tmp_path / "new") == {"refcoco.zip", "train2014.zip", "refcoco/refs(unc).p", "refcoco/instances.json", *placed}
+    new = tmp_path / "new/images/train2014"
+    assert (new / coco(8)).read_bytes() == (tmp_path / "original/train2014" / coco(8)).read_bytes()
+    for gone in ("refcoco.zip", "train2014.zip"):
+        (tmp_path / "new" / gone).rename(tmp_path / gone)
+    Server.asked.clear()
+    fetch_all(tmp_path, mirror)
+    assert Server.asked == []                                                    # all is there: nothing is fetched again
+    (tmp_path / "train2014.zip").rename(tmp_path / "new/train2014.zip")
+    (new / coco(8)).unlink()
+    (new / coco(7)).write_text("mine")
+    fetch_all(tmp_path, mirror)                                                   # from the archive that was kept
+    assert Server.asked == [] and (new / coco(8)).exists() and (new / coco(7)).read_text() == "mine"
+    assert f"1 pictures that are missing or broken, such as {new / coco(7)}" in capsys.readouterr().out
+
+
+def test_pictures_are_fetched_once_and_for_annotations_of_any_format(tmp_path, mirror):
+    as_mdetr(tmp_path / "new/mdetr")
+    fetch_all(tmp_path, mirror)
+    assert Server.asked == [("train2014.zip", 0)] and len(files(tmp_path / "new/images/train2014")) == 3
+    as_refer(tmp_path / "new", "refcocog", "google", refs=[(71, "train", ["x"])])
+    fetch_all(tmp_path, mirror, "refcoco,refcocog-google")
+    assert len(Server.asked) == 1
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_download_that_broke_off_goes_on(tmp_path, mirror, monkeypatch, ranges):
+    monkeypatch.setattr(Server, "ranges", ranges)
+    monkeypatch.setattr(Server, "limit", 300)
+    with pytest.raises(InputError, match="refcoco.zip, from http.*300 of [0-9,]+ bytes came.*The same command goes on"):
+        fetch_all(tmp_path, mirror)
+    assert files(tmp_path / "new") == {"refcoco.zip"} and (tmp_path / "new/refcoco.zip").stat().st_size == 300
+    monkeypatch.setattr(Server, "limit", None)
+    fetch_all(tmp_path, mirror)
+    assert Server.asked[1] == ("refcoco.zip", 300 if ranges else 0)
+    assert (tmp_path / "new/refcoco.zip").read_bytes() == (tmp_path / "served/refcoco.zip").read_bytes()
+    assert len(files(tmp_path / "new/images/train2014")) == 3
+
+
+def test_a_page_in_place_of_an_archive_is_named_and_not_kept(tmp_path, mirror, monkeypatch):
+    for limit in (None, 300):                                              # with nothing there, and with a part there
+        monkeypatch.setattr(Server, "limit", limit)
+        if limit:
+            with pytest.raises(InputError, match="bytes came"):
+                fetch_all(tmp_path, mirror)
+        monkeypatch.setattr(Server, "page", b"<html>Sorry</html>")
+        with pytest.raises(InputError, match="refcoco.zip, from http.*no zip.*<html>Sorry.*--mirror"):
+            fetch_all(tmp_path, mirror)
+        assert files(tmp_path / "new") == ({"refcoco.zip"} if limit else set())
+        monkeypatch.setattr(Server, "page", None)
+    monkeypatch.setattr(Server, "limit", None)
+    fetch_all(tmp_path, mirror)
+    assert Server.asked[-2:] == [("refcoco.zip", 300), ("train2014.zip", 0)]
+
+
+def test_a_server_or_file_that_is_not_there_is_named(tmp_path, mirror):
+    (tmp_path / "served/train2014.zip").unlink()
+    with pytest.raises(InputError, match="train2014.zip.*404.*--mirror"):
+        fetch_all(tmp_path, mirror)
+    with pytest.raises(InputError, match="train2014.zip, from http://127.0.0.1:1/train2014.zip.*refused"):
+        fetch_all(tmp_path, "http://127.0.0.1:1")
+    with pytest.raises(InputError, match="nowhere/train2014.zip.*unknown url type"):
+        fetch_all(tmp_path, "nowhere")
+
+
+def test_a_whole_archive_that_is_damaged_says_what_to_delete(tmp_path, mirror):
+    whole = (tmp_path / "served/train2014.zip").read_bytes()
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/train2014.zip").write_bytes(whole[:-30] + bytes(30))               # its end: the server has no more, 416
+    with pytest.raises(InputError, match="new/train2014.zip.*416.*delete the archive"):
+        fetch_all(tmp_path, mirror)
+    assert Server.asked[1:] == [("train2014.zip", len(whole))]                                            # and once is enough
+    place = whole.index(b"\xff\xd8\xff") + 40
+    (tmp_path / "new/train2014.zip").write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1:])
+    with pytest.raises(InputError, match="new/train2014.zip.*CRC.*delete the archive"):                  # a picture's content
+        fetch_all(tmp_path, mirror)
+    assert not any("COCO" in name for name in files(tmp_path / "new"))                             # nor a part of the picture
+    (tmp_path / "new/train2014.zip").unlink()
+    fetch_all(tmp_path, mirror)
+    assert len(files(tmp_path / "new/images/train2014")) == 3
+
+
+def test_a_killed_run_leaves_no_half_picture(tmp_path, mirror, monkeypatch):
+    def killed(path, content):
+        open(path, "wb").write(content[:50])
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fetch_all(tmp_path, mirror)
+    assert not {"refs(unc).p", "instances.json"} & {path.name for path in (tmp_path / "new/refcoco").iterdir()}
+    fetch_all(tmp_path, mirror)
+    assert data.load_picture(tmp_path / "new/images/train2014" / coco(8)).size == PICTURES[8]
+
+
+def test_a_hostile_archive_leads_nowhere(tmp_path, mirror, capsys):
+    with zipfile.ZipFile(tmp_path / "served/train2014.zip", "w") as archive:
+        archive.writestr(f"../../../{coco(7)}", (tmp_path / "original/train2014" / coco(7)).read_bytes())
+        archive.writestr(f"{tmp_path}/{coco(9)}", (tmp_path / "original/train2014" / coco(9)).read_bytes())
+        archive.writestr(f"{tmp_path}/escaped.jpg", "x")
+        link = zipfile.ZipInfo(f"train2014/{coco(8)}")
+        link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(link, str(tmp_path / "secret"))
+        archive.writestr(f"train2014/{coco(8)}/", "")                                                # a folder of that name
+    before = files(tmp_path)
+    fetch_all(tmp_path, mirror)
+    placed = {f"new/images/train2014/{coco(number)}" for number in PICTURES}
+    assert files(tmp_path) - before == {"new/refcoco.zip", "new/train2014.zip", "new/refcoco/refs(unc).p", "new/refcoco/instances.json",
+                                        *placed}
+    assert not any((tmp_path / name).is_symlink() for name in placed)
+    assert f"1 pictures that are missing or broken, such as {tmp_path}/new/images/train2014/{coco(8)}" in capsys.readouterr().out
+    assert (tmp_path / "new/images/train2014" / coco(8)).read_text() == str(tmp_path / "secret")           # the link's content
+
+
+@pytest.mark.parametrize("dataset, words", [
+    ("referit", ("TransVG", "CLIP-VG", "drives", "/referit/images", "referit_*.pth")),
+    ("flickr30k", ("authors", "form", "TransVG", "/Flickr30k/flickr30k-images", "flickr_*.pth", "/flickr")),
+    ("shapes", ("'shapes'", "choose one of refcoco, ")), ("my.jsonl", ("'my.jsonl'", "choose one of refcoco, ")),
+    ("train2014", ("'train2014'", "choose one of refcoco, "))])
+def test_what_cannot_be_fetched_is_told(tmp_path, dataset, words):
+    with pytest.raises(InputError) as error:
+        data.main([dataset, "--root", str(tmp_path), "--download"])
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_addresses_are_the_readmes(capsys):
+    readme = (Path(data.__file__).parent / "README.md").read_text(encoding="utf-8")
+    assert all(f"`{folder}/{name}`" in readme for name, folder in data.ADDRESSES.items() if name.endswith(".zip"))
+    assert {f"{data.Path(refer).parent}.zip" for refer, *_ in data.DATASETS.values() if refer} < set(data.ADDRESSES)
+    with pytest.raises(SystemExit):
+        data.main(["--help"])
+    assert "as users reported" in " ".join(capsys.readouterr().out.split())
