@@ -185,6 +185,12 @@ class AdapterNetworks(nn.Module):
 def quick_gelu(x):
     return x * torch.sigmoid(1.702 * x)
 
+def attend(q, k, v, heads, padding, dropout=0.0, causal=False):
+    """Multi-head attention: q (B, N, C); k, v (B, M, C) and their padding (B, M), or None -> (B, N, C)."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))          # (B, heads, N, C / heads)
+    mask = None if padding is None else ~padding[:, None, None, :]                       # True = may be looked at
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal).transpose(1, 2).flatten(2)
+
 # Shapes of the sample-agnostic weights of a bridge, HiVG Table 4, as functions of n, L_l, H_l.
 BRIDGE_WEIGHTS = {"nxLxH": lambda n, L, H: (n, L, H), "nxLx1": lambda n, L, H: (n, L, 1), "nx1xH": lambda n, L, H: (n, 1, H),
                   "1x1xH": lambda n, L, H: (1, 1, H), "none": None, "aware": None}
@@ -226,16 +232,14 @@ class CrossModalBridge(nn.Module):
     def semantic(self, vision, texts, padding):
         """vision (B, N, H_v), texts: n times (B, L_l, H_l), padding (B, L_l) -> f_v^sa (B, N, H_v)."""
         text = self.select(texts)
-        real = (~padding)[..., None].to(text.dtype)
-        found = self.attend(vision, text, padding) if self.heads else (text * real).sum(1, True) / real.sum(1, True)
+        if self.heads:
+            # [D14] The released code views (L_l, B, H) as (B, heads, ...) here, so that a sample attends to its neighbours'
+            # texts. [D15] Nor does it mask the padding.
+            found = self.out(attend(self.q(self.norm(vision)), self.k(text), self.v(text), self.heads, padding))
+        else:
+            real = (~padding)[..., None].to(text.dtype)
+            found = (text * real).sum(1, True) / real.sum(1, True)
         return self.fc2(quick_gelu(self.fc1(found)))
-
-    def attend(self, vision, text, padding):
-        # [D14] The released code views (L_l, B, H) as (B, heads, ...) here, so that a sample attends to its neighbours' texts.
-        split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(1, 2)          # (B, N, H_v) -> (B, heads, N, H_v / heads)
-        found = F.scaled_dot_product_attention(split(self.q(self.norm(vision))), split(self.k(text)), split(self.v(text)),
-                                               attn_mask=~padding[:, None, None, :])     # [D15] released: not masked
-        return self.out(found.transpose(1, 2).flatten(2))
 
     def forward(self, out, x, context):
         """At the attention port: out = attention's output, x = what the layer was given, context = (texts, padding)."""

@@ -27,7 +27,7 @@ import torchvision
 from safetensors.torch import load_file
 
 import hilora
-from adapters import ADAPTERS, BRIDGE_WEIGHTS, AdapterNetworks, CrossModalBridge, quick_gelu
+from adapters import ADAPTERS, BRIDGE_WEIGHTS, AdapterNetworks, CrossModalBridge, attend, quick_gelu
 from losses import RegionText
 
 class InputError(ValueError):
@@ -85,24 +85,15 @@ class TransformerLayer(nn.Module):
     def port(self, name, out, x, context):
         return self.plugs[name](out, x, context) if name in self.plugs else out
 
-    def queries_keys(self, h, position):
-        """(B, N, C) -> two (B, heads, N, C / heads). Positions, where there are any, are added here, never to values."""
-        h = h if position is None else h + position
-        return self.split(self.q(h)), self.split(self.k(h))
-
-    def split(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)      # (B, N, C) -> (B, heads, N, C / heads)
-
     def attention(self, h, padding, position):
-        q, k = self.queries_keys(h, position)
-        mask = None if padding is None else ~padding[:, None, None, :]      # True = may be looked at; over the keys
+        placed = h if position is None else h + position      # of queries and keys, never of values
         dropout = self.dropout.p if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, self.split(self.v(h)), mask, dropout, self.causal)
-        return self.out(out.transpose(1, 2).flatten(2))
+        return self.out(attend(self.q(placed), self.k(placed), self.v(h), self.heads, padding, dropout, self.causal))
 
     def attention_map(self, x, padding, position):
         """(B, N): how much the first token, [REG], looks at each token, the mean over the heads; for pictures."""
-        q, k = self.queries_keys(self.norm1(x) if self.pre_norm else x, position)
+        placed = (self.norm1(x) if self.pre_norm else x) + position
+        q, k = (linear(placed).unflatten(-1, (self.heads, -1)).transpose(1, 2) for linear in (self.q, self.k))
         scores = q[:, :, :1] @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
         return scores.masked_fill(padding[:, None, None, :], float("-inf")).softmax(-1).mean(1)[:, 0]
 
