@@ -103,11 +103,13 @@ class TransformerLayer(nn.Module):
 # "ffn": g_1}, ...], and states, [x_1, ...], what left each layer, shallow first; of CLIP the embedding (B, C) that it compares.
 Encoded = namedtuple("Encoded", "x padding x0 ports states embedding", defaults=(None, (), (), None))
 
-def run_layers(layers, x, padding, position=None, context=None, mask=True):
-    """mask: whether padding is kept from being looked at."""
+def stack(layers, *shape, **options):
+    return nn.ModuleList(TransformerLayer(*shape, **options) for _ in range(layers))
+
+def run_layers(layers, x, padding=None, position=None, context=None):
     x0, ports, states = x, [], []
     for layer in layers:
-        x, a, g = layer(x, padding if mask else None, position, context)
+        x, a, g = layer(x, padding, position, context)
         ports.append({"attention": a, "ffn": g})
         states.append(x)
     return Encoded(x, padding, x0, ports, states)
@@ -148,8 +150,7 @@ class VisionEncoder(nn.Module):
     def __init__(self, backbone, channels, dim, heads, hidden, layers, dropout):
         super().__init__()
         self.backbone, self.projection = backbone, nn.Conv2d(channels, dim, 1)
-        self.layers = nn.ModuleList(TransformerLayer(dim, heads, hidden, "relu", dropout=dropout, ffn_dropout=dropout)
-                                    for _ in range(layers))
+        self.layers = stack(layers, dim, heads, hidden, "relu", dropout=dropout, ffn_dropout=dropout)
 
     def forward(self, images, padding):
         z = self.projection(self.backbone(images))                                    # z', (B, C_v, H, W)
@@ -164,8 +165,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.word, self.position, self.token_type = (nn.Embedding(count, dim) for count in (vocabulary, positions, 2))
         self.norm, self.dropout = nn.LayerNorm(dim, eps=1e-12), nn.Dropout(dropout)
-        self.layers = nn.ModuleList(TransformerLayer(dim, heads, hidden, "gelu", dropout=dropout, eps=1e-12)
-                                    for _ in range(layers))
+        self.layers = stack(layers, dim, heads, hidden, "gelu", dropout=dropout, eps=1e-12)
 
     def forward(self, tokens, padding):
         x = self.word(tokens) + self.position.weight[:tokens.shape[1]] + self.token_type.weight[0]
@@ -182,15 +182,15 @@ class ClipVision(nn.Module):
         sines = sine_position(torch.zeros(1, image_size // patch, image_size // patch, dtype=torch.bool), dim)[0]
         self.position = nn.Parameter(F.pad(sines, (0, 0, 1, 0)))
         self.pre_norm, self.norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.layers = nn.ModuleList(TransformerLayer(dim, heads, hidden, "quick_gelu", True) for _ in range(layers))
+        self.layers = stack(layers, dim, heads, hidden, "quick_gelu", pre_norm=True)
         self.projection = nn.Linear(dim, embedding, bias=False)
 
     def forward(self, images, padding, context=None):
         x = torch.cat([self.cls.expand(len(images), 1, -1), self.patches(images).flatten(2).transpose(1, 2)], dim=1)
         # [D30] A patch is padding if no pixel of it is of the picture; [CLS] never is.
         real = F.max_pool2d((~padding)[:, None].float(), self.patches.stride).flatten(1).bool()
-        found = run_layers(self.layers, self.pre_norm(x + self.position), F.pad(~real, (1, 0)), context=context, mask=False)
-        return found._replace(embedding=self.embed(found.x[:, 0]))
+        found = run_layers(self.layers, self.pre_norm(x + self.position), context=context)
+        return found._replace(padding=F.pad(~real, (1, 0)), embedding=self.embed(found.x[:, 0]))
 
     def embed(self, x):                                     # (..., dim) -> (..., embedding): what CLIP makes of [CLS]
         return self.projection(self.norm(x))
@@ -203,14 +203,13 @@ class ClipText(nn.Module):
         self.word = nn.Embedding(vocabulary, dim)
         self.position = nn.Parameter(0.25 * torch.randn(positions, dim))
         nn.init.normal_(self.word.weight, std=0.5)         # words and places are told apart before they are learned
-        self.layers = nn.ModuleList(TransformerLayer(dim, heads, hidden, "quick_gelu", True, causal=True)
-                                    for _ in range(layers))
+        self.layers = stack(layers, dim, heads, hidden, "quick_gelu", pre_norm=True, causal=True)
         self.norm, self.projection = nn.LayerNorm(dim), nn.Linear(dim, embedding, bias=False)
 
     def forward(self, tokens, padding):
-        found = run_layers(self.layers, self.word(tokens) + self.position[:tokens.shape[1]], padding, mask=False)
+        found = run_layers(self.layers, self.word(tokens) + self.position[:tokens.shape[1]])
         x, eos = self.projection(self.norm(found.x)), (~padding).sum(1) - 1                  # [EOS] ends its text
-        return found._replace(x=x, embedding=x[torch.arange(len(x), device=x.device), eos])
+        return found._replace(x=x, padding=padding, embedding=x[torch.arange(len(x), device=x.device), eos])
 
 class Clip(nn.Module):
     """Both towers and the temperature, as pretrained together."""
@@ -242,8 +241,7 @@ class GroundingEncoder(nn.Module):
         self.text_projection = nn.Linear(text_dim, dim)
         self.reg = nn.Parameter(torch.randn(1, dim))
         self.position = nn.Parameter(position_std * torch.randn(1 + max_tokens + vision_tokens, dim))
-        self.layers = nn.ModuleList(TransformerLayer(dim, heads, hidden, "relu", pre_norm, dropout, dropout)
-                                    for _ in range(layers))
+        self.layers = stack(layers, dim, heads, hidden, "relu", pre_norm, dropout, dropout)
         self.norm = nn.LayerNorm(dim) if pre_norm else nn.Identity()       # post-norm layers end in one of their own
         self.head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 4))  # [D29]
         self.region = region_hidden and RegionText(dim, region_hidden)
@@ -390,12 +388,10 @@ DETR_TABLE = [                                                                # 
     (r"(?:backbone\.0\.body|model\.backbone\.conv_encoder\.model)\.(.+)", r"backbone.\1"),
     (r"(?:input_proj|model\.input_projection)\.(.+)", r"projection.\1"),
     (r"transformer\.encoder\.layers\.(\d+)\.self_attn\.in_proj_(.+)", r"layers.\1.q,k,v.\2"),    # three in one
-    (r"transformer\.encoder\.layers\.(\d+)\.self_attn\.out_proj\.(.+)", r"layers.\1.out.\2"),
-    (r"model\.encoder\.layers\.(\d+)\.self_attn\.(q|k|v|out)_proj\.(.+)", r"layers.\1.\2.\3"),
+    (r"(?:transformer|model)\.encoder\.layers\.(\d+)\.self_attn\.(q|k|v|out)_proj\.(.+)", r"layers.\1.\2.\3"),
     (r"(?:transformer|model)\.encoder\.layers\.(\d+)\.(?:linear|fc)([12])\.(.+)", r"layers.\1.fc\2.\3"),
-    (r"transformer\.encoder\.layers\.(\d+)\.norm([12])\.(.+)", r"layers.\1.norm\2.\3"),
-    (r"model\.encoder\.layers\.(\d+)\.self_attn_layer_norm\.(.+)", r"layers.\1.norm1.\2"),
-    (r"model\.encoder\.layers\.(\d+)\.final_layer_norm\.(.+)", r"layers.\1.norm2.\2")]
+    (r"(?:transformer|model)\.encoder\.layers\.(\d+)\.(?:norm1|self_attn_layer_norm)\.(.+)", r"layers.\1.norm1.\2"),
+    (r"(?:transformer|model)\.encoder\.layers\.(\d+)\.(?:norm2|final_layer_norm)\.(.+)", r"layers.\1.norm2.\2")]
 DETR_IGNORED = (r"(transformer|model)\.decoder\.|class_embed\.|bbox_embed\.|query_embed\.|model\.query_position_embeddings\.|"
                 r"class_labels_classifier\.|bbox_predictor\.")                                # the decoder and its heads
 
@@ -418,9 +414,8 @@ CLIP_TABLE = [                                                                  
     (r"vision_model\.embeddings\.class_embedding", r"vision.cls"),
     (r"vision_model\.embeddings\.patch_embedding\.(.+)", r"vision.patches.\1"),
     (r"vision_model\.pre_layrnorm\.(.+)", r"vision.pre_norm.\1"),                           # their spelling
-    (r"vision_model\.post_layernorm\.(.+)", r"vision.norm.\1"),
+    (r"(text|vision)_model\.(?:final_layer_norm|post_layernorm)\.(.+)", r"\1.norm.\2"),
     (r"visual_projection\.(.+)", r"vision.projection.\1"),
-    (r"text_model\.final_layer_norm\.(.+)", r"text.norm.\1"),
     (r"text_projection\.(.+)", r"text.projection.\1"),
     (r"(logit_scale)", r"\1")]
 CLIP_IGNORED = r".*\.position_ids"
@@ -430,10 +425,10 @@ def import_weights(module, state, table, ignored, source):
     source: what to call the state in an error. Raises InputError that names keys missing, unexpected or of another shape."""
     wanted, found, unexpected = module.state_dict(), {}, []
     for key, value in state.items():
-        name = next((re.sub(pattern, ours, key) for pattern, ours in table if re.fullmatch(pattern, key)), None)
-        if name is not None and ".q,k,v." in name:                    # rows of an in-projection are q, k, v in order
+        name = next((re.sub(pattern, ours, key) for pattern, ours in table if re.fullmatch(pattern, key)), "")
+        if ".q,k,v." in name:                                         # rows of an in-projection are q, k, v in order
             found.update((name.replace("q,k,v", part), chunk) for part, chunk in zip("qkv", value.chunk(3)))
-        elif name is not None:
+        elif name:
             found[name] = value
         elif not re.match(ignored, key):
             unexpected.append(key)
@@ -443,8 +438,7 @@ def import_weights(module, state, table, ignored, source):
                 for name in wanted if name in found and found[name].shape != wanted[name].shape]
     for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)):
         if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise InputError(f"{source}: {len(names)} keys {what}: {', '.join(names[:5])}{more}")
+            raise InputError(f"{source}: {len(names)} keys {what}: {', '.join(names[:5])}{', ...' if names[5:] else ''}")
     module.load_state_dict(found)
 
 def read_state(path, whole=False):
@@ -476,22 +470,21 @@ def plain(state, source):
     return state
 
 def load_detr(vision, weights=None):
-    """DETR R-50: a file or where its authors keep it, in their naming; the hub's name or a folder, in transformers'."""
-    if weights and Path(weights).suffix not in (".pth", ".pt"):
+    """DETR R-50: as its authors keep it, or what load_hub takes, a file in their naming too."""
+    if weights:
         return load_hub(vision, weights, "--vision-weights", DETR_TABLE, DETR_IGNORED)
     try:
-        state = read_state(weights) if weights else torch.hub.load_state_dict_from_url(
-            DETR_URL, map_location="cpu", weights_only=True)["model"]
+        state = torch.hub.load_state_dict_from_url(DETR_URL, map_location="cpu", weights_only=True)["model"]
     except OSError as error:
         raise InputError(f"cannot fetch {DETR_URL} ({error}): give --vision-weights FILE, or --weights random") from None
-    import_weights(vision, state, DETR_TABLE, DETR_IGNORED, weights or DETR_URL)
+    import_weights(vision, state, DETR_TABLE, DETR_IGNORED, DETR_URL)
 
 def load_hub(module, weights, flag, table, ignored):
     """DETR, BERT or CLIP as transformers saves it: a name on the hub, a folder or a file; of a file of HiVG's, its CLIP. Half
     precision is loaded as float32."""
     from transformers.utils import cached_file
     why = "no model.safetensors and no pytorch_model.bin there, or no connection to it"
-    path = weights if Path(weights).is_file() else None
+    path = weights if Path(weights).is_file() or Path(weights).suffix in (".pth", ".pt") else None
     for name in ("model.safetensors", "pytorch_model.bin"):
         try:
             path = path or cached_file(weights, name, _raise_exceptions_for_missing_entries=False)
@@ -584,7 +577,8 @@ def architecture(method, size, options=()):
     spec = {**OPTIONS, **SIZES[size][family], **METHODS[method], **given}
     for name, valid in (("attention_port", ("none", *ADAPTERS)), ("ffn_port", ("none", *ADAPTERS)),
                         ("insertion", ("side", "sequential", "parallel")), ("bridge_weights", BRIDGE_WEIGHTS)):
-        one_of(name, spec[name], (None, *valid) if family == "clip" else valid)
+        if name in given:
+            one_of(name, given[name], valid)
     return spec
 
 def shapes_weights(cache, pretext_steps, family):
@@ -630,7 +624,5 @@ def build_model(method, size="base", weights="pretrained", **options):
 def count_parameters(model):
     """{"total", "trainable", "encoder_tunable"}: numbers of parameters, each tensor once. encoder_tunable: those trained in
     or beside the encoders, which is what M²IST's "Params." counts [D11], and, it seems, HiVG's "Update params." [D23]."""
-    head = {id(p) for p in model.grounding.parameters()}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    return {"total": sum(p.numel() for p in model.parameters()), "trainable": sum(p.numel() for p in trainable),
-            "encoder_tunable": sum(p.numel() for p in trainable if id(p) not in head)}
+    trainable, head = (sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (model, model.grounding))
+    return {"total": sum(p.numel() for p in model.parameters()), "trainable": trainable, "encoder_tunable": trainable - head}
