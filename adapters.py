@@ -159,23 +159,22 @@ class AdapterNetworks(nn.Module):
         self.blocks = nn.ModuleList(M3ISA(vision_dim, text_dim, **options) for _ in range(layers))
 
     def standing(self, modality):
-        """{layer: {port: the method that adapts it}} of the layers where something stands."""
-        found = {layer: {port: getattr(adapter, modality) for port, adapter in block.items() if getattr(adapter, modality)}
-                 for layer, block in zip(self.layers[modality], self.blocks)}
-        return {layer: ports for layer, ports in found.items() if ports}
+        """[(layer, {port: the method that adapts it}), ...], shallow first."""
+        return [(layer, {port: getattr(adapter, modality) for port, adapter in block.items() if getattr(adapter, modality)})
+                for layer, block in zip(self.layers[modality], self.blocks)]
 
     def side(self, modality, x0, ports):
         """x0: (B, N, C), what entered the encoder. ports: [{"attention": a_1, "ffn": g_1}, ...] of all layers. -> s_L like x0,
         or 0 where this modality has no adapter, and so no side network."""
         standing = self.standing(modality)
-        s = x0 if standing else 0
-        for layer, adapts in standing.items():
+        s = x0 if any(adapts for _, adapts in standing) else 0
+        for layer, adapts in standing:
             s = s + sum(adapt(ports[layer - 1][port]) for port, adapt in adapts.items())
         return s
 
     def insert(self, modality, layers, insertion):
         """Plug the adapters into an encoder's layers. [D38] They start as the identity, their last linear at 0."""
-        for layer, adapts in self.standing(modality).items():
+        for layer, adapts in self.standing(modality):
             for port, adapt in adapts.items():
                 layers[layer - 1].plugs[port] = Inserted(adapt, insertion)
         for name, p in self.named_parameters():

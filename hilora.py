@@ -41,10 +41,8 @@ class LoRALinear(nn.Module):
     def __init__(self, linear, rank=32, alpha=16):
         super().__init__()
         check_linear(linear, rank)
-        self.weight, self.bias = linear.weight.requires_grad_(False), linear.bias
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
-        self.rank, self.scale = rank, alpha / rank
+        linear.requires_grad_(False)
+        self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / rank
         # Section 3.3: Gaussian A and zero B, so ΔW = BA is 0 when a stage starts. [D20] The paper gives no deviation; 1/r
         # is the usual one.
         self.A = nn.Parameter(self.weight.new_empty(rank, linear.in_features).normal_(std=1 / rank))
@@ -106,8 +104,7 @@ def merge(module):
     """End a stage: every pair within `module` goes into its weight, and plain nn.Linear modules are left.
 
     The outputs stay what they were, to rounding. Raises ValueError if there is no pair: merged already, or never begun."""
-    found = find_pairs(module)
-    if not found:
+    if not (found := find_pairs(module)):
         raise ValueError("nothing to merge: there is no LoRA pair in this module (merged already, or no stage begun)")
     for parent, name, pair in found:
         linear = nn.Linear(pair.weight.shape[1], pair.weight.shape[0], pair.bias is not None, device="meta")

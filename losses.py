@@ -29,8 +29,7 @@ def iou_and_giou(a, b):
     Any box in [0, 1], one with no area too, gives finite values and finite gradients. Source: Rezatofighi et al., CVPR 2019.
     """
     a, b = to_corners(a.float()), to_corners(b.float())
-    area_a = (a[..., 2:] - a[..., :2]).prod(-1)
-    area_b = (b[..., 2:] - b[..., :2]).prod(-1)
+    area_a, area_b = ((box[..., 2:] - box[..., :2]).prod(-1) for box in (a, b))
     overlap = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
     intersection = overlap.clamp(min=0).prod(-1)
     union = area_a + area_b - intersection
