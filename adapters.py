@@ -35,7 +35,6 @@ def init_adapter(module):
 
 class ExpertAdapter(nn.Module):
     """VEA or LEA, M²IST Eq. (1): a bottleneck that adapts the tokens of one modality.
-
     dim: width C of the tokens. bottleneck: C_d. scale: s. residual: add the input too, as Eq. (1) writes it.
     forward: (B, N, C) -> (B, N, C)."""
     def __init__(self, dim, bottleneck=128, scale=0.1, residual=False):
@@ -54,11 +53,9 @@ class ExpertAdapter(nn.Module):
 
 class InteractionAdapter(nn.Module):
     """IEA, M²IST Eqs. (2)-(5): vision and text keep their own down-projections and share one up-projection.
-
     The shared tensor is all that vision and text have in common: a token's first look at the other modality is
     through weights that both train ("channel-level alignment"), never through the other's tokens. So an image is
     encoded once, however many expressions are asked of it.
-
     vision_dim, text_dim: C_v, C_l. bottleneck: C_d. interaction_dim: C_i <= min(C_v, C_l). residual: as Eqs. (4), (5).
     vision, text: (B, N, C_v), (B, N, C_l) -> the same shape. forward(x_v, x_l) -> both."""
     def __init__(self, vision_dim, text_dim, bottleneck=128, interaction_dim=256, scale=0.1, residual=False):
@@ -93,7 +90,6 @@ class InteractionAdapter(nn.Module):
 
 class ExpertPair(nn.Module):
     """VEA and LEA, each for its own modality; where one is not among `parts`, its method is None and nothing stands there.
-
     vision, text: (B, N, C_v), (B, N, C_l) -> the same shape."""
     def __init__(self, vision_dim, text_dim, bottleneck=128, scale=0.1, residual=False, parts=("vision", "text")):
         super().__init__()
@@ -119,7 +115,6 @@ ADAPTERS = {
 
 class M3ISA(nn.ModuleDict):
     """A mixture of adapters, for one vision layer and the text layer it is paired with (Fig. 2, right): {port: adapter}.
-
     The paper's has IEA at the attention ports, VEA and LEA at the feed-forward ports (Table VI d). attention_port,
     ffn_port: a name from ADAPTERS, or "none"."""
     def __init__(self, vision_dim, text_dim, attention_port="iea", ffn_port="ea", bottleneck=128, interaction_dim=256,
@@ -147,7 +142,6 @@ class AdapterNetworks(nn.Module):
 
     a_l and g_l are read before the residual and its LayerNorm. [D9] The released code reads text after them, and sends
     the adapters' output through BERT's own norms, which undo s. `sequential` and `parallel` write the ports instead.
-
     layers: how many pairs. text_layers: the text layers (from 1) that are paired with vision layers 1 .. layers, in
     that order; the paper's best is 7-12 with 1-6 (Table VIII c; [D6] the released code pairs 1-6 with 1-6).
     options: those of M3ISA."""
@@ -196,7 +190,6 @@ BRIDGE_WEIGHTS = {"nxLxH": lambda n, L, H: (n, L, H), "nxLx1": lambda n, L, H: (
 
 class CrossModalBridge(nn.Module):
     """MACB, HiVG Section 3.2 and Fig. 7: lets a layer of the vision encoder see the text, of all its layers at once.
-
     Stands at the attention port of a CLIP vision layer. Symbols (paper = here): n = text_layers, L_l <= max_tokens,
     H_v, H_l = vision_dim, text_dim, f_l^i = texts[i - 1], w_l = weights, W_proj = projection, f_v^sa = what `semantic`
     returns. heads: those of the cross-attention; 0 for none, where every token of the picture is given the mean of the

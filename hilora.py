@@ -35,7 +35,6 @@ def check_linear(linear, rank):
 
 class LoRALinear(nn.Module):
     """h = W x + α/r B A x, HiVG Eq. (5): a linear whose own weight is frozen, and a low-rank pair that is trained.
-
     linear: nn.Linear (k -> d), whose parameters it takes over under the same names, so that a state dict gains A
     (r, k) and B (d, r) and changes in nothing else. rank: r. alpha: α. forward: (..., k) -> (..., d)."""
     def __init__(self, linear, rank=32, alpha=16):
@@ -69,7 +68,6 @@ def find_pairs(module):
 
 def add_stage(layers, stage, groups, rank=32, alpha=16, targets=("q", "k", "v", "out")):
     """Begin a stage j: a fresh pair on each target of the layers in groups 1 .. j, HiVG Eq. (6).
-
     layers: modules, shallow first. targets: dotted names of the linears within each. A single group takes part in
     every stage, as the text tower does. Only the linears that get a pair are frozen here; freeze the rest yourself.
     Raises ValueError if the stages before are not done or not merged, or if a layer lacks a target; TypeError for a target
@@ -102,7 +100,6 @@ def add_stage(layers, stage, groups, rank=32, alpha=16, targets=("q", "k", "v", 
 
 def merge(module):
     """End a stage: every pair within `module` goes into its weight, and plain nn.Linear modules are left.
-
     The outputs stay what they were, to rounding. Raises ValueError if there is no pair: merged already, or never begun."""
     if not (found := find_pairs(module)):
         raise ValueError("nothing to merge: there is no LoRA pair in this module (merged already, or no stage begun)")

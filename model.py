@@ -145,7 +145,7 @@ def sine_position(padding, dim):
     return torch.cat(halves, dim=-1).flatten(1, 2)
 
 class VisionEncoder(nn.Module):
-    """DETR's encoder, M²IST Section III-A a. images (B, 3, S, S), padding (B, S, S) -> Encoded of Nv tokens; no norm at the end."""
+    """DETR's encoder, M²IST Section III-A a. images (B, 3, S, S), padding (B, S, S) -> Encoded of Nv tokens."""
     def __init__(self, backbone, channels, dim, heads, hidden, layers, dropout):
         super().__init__()
         self.backbone, self.projection = backbone, nn.Conv2d(channels, dim, 1)
