@@ -27,23 +27,21 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 def init_adapter(module):
-    """Kaiming normal weights (paper, Section IV-B a) and zero biases, for every linear in `module`."""
-    for linear in module.modules():
-        if isinstance(linear, nn.Linear):
-            nn.init.kaiming_normal_(linear.weight)    # [D3] the released code ends up with three other inits
-            nn.init.zeros_(linear.bias)
+    """Kaiming normal weights (paper, Section IV-B a) and zero biases, of a linear; any other module is left as it is."""
+    if isinstance(module, nn.Linear):
+        nn.init.kaiming_normal_(module.weight)    # [D3] the released code ends up with three other inits
+        nn.init.zeros_(module.bias)
 
 class ExpertAdapter(nn.Module):
-    """VEA or LEA, M²IST Eq. (1): a bottleneck that adapts the tokens of one modality.
-    dim: width C of the tokens. bottleneck: C_d. scale: s. residual: add the input too, as Eq. (1) writes it.
-    forward: (B, N, C) -> (B, N, C)."""
+    """VEA or LEA, M²IST Eq. (1): a bottleneck that adapts the tokens of one modality, (B, N, C) -> (B, N, C).
+    dim: width C of the tokens. bottleneck: C_d. scale: s. residual: add the input too, as Eq. (1) writes it."""
     def __init__(self, dim, bottleneck=128, scale=0.1, residual=False):
         super().__init__()
         self.norm = nn.LayerNorm(dim)          # "we do not show the LayerNorm for simplicity", Section III-B
         self.down = nn.Linear(dim, bottleneck)
         self.up = nn.Linear(bottleneck, dim)
         self.scale, self.residual = scale, residual
-        init_adapter(self)
+        self.apply(init_adapter)
 
     def forward(self, x):
         out = self.scale * self.up(F.relu(self.down(self.norm(x))))     # M²IST Eq. (1), the scaled term
@@ -70,7 +68,7 @@ class InteractionAdapter(nn.Module):
         self.vision_up = nn.Linear(bottleneck, vision_dim - interaction_dim) if vision_dim > interaction_dim else None
         self.text_up = nn.Linear(bottleneck, text_dim - interaction_dim) if text_dim > interaction_dim else None
         self.scale, self.residual = scale, residual
-        init_adapter(self)
+        self.apply(init_adapter)
 
     def _adapt(self, x, down, own_up):
         z = F.relu(down(x))                                        # (B, N, C_d); the ReLU is in the text, not in Eq. (2)
@@ -142,9 +140,8 @@ class AdapterNetworks(nn.Module):
 
     a_l and g_l are read before the residual and its LayerNorm. [D9] The released code reads text after them, and sends
     the adapters' output through BERT's own norms, which undo s. `sequential` and `parallel` write the ports instead.
-    layers: how many pairs. text_layers: the text layers (from 1) that are paired with vision layers 1 .. layers, in
-    that order; the paper's best is 7-12 with 1-6 (Table VIII c; [D6] the released code pairs 1-6 with 1-6).
-    options: those of M3ISA."""
+    layers: how many pairs. text_layers: those paired with vision layers 1 .. layers, in that order; the paper's best is
+    7-12 with 1-6 (Table VIII c; [D6] the released code pairs 1-6 with 1-6). options: those of M3ISA."""
     def __init__(self, vision_dim, text_dim, layers, text_layers, **options):
         super().__init__()
         if len(text_layers) != layers:

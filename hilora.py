@@ -93,8 +93,7 @@ def add_stage(layers, stage, groups, rank=32, alpha=16, targets=("q", "k", "v", 
     for _, _, linear in linears:
         check_linear(linear, rank)
     for layer, target, linear in linears:          # only now, when nothing can go wrong halfway
-        parent, _, name = target.rpartition(".")
-        setattr(layer.get_submodule(parent), name, LoRALinear(linear, rank, alpha))
+        layer.set_submodule(target, LoRALinear(linear, rank, alpha))
     for layer in layers:
         layer.hilora_stage = stage
 

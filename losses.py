@@ -25,8 +25,7 @@ def to_corners(boxes):
 def iou_and_giou(a, b):
     """IoU and generalised IoU of each pair of boxes.
     a, b: (..., 4) as (cx, cy, w, h). Returns two float32 tensors (...): IoU in [0, 1], GIoU in [-1, 1].
-    Any box in [0, 1], one with no area too, gives finite values and finite gradients. Source: Rezatofighi et al., CVPR 2019.
-    """
+    Any box in [0, 1], one with no area too, gives finite values and gradients. Source: Rezatofighi et al., CVPR 2019."""
     a, b = to_corners(a.float()), to_corners(b.float())
     area_a, area_b = ((box[..., 2:] - box[..., :2]).prod(-1) for box in (a, b))
     overlap = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
@@ -99,10 +98,9 @@ def region_text_loss(scores, mask, padding, focal=20.0, dice=2.0):
     return (focal * focal_loss + dice * dice_loss).mean()                # HiVG Eq. (13)
 
 def total_loss(found, boxes, l1, giou, contrast=0.0, focal=0.0, dice=0.0):
-    """L_total, HiVG Eq. (15), each part with its coefficient; with the last three 0 it is M²IST Eq. (6).
-    [D26] The released code adds a third, of a segmentation head.
-    found: a Grounding (model.py): .boxes, and for the constraints .text, .image, .temperature, .scores, .padding.
-    boxes: (B, 4), the true ones. HiVG's Table 8: l1 2, giou 2, focal 20, dice 2."""
+    """L_total, HiVG Eq. (15), each part with its coefficient; with the last three 0 it is M²IST Eq. (6). HiVG's Table 8:
+    l1 2, giou 2, focal 20, dice 2. [D26] The released code adds a third, of a segmentation head. boxes: (B, 4), the true
+    ones. found: a Grounding (model.py): .boxes, and for the constraints .text, .image, .temperature, .scores, .padding."""
     loss = box_loss(found.boxes, boxes, l1, giou)                                          # HiVG Eq. (14)
     if contrast:
         loss = loss + contrast * contrastive_loss(found.text, found.image, found.temperature)

@@ -479,8 +479,7 @@ def load_detr(vision, weights=None):
     import_weights(vision, state, DETR_TABLE, DETR_IGNORED, DETR_URL)
 
 def load_hub(module, weights, flag, table, ignored):
-    """DETR, BERT or CLIP as transformers saves it: a name on the hub, a folder or a file; of a file of HiVG's, its CLIP. Half
-    precision is loaded as float32."""
+    """DETR, BERT or CLIP, in float32, as transformers saves it: a hub name, folder or file; of a file of HiVG's, its CLIP."""
     from transformers.utils import cached_file
     why = "no model.safetensors and no pytorch_model.bin there, or no connection to it"
     path = weights if Path(weights).is_file() or Path(weights).suffix in (".pth", ".pt") else None
@@ -554,12 +553,13 @@ METHODS = {
     "clip-lora": dict(family="clip", vision_layers=[], bridge_layers=[], region_hidden=None),     # ... with vanilla LoRA
     "hivg": dict(family="clip")}
 
-# Options of a model (see train.py --help). None: as the size or the method says; in HiVG no text_layers: all, no
-# vision_layers: the last.
+# None: as the size or the method says; in HiVG no text_layers: all, no vision_layers: the last. See train.py --help.
 OPTIONS = dict(max_tokens=None, attention_port=None, ffn_port=None, insertion=None, bottleneck=None, interaction_dim=None,
                interaction_bottleneck=None, scale=None, residual=False, text_layers=None, vision_layers=None,
                bridge_layers=None, bridge_weights="nxLxH", no_cross_attention=False, layer_to_layer=False,
                vision_weights=None, text_weights=None, clip_weights=None, cache=".cache", pretext_steps=None, pixels=None)
+CHOICES = dict(attention_port=("none", *ADAPTERS), ffn_port=("none", *ADAPTERS), bridge_weights=BRIDGE_WEIGHTS,
+               insertion=("side", "sequential", "parallel"))
 
 def one_of(name, value, valid):
     if value not in valid:
@@ -573,12 +573,9 @@ def architecture(method, size, options=()):
     for name in options:
         one_of("option", name, OPTIONS)
     given = {name: value for name, value in dict(options).items() if value is not None}
-    spec = {**OPTIONS, **SIZES[size][family], **METHODS[method], **given}
-    for name, valid in (("attention_port", ("none", *ADAPTERS)), ("ffn_port", ("none", *ADAPTERS)),
-                        ("insertion", ("side", "sequential", "parallel")), ("bridge_weights", BRIDGE_WEIGHTS)):
-        if name in given:
-            one_of(name, given[name], valid)
-    return spec
+    for name in given.keys() & CHOICES.keys():
+        one_of(name, given[name], CHOICES[name])
+    return {**OPTIONS, **SIZES[size][family], **METHODS[method], **given}
 
 def shapes_weights(cache, pretext_steps, family):
     """Path of the pretrained tiny encoders; another architecture or another length of pretraining is another file."""
