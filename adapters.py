@@ -27,24 +27,21 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 def init_adapter(module):
-    """Kaiming normal weights (paper, Section IV-B a) and zero biases, for every linear in `module`."""
-    for linear in module.modules():
-        if isinstance(linear, nn.Linear):
-            nn.init.kaiming_normal_(linear.weight)    # [D3] the released code ends up with three other inits
-            nn.init.zeros_(linear.bias)
+    """Kaiming normal weights (paper, Section IV-B a) and zero biases, of a linear; any other module is left as it is."""
+    if isinstance(module, nn.Linear):
+        nn.init.kaiming_normal_(module.weight)    # [D3] the released code ends up with three other inits
+        nn.init.zeros_(module.bias)
 
 class ExpertAdapter(nn.Module):
-    """VEA or LEA, M²IST Eq. (1): a bottleneck that adapts the tokens of one modality.
-
-    dim: width C of the tokens. bottleneck: C_d. scale: s. residual: add the input too, as Eq. (1) writes it.
-    forward: (B, N, C) -> (B, N, C)."""
+    """VEA or LEA, M²IST Eq. (1): a bottleneck that adapts the tokens of one modality, (B, N, C) -> (B, N, C).
+    dim: width C of the tokens. bottleneck: C_d. scale: s. residual: add the input too, as Eq. (1) writes it."""
     def __init__(self, dim, bottleneck=128, scale=0.1, residual=False):
         super().__init__()
         self.norm = nn.LayerNorm(dim)          # "we do not show the LayerNorm for simplicity", Section III-B
         self.down = nn.Linear(dim, bottleneck)
         self.up = nn.Linear(bottleneck, dim)
         self.scale, self.residual = scale, residual
-        init_adapter(self)
+        self.apply(init_adapter)
 
     def forward(self, x):
         out = self.scale * self.up(F.relu(self.down(self.norm(x))))     # M²IST Eq. (1), the scaled term
@@ -54,11 +51,9 @@ class ExpertAdapter(nn.Module):
 
 class InteractionAdapter(nn.Module):
     """IEA, M²IST Eqs. (2)-(5): vision and text keep their own down-projections and share one up-projection.
-
     The shared tensor is all that vision and text have in common: a token's first look at the other modality is
     through weights that both train ("channel-level alignment"), never through the other's tokens. So an image is
     encoded once, however many expressions are asked of it.
-
     vision_dim, text_dim: C_v, C_l. bottleneck: C_d. interaction_dim: C_i <= min(C_v, C_l). residual: as Eqs. (4), (5).
     vision, text: (B, N, C_v), (B, N, C_l) -> the same shape. forward(x_v, x_l) -> both."""
     def __init__(self, vision_dim, text_dim, bottleneck=128, interaction_dim=256, scale=0.1, residual=False):
@@ -73,7 +68,7 @@ class InteractionAdapter(nn.Module):
         self.vision_up = nn.Linear(bottleneck, vision_dim - interaction_dim) if vision_dim > interaction_dim else None
         self.text_up = nn.Linear(bottleneck, text_dim - interaction_dim) if text_dim > interaction_dim else None
         self.scale, self.residual = scale, residual
-        init_adapter(self)
+        self.apply(init_adapter)
 
     def _adapt(self, x, down, own_up):
         z = F.relu(down(x))                                        # (B, N, C_d); the ReLU is in the text, not in Eq. (2)
@@ -93,7 +88,6 @@ class InteractionAdapter(nn.Module):
 
 class ExpertPair(nn.Module):
     """VEA and LEA, each for its own modality; where one is not among `parts`, its method is None and nothing stands there.
-
     vision, text: (B, N, C_v), (B, N, C_l) -> the same shape."""
     def __init__(self, vision_dim, text_dim, bottleneck=128, scale=0.1, residual=False, parts=("vision", "text")):
         super().__init__()
@@ -119,7 +113,6 @@ ADAPTERS = {
 
 class M3ISA(nn.ModuleDict):
     """A mixture of adapters, for one vision layer and the text layer it is paired with (Fig. 2, right): {port: adapter}.
-
     The paper's has IEA at the attention ports, VEA and LEA at the feed-forward ports (Table VI d). attention_port,
     ffn_port: a name from ADAPTERS, or "none"."""
     def __init__(self, vision_dim, text_dim, attention_port="iea", ffn_port="ea", bottleneck=128, interaction_dim=256,
@@ -147,10 +140,8 @@ class AdapterNetworks(nn.Module):
 
     a_l and g_l are read before the residual and its LayerNorm. [D9] The released code reads text after them, and sends
     the adapters' output through BERT's own norms, which undo s. `sequential` and `parallel` write the ports instead.
-
-    layers: how many pairs. text_layers: the text layers (from 1) that are paired with vision layers 1 .. layers, in
-    that order; the paper's best is 7-12 with 1-6 (Table VIII c; [D6] the released code pairs 1-6 with 1-6).
-    options: those of M3ISA."""
+    layers: how many pairs. text_layers: those paired with vision layers 1 .. layers, in that order; the paper's best is
+    7-12 with 1-6 (Table VIII c; [D6] the released code pairs 1-6 with 1-6). options: those of M3ISA."""
     def __init__(self, vision_dim, text_dim, layers, text_layers, **options):
         super().__init__()
         if len(text_layers) != layers:
@@ -159,23 +150,22 @@ class AdapterNetworks(nn.Module):
         self.blocks = nn.ModuleList(M3ISA(vision_dim, text_dim, **options) for _ in range(layers))
 
     def standing(self, modality):
-        """{layer: {port: the method that adapts it}} of the layers where something stands."""
-        found = {layer: {port: getattr(adapter, modality) for port, adapter in block.items() if getattr(adapter, modality)}
-                 for layer, block in zip(self.layers[modality], self.blocks)}
-        return {layer: ports for layer, ports in found.items() if ports}
+        """[(layer, {port: the method that adapts it}), ...], shallow first."""
+        return [(layer, {port: getattr(adapter, modality) for port, adapter in block.items() if getattr(adapter, modality)})
+                for layer, block in zip(self.layers[modality], self.blocks)]
 
     def side(self, modality, x0, ports):
         """x0: (B, N, C), what entered the encoder. ports: [{"attention": a_1, "ffn": g_1}, ...] of all layers. -> s_L like x0,
         or 0 where this modality has no adapter, and so no side network."""
         standing = self.standing(modality)
-        s = x0 if standing else 0
-        for layer, adapts in standing.items():
+        s = x0 if any(adapts for _, adapts in standing) else 0
+        for layer, adapts in standing:
             s = s + sum(adapt(ports[layer - 1][port]) for port, adapt in adapts.items())
         return s
 
     def insert(self, modality, layers, insertion):
         """Plug the adapters into an encoder's layers. [D38] They start as the identity, their last linear at 0."""
-        for layer, adapts in self.standing(modality).items():
+        for layer, adapts in self.standing(modality):
             for port, adapt in adapts.items():
                 layers[layer - 1].plugs[port] = Inserted(adapt, insertion)
         for name, p in self.named_parameters():
@@ -185,13 +175,18 @@ class AdapterNetworks(nn.Module):
 def quick_gelu(x):
     return x * torch.sigmoid(1.702 * x)
 
+def attend(q, k, v, heads, padding, dropout=0.0, causal=False):
+    """Multi-head attention: q (B, N, C); k, v (B, M, C) and their padding (B, M), or None -> (B, N, C)."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))          # (B, heads, N, C / heads)
+    mask = None if padding is None else ~padding[:, None, None, :]                       # True = may be looked at
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal).transpose(1, 2).flatten(2)
+
 # Shapes of the sample-agnostic weights of a bridge, HiVG Table 4, as functions of n, L_l, H_l.
 BRIDGE_WEIGHTS = {"nxLxH": lambda n, L, H: (n, L, H), "nxLx1": lambda n, L, H: (n, L, 1), "nx1xH": lambda n, L, H: (n, 1, H),
                   "1x1xH": lambda n, L, H: (1, 1, H), "none": None, "aware": None}
 
 class CrossModalBridge(nn.Module):
     """MACB, HiVG Section 3.2 and Fig. 7: lets a layer of the vision encoder see the text, of all its layers at once.
-
     Stands at the attention port of a CLIP vision layer. Symbols (paper = here): n = text_layers, L_l <= max_tokens,
     H_v, H_l = vision_dim, text_dim, f_l^i = texts[i - 1], w_l = weights, W_proj = projection, f_v^sa = what `semantic`
     returns. heads: those of the cross-attention; 0 for none, where every token of the picture is given the mean of the
@@ -226,16 +221,14 @@ class CrossModalBridge(nn.Module):
     def semantic(self, vision, texts, padding):
         """vision (B, N, H_v), texts: n times (B, L_l, H_l), padding (B, L_l) -> f_v^sa (B, N, H_v)."""
         text = self.select(texts)
-        real = (~padding)[..., None].to(text.dtype)
-        found = self.attend(vision, text, padding) if self.heads else (text * real).sum(1, True) / real.sum(1, True)
+        if self.heads:
+            # [D14] The released code views (L_l, B, H) as (B, heads, ...) here, so that a sample attends to its neighbours'
+            # texts. [D15] Nor does it mask the padding.
+            found = self.out(attend(self.q(self.norm(vision)), self.k(text), self.v(text), self.heads, padding))
+        else:
+            real = (~padding)[..., None].to(text.dtype)
+            found = (text * real).sum(1, True) / real.sum(1, True)
         return self.fc2(quick_gelu(self.fc1(found)))
-
-    def attend(self, vision, text, padding):
-        # [D14] The released code views (L_l, B, H) as (B, heads, ...) here, so that a sample attends to its neighbours' texts.
-        split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(1, 2)          # (B, N, H_v) -> (B, heads, N, H_v / heads)
-        found = F.scaled_dot_product_attention(split(self.q(self.norm(vision))), split(self.k(text)), split(self.v(text)),
-                                               attn_mask=~padding[:, None, None, :])     # [D15] released: not masked
-        return self.out(found.transpose(1, 2).flatten(2))
 
     def forward(self, out, x, context):
         """At the attention port: out = attention's output, x = what the layer was given, context = (texts, padding)."""

@@ -35,16 +35,13 @@ def check_linear(linear, rank):
 
 class LoRALinear(nn.Module):
     """h = W x + α/r B A x, HiVG Eq. (5): a linear whose own weight is frozen, and a low-rank pair that is trained.
-
     linear: nn.Linear (k -> d), whose parameters it takes over under the same names, so that a state dict gains A
     (r, k) and B (d, r) and changes in nothing else. rank: r. alpha: α. forward: (..., k) -> (..., d)."""
     def __init__(self, linear, rank=32, alpha=16):
         super().__init__()
         check_linear(linear, rank)
-        self.weight, self.bias = linear.weight.requires_grad_(False), linear.bias
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
-        self.rank, self.scale = rank, alpha / rank
+        linear.requires_grad_(False)
+        self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / rank
         # Section 3.3: Gaussian A and zero B, so ΔW = BA is 0 when a stage starts. [D20] The paper gives no deviation; 1/r
         # is the usual one.
         self.A = nn.Parameter(self.weight.new_empty(rank, linear.in_features).normal_(std=1 / rank))
@@ -71,7 +68,6 @@ def find_pairs(module):
 
 def add_stage(layers, stage, groups, rank=32, alpha=16, targets=("q", "k", "v", "out")):
     """Begin a stage j: a fresh pair on each target of the layers in groups 1 .. j, HiVG Eq. (6).
-
     layers: modules, shallow first. targets: dotted names of the linears within each. A single group takes part in
     every stage, as the text tower does. Only the linears that get a pair are frozen here; freeze the rest yourself.
     Raises ValueError if the stages before are not done or not merged, or if a layer lacks a target; TypeError for a target
@@ -97,17 +93,14 @@ def add_stage(layers, stage, groups, rank=32, alpha=16, targets=("q", "k", "v", 
     for _, _, linear in linears:
         check_linear(linear, rank)
     for layer, target, linear in linears:          # only now, when nothing can go wrong halfway
-        parent, _, name = target.rpartition(".")
-        setattr(layer.get_submodule(parent), name, LoRALinear(linear, rank, alpha))
+        layer.set_submodule(target, LoRALinear(linear, rank, alpha))
     for layer in layers:
         layer.hilora_stage = stage
 
 def merge(module):
     """End a stage: every pair within `module` goes into its weight, and plain nn.Linear modules are left.
-
     The outputs stay what they were, to rounding. Raises ValueError if there is no pair: merged already, or never begun."""
-    found = find_pairs(module)
-    if not found:
+    if not (found := find_pairs(module)):
         raise ValueError("nothing to merge: there is no LoRA pair in this module (merged already, or no stage begun)")
     for parent, name, pair in found:
         linear = nn.Linear(pair.weight.shape[1], pair.weight.shape[0], pair.bias is not None, device="meta")

@@ -24,13 +24,10 @@ def to_corners(boxes):
 
 def iou_and_giou(a, b):
     """IoU and generalised IoU of each pair of boxes.
-
     a, b: (..., 4) as (cx, cy, w, h). Returns two float32 tensors (...): IoU in [0, 1], GIoU in [-1, 1].
-    Any box in [0, 1], one with no area too, gives finite values and finite gradients. Source: Rezatofighi et al., CVPR 2019.
-    """
+    Any box in [0, 1], one with no area too, gives finite values and gradients. Source: Rezatofighi et al., CVPR 2019."""
     a, b = to_corners(a.float()), to_corners(b.float())
-    area_a = (a[..., 2:] - a[..., :2]).prod(-1)
-    area_b = (b[..., 2:] - b[..., :2]).prod(-1)
+    area_a, area_b = ((box[..., 2:] - box[..., :2]).prod(-1) for box in (a, b))
     overlap = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
     intersection = overlap.clamp(min=0).prod(-1)
     union = area_a + area_b - intersection
@@ -40,7 +37,6 @@ def iou_and_giou(a, b):
 
 def box_loss(pred, target, l1=1.0, giou=1.0):
     """L = l1 * smooth-L1 + giou * (1 - GIoU), M²IST Eq. (6), whose λ is `giou`; HiVG Eq. (14) weighs both.
-
     pred, target: (B, 4) as (cx, cy, w, h) in [0, 1]. Returns a float32 scalar. The four coordinates are summed and
     the batch is averaged, as in the released code."""
     pred, target = pred.float(), target.float()
@@ -51,7 +47,6 @@ def box_loss(pred, target, l1=1.0, giou=1.0):
 
 def contrastive_loss(text, image, temperature):
     """L_CLC, HiVG Eqs. (9)-(11): each expression finds its picture in the batch, and each picture its expression.
-
     text, image: (N, C) embeddings, row i of both from pair i; they are normalised here. temperature: τ, CLIP's own
     (0.01 after its pretraining). All other pairs count as negatives, as in the paper, a picture that occurs twice too."""
     text, image = F.normalize(text.float(), dim=-1), F.normalize(image.float(), dim=-1)
@@ -62,7 +57,6 @@ def contrastive_loss(text, image, temperature):
 
 def box_mask(boxes, side):
     """m_d of HiVG Eq. (13): which cells of a side x side grid lie in the box. (B, 4) -> (B, side * side) bool, row by row.
-
     A cell is in if its centre is. [D17] Nearest downsampling, the paper's word, would look at a cell's corner. A box
     that holds no centre takes the cell that holds the box's own centre, so that no target is without a positive."""
     x1, y1, x2, y2 = to_corners(boxes.float()).unbind(-1)
@@ -76,7 +70,6 @@ def box_mask(boxes, side):
 
 class RegionText(nn.Module):
     """<t_eos, MLP(v_i)> of HiVG Eq. (12): how much each cell of the picture answers to the text.
-
     forward: t (B, C), v (B, N, C), both out of the grounding encoder -> scores (B, N), before the sigmoid. [D19] "After
     normalization" is a LayerNorm of v and the unit length of t, as released: with both of unit length, scores could not
     leave [-1, 1] and σ not come near 0 or 1."""
@@ -90,7 +83,6 @@ class RegionText(nn.Module):
 
 def region_text_loss(scores, mask, padding, focal=20.0, dice=2.0):
     """L_RTCC, HiVG Eqs. (12)-(13): the cells of the box answer to the text, the others do not.
-
     scores: (B, N), <t_eos, MLP(v_i)> before the sigmoid of Eq. (12), which is in here for its logarithm's sake.
     mask: (B, N) bool, from box_mask. padding: (B, N) bool; padded cells count for nothing. [D18]
     focal, dice: λ_focal and λ_dice. Focal loss with α 0.25 and γ 2 (Lin et al., ICCV 2017), the mean over a picture's
@@ -106,11 +98,9 @@ def region_text_loss(scores, mask, padding, focal=20.0, dice=2.0):
     return (focal * focal_loss + dice * dice_loss).mean()                # HiVG Eq. (13)
 
 def total_loss(found, boxes, l1, giou, contrast=0.0, focal=0.0, dice=0.0):
-    """L_total, HiVG Eq. (15), each part with its coefficient; with the last three 0 it is M²IST Eq. (6).
-
-    [D26] The released code adds a third, of a segmentation head.
-    found: a Grounding (model.py): .boxes, and for the constraints .text, .image, .temperature, .scores, .padding.
-    boxes: (B, 4), the true ones. HiVG's Table 8: l1 2, giou 2, focal 20, dice 2."""
+    """L_total, HiVG Eq. (15), each part with its coefficient; with the last three 0 it is M²IST Eq. (6). HiVG's Table 8:
+    l1 2, giou 2, focal 20, dice 2. [D26] The released code adds a third, of a segmentation head. boxes: (B, 4), the true
+    ones. found: a Grounding (model.py): .boxes, and for the constraints .text, .image, .temperature, .scores, .padding."""
     loss = box_loss(found.boxes, boxes, l1, giou)                                          # HiVG Eq. (14)
     if contrast:
         loss = loss + contrast * contrastive_loss(found.text, found.image, found.temperature)

@@ -27,7 +27,7 @@ import torchvision
 from safetensors.torch import load_file
 
 import hilora
-from adapters import ADAPTERS, BRIDGE_WEIGHTS, AdapterNetworks, CrossModalBridge, quick_gelu
+from adapters import ADAPTERS, BRIDGE_WEIGHTS, AdapterNetworks, CrossModalBridge, attend, quick_gelu
 from losses import RegionText
 
 class InputError(ValueError):
@@ -85,24 +85,15 @@ class TransformerLayer(nn.Module):
     def port(self, name, out, x, context):
         return self.plugs[name](out, x, context) if name in self.plugs else out
 
-    def queries_keys(self, h, position):
-        """(B, N, C) -> two (B, heads, N, C / heads). Positions, where there are any, are added here, never to values."""
-        h = h if position is None else h + position
-        return self.split(self.q(h)), self.split(self.k(h))
-
-    def split(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)      # (B, N, C) -> (B, heads, N, C / heads)
-
     def attention(self, h, padding, position):
-        q, k = self.queries_keys(h, position)
-        mask = None if padding is None else ~padding[:, None, None, :]      # True = may be looked at; over the keys
+        placed = h if position is None else h + position      # of queries and keys, never of values
         dropout = self.dropout.p if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, self.split(self.v(h)), mask, dropout, self.causal)
-        return self.out(out.transpose(1, 2).flatten(2))
+        return self.out(attend(self.q(placed), self.k(placed), self.v(h), self.heads, padding, dropout, self.causal))
 
     def attention_map(self, x, padding, position):
         """(B, N): how much the first token, [REG], looks at each token, the mean over the heads; for pictures."""
-        q, k = self.queries_keys(self.norm1(x) if self.pre_norm else x, position)
+        placed = (self.norm1(x) if self.pre_norm else x) + position
+        q, k = (linear(placed).unflatten(-1, (self.heads, -1)).transpose(1, 2) for linear in (self.q, self.k))
         scores = q[:, :, :1] @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
         return scores.masked_fill(padding[:, None, None, :], float("-inf")).softmax(-1).mean(1)[:, 0]
 
@@ -112,11 +103,13 @@ class TransformerLayer(nn.Module):
 # "ffn": g_1}, ...], and states, [x_1, ...], what left each layer, shallow first; of CLIP the embedding (B, C) that it compares.
 Encoded = namedtuple("Encoded", "x padding x0 ports states embedding", defaults=(None, (), (), None))
 
-def run_layers(layers, x, padding, position=None, context=None, mask=True):
-    """mask: whether padding is kept from being looked at."""
+def stack(layers, *shape, **options):
+    return nn.ModuleList(TransformerLayer(*shape, **options) for _ in range(layers))
+
+def run_layers(layers, x, padding=None, position=None, context=None):
     x0, ports, states = x, [], []
     for layer in layers:
-        x, a, g = layer(x, padding if mask else None, position, context)
+        x, a, g = layer(x, padding, position, context)
         ports.append({"attention": a, "ffn": g})
         states.append(x)
     return Encoded(x, padding, x0, ports, states)
@@ -152,13 +145,11 @@ def sine_position(padding, dim):
     return torch.cat(halves, dim=-1).flatten(1, 2)
 
 class VisionEncoder(nn.Module):
-    """DETR's encoder, M²IST Section III-A a. images (B, 3, S, S), padding (B, S, S) -> Encoded of Nv tokens. Post-norm,
-    ReLU; positions are added to queries and keys in each layer; no norm at the end."""
+    """DETR's encoder, M²IST Section III-A a. images (B, 3, S, S), padding (B, S, S) -> Encoded of Nv tokens."""
     def __init__(self, backbone, channels, dim, heads, hidden, layers, dropout):
         super().__init__()
         self.backbone, self.projection = backbone, nn.Conv2d(channels, dim, 1)
-        self.layers = nn.ModuleList(TransformerLayer(dim, heads, hidden, "relu", dropout=dropout, ffn_dropout=dropout)
-                                    for _ in range(layers))
+        self.layers = stack(layers, dim, heads, hidden, "relu", dropout=dropout, ffn_dropout=dropout)
 
     def forward(self, images, padding):
         z = self.projection(self.backbone(images))                                    # z', (B, C_v, H, W)
@@ -173,8 +164,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.word, self.position, self.token_type = (nn.Embedding(count, dim) for count in (vocabulary, positions, 2))
         self.norm, self.dropout = nn.LayerNorm(dim, eps=1e-12), nn.Dropout(dropout)
-        self.layers = nn.ModuleList(TransformerLayer(dim, heads, hidden, "gelu", dropout=dropout, eps=1e-12)
-                                    for _ in range(layers))
+        self.layers = stack(layers, dim, heads, hidden, "gelu", dropout=dropout, eps=1e-12)
 
     def forward(self, tokens, padding):
         x = self.word(tokens) + self.position.weight[:tokens.shape[1]] + self.token_type.weight[0]
@@ -191,15 +181,15 @@ class ClipVision(nn.Module):
         sines = sine_position(torch.zeros(1, image_size // patch, image_size // patch, dtype=torch.bool), dim)[0]
         self.position = nn.Parameter(F.pad(sines, (0, 0, 1, 0)))
         self.pre_norm, self.norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.layers = nn.ModuleList(TransformerLayer(dim, heads, hidden, "quick_gelu", True) for _ in range(layers))
+        self.layers = stack(layers, dim, heads, hidden, "quick_gelu", pre_norm=True)
         self.projection = nn.Linear(dim, embedding, bias=False)
 
     def forward(self, images, padding, context=None):
         x = torch.cat([self.cls.expand(len(images), 1, -1), self.patches(images).flatten(2).transpose(1, 2)], dim=1)
         # [D30] A patch is padding if no pixel of it is of the picture; [CLS] never is.
         real = F.max_pool2d((~padding)[:, None].float(), self.patches.stride).flatten(1).bool()
-        found = run_layers(self.layers, self.pre_norm(x + self.position), F.pad(~real, (1, 0)), context=context, mask=False)
-        return found._replace(embedding=self.embed(found.x[:, 0]))
+        found = run_layers(self.layers, self.pre_norm(x + self.position), context=context)
+        return found._replace(padding=F.pad(~real, (1, 0)), embedding=self.embed(found.x[:, 0]))
 
     def embed(self, x):                                     # (..., dim) -> (..., embedding): what CLIP makes of [CLS]
         return self.projection(self.norm(x))
@@ -212,14 +202,13 @@ class ClipText(nn.Module):
         self.word = nn.Embedding(vocabulary, dim)
         self.position = nn.Parameter(0.25 * torch.randn(positions, dim))
         nn.init.normal_(self.word.weight, std=0.5)         # words and places are told apart before they are learned
-        self.layers = nn.ModuleList(TransformerLayer(dim, heads, hidden, "quick_gelu", True, causal=True)
-                                    for _ in range(layers))
+        self.layers = stack(layers, dim, heads, hidden, "quick_gelu", pre_norm=True, causal=True)
         self.norm, self.projection = nn.LayerNorm(dim), nn.Linear(dim, embedding, bias=False)
 
     def forward(self, tokens, padding):
-        found = run_layers(self.layers, self.word(tokens) + self.position[:tokens.shape[1]], padding, mask=False)
+        found = run_layers(self.layers, self.word(tokens) + self.position[:tokens.shape[1]])
         x, eos = self.projection(self.norm(found.x)), (~padding).sum(1) - 1                  # [EOS] ends its text
-        return found._replace(x=x, embedding=x[torch.arange(len(x), device=x.device), eos])
+        return found._replace(x=x, padding=padding, embedding=x[torch.arange(len(x), device=x.device), eos])
 
 class Clip(nn.Module):
     """Both towers and the temperature, as pretrained together."""
@@ -251,8 +240,7 @@ class GroundingEncoder(nn.Module):
         self.text_projection = nn.Linear(text_dim, dim)
         self.reg = nn.Parameter(torch.randn(1, dim))
         self.position = nn.Parameter(position_std * torch.randn(1 + max_tokens + vision_tokens, dim))
-        self.layers = nn.ModuleList(TransformerLayer(dim, heads, hidden, "relu", pre_norm, dropout, dropout)
-                                    for _ in range(layers))
+        self.layers = stack(layers, dim, heads, hidden, "relu", pre_norm, dropout, dropout)
         self.norm = nn.LayerNorm(dim) if pre_norm else nn.Identity()       # post-norm layers end in one of their own
         self.head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 4))  # [D29]
         self.region = region_hidden and RegionText(dim, region_hidden)
@@ -399,12 +387,10 @@ DETR_TABLE = [                                                                # 
     (r"(?:backbone\.0\.body|model\.backbone\.conv_encoder\.model)\.(.+)", r"backbone.\1"),
     (r"(?:input_proj|model\.input_projection)\.(.+)", r"projection.\1"),
     (r"transformer\.encoder\.layers\.(\d+)\.self_attn\.in_proj_(.+)", r"layers.\1.q,k,v.\2"),    # three in one
-    (r"transformer\.encoder\.layers\.(\d+)\.self_attn\.out_proj\.(.+)", r"layers.\1.out.\2"),
-    (r"model\.encoder\.layers\.(\d+)\.self_attn\.(q|k|v|out)_proj\.(.+)", r"layers.\1.\2.\3"),
+    (r"(?:transformer|model)\.encoder\.layers\.(\d+)\.self_attn\.(q|k|v|out)_proj\.(.+)", r"layers.\1.\2.\3"),
     (r"(?:transformer|model)\.encoder\.layers\.(\d+)\.(?:linear|fc)([12])\.(.+)", r"layers.\1.fc\2.\3"),
-    (r"transformer\.encoder\.layers\.(\d+)\.norm([12])\.(.+)", r"layers.\1.norm\2.\3"),
-    (r"model\.encoder\.layers\.(\d+)\.self_attn_layer_norm\.(.+)", r"layers.\1.norm1.\2"),
-    (r"model\.encoder\.layers\.(\d+)\.final_layer_norm\.(.+)", r"layers.\1.norm2.\2")]
+    (r"(?:transformer|model)\.encoder\.layers\.(\d+)\.(?:norm1|self_attn_layer_norm)\.(.+)", r"layers.\1.norm1.\2"),
+    (r"(?:transformer|model)\.encoder\.layers\.(\d+)\.(?:norm2|final_layer_norm)\.(.+)", r"layers.\1.norm2.\2")]
 DETR_IGNORED = (r"(transformer|model)\.decoder\.|class_embed\.|bbox_embed\.|query_embed\.|model\.query_position_embeddings\.|"
                 r"class_labels_classifier\.|bbox_predictor\.")                                # the decoder and its heads
 
@@ -427,9 +413,8 @@ CLIP_TABLE = [                                                                  
     (r"vision_model\.embeddings\.class_embedding", r"vision.cls"),
     (r"vision_model\.embeddings\.patch_embedding\.(.+)", r"vision.patches.\1"),
     (r"vision_model\.pre_layrnorm\.(.+)", r"vision.pre_norm.\1"),                           # their spelling
-    (r"vision_model\.post_layernorm\.(.+)", r"vision.norm.\1"),
+    (r"(text|vision)_model\.(?:final_layer_norm|post_layernorm)\.(.+)", r"\1.norm.\2"),
     (r"visual_projection\.(.+)", r"vision.projection.\1"),
-    (r"text_model\.final_layer_norm\.(.+)", r"text.norm.\1"),
     (r"text_projection\.(.+)", r"text.projection.\1"),
     (r"(logit_scale)", r"\1")]
 CLIP_IGNORED = r".*\.position_ids"
@@ -439,10 +424,10 @@ def import_weights(module, state, table, ignored, source):
     source: what to call the state in an error. Raises InputError that names keys missing, unexpected or of another shape."""
     wanted, found, unexpected = module.state_dict(), {}, []
     for key, value in state.items():
-        name = next((re.sub(pattern, ours, key) for pattern, ours in table if re.fullmatch(pattern, key)), None)
-        if name is not None and ".q,k,v." in name:                    # rows of an in-projection are q, k, v in order
+        name = next((re.sub(pattern, ours, key) for pattern, ours in table if re.fullmatch(pattern, key)), "")
+        if ".q,k,v." in name:                                         # rows of an in-projection are q, k, v in order
             found.update((name.replace("q,k,v", part), chunk) for part, chunk in zip("qkv", value.chunk(3)))
-        elif name is not None:
+        elif name:
             found[name] = value
         elif not re.match(ignored, key):
             unexpected.append(key)
@@ -452,8 +437,7 @@ def import_weights(module, state, table, ignored, source):
                 for name in wanted if name in found and found[name].shape != wanted[name].shape]
     for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)):
         if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise InputError(f"{source}: {len(names)} keys {what}: {', '.join(names[:5])}{more}")
+            raise InputError(f"{source}: {len(names)} keys {what}: {', '.join(names[:5])}{', ...' if names[5:] else ''}")
     module.load_state_dict(found)
 
 def read_state(path, whole=False):
@@ -485,22 +469,20 @@ def plain(state, source):
     return state
 
 def load_detr(vision, weights=None):
-    """DETR R-50: a file or where its authors keep it, in their naming; the hub's name or a folder, in transformers'."""
-    if weights and Path(weights).suffix not in (".pth", ".pt"):
+    """DETR R-50: as its authors keep it, or what load_hub takes, a file in their naming too."""
+    if weights:
         return load_hub(vision, weights, "--vision-weights", DETR_TABLE, DETR_IGNORED)
     try:
-        state = read_state(weights) if weights else torch.hub.load_state_dict_from_url(
-            DETR_URL, map_location="cpu", weights_only=True)["model"]
+        state = torch.hub.load_state_dict_from_url(DETR_URL, map_location="cpu", weights_only=True)["model"]
     except OSError as error:
         raise InputError(f"cannot fetch {DETR_URL} ({error}): give --vision-weights FILE, or --weights random") from None
-    import_weights(vision, state, DETR_TABLE, DETR_IGNORED, weights or DETR_URL)
+    import_weights(vision, state, DETR_TABLE, DETR_IGNORED, DETR_URL)
 
 def load_hub(module, weights, flag, table, ignored):
-    """DETR, BERT or CLIP as transformers saves it: a name on the hub, a folder or a file; of a file of HiVG's, its CLIP. Half
-    precision is loaded as float32."""
+    """DETR, BERT or CLIP, in float32, as transformers saves it: a hub name, folder or file; of a file of HiVG's, its CLIP."""
     from transformers.utils import cached_file
     why = "no model.safetensors and no pytorch_model.bin there, or no connection to it"
-    path = weights if Path(weights).is_file() else None
+    path = weights if Path(weights).is_file() or Path(weights).suffix in (".pth", ".pt") else None
     for name in ("model.safetensors", "pytorch_model.bin"):
         try:
             path = path or cached_file(weights, name, _raise_exceptions_for_missing_entries=False)
@@ -571,12 +553,13 @@ METHODS = {
     "clip-lora": dict(family="clip", vision_layers=[], bridge_layers=[], region_hidden=None),     # ... with vanilla LoRA
     "hivg": dict(family="clip")}
 
-# Options of a model (see train.py --help). None: as the size or the method says; in HiVG no text_layers: all, no
-# vision_layers: the last.
+# None: as the size or the method says; in HiVG no text_layers: all, no vision_layers: the last. See train.py --help.
 OPTIONS = dict(max_tokens=None, attention_port=None, ffn_port=None, insertion=None, bottleneck=None, interaction_dim=None,
                interaction_bottleneck=None, scale=None, residual=False, text_layers=None, vision_layers=None,
                bridge_layers=None, bridge_weights="nxLxH", no_cross_attention=False, layer_to_layer=False,
                vision_weights=None, text_weights=None, clip_weights=None, cache=".cache", pretext_steps=None, pixels=None)
+CHOICES = dict(attention_port=("none", *ADAPTERS), ffn_port=("none", *ADAPTERS), bridge_weights=BRIDGE_WEIGHTS,
+               insertion=("side", "sequential", "parallel"))
 
 def one_of(name, value, valid):
     if value not in valid:
@@ -590,12 +573,9 @@ def architecture(method, size, options=()):
     for name in options:
         one_of("option", name, OPTIONS)
     given = {name: value for name, value in dict(options).items() if value is not None}
-    spec = {**OPTIONS, **SIZES[size][family], **METHODS[method], **given}
-    for name, valid in (("attention_port", ("none", *ADAPTERS)), ("ffn_port", ("none", *ADAPTERS)),
-                        ("insertion", ("side", "sequential", "parallel")), ("bridge_weights", BRIDGE_WEIGHTS)):
-        if spec[name] is not None:                                   # what stands at the ports is not asked of CLIP
-            one_of(name, spec[name], valid)
-    return spec
+    for name in given.keys() & CHOICES.keys():
+        one_of(name, given[name], CHOICES[name])
+    return {**OPTIONS, **SIZES[size][family], **METHODS[method], **given}
 
 def shapes_weights(cache, pretext_steps, family):
     """Path of the pretrained tiny encoders; another architecture or another length of pretraining is another file."""
@@ -640,7 +620,5 @@ def build_model(method, size="base", weights="pretrained", **options):
 def count_parameters(model):
     """{"total", "trainable", "encoder_tunable"}: numbers of parameters, each tensor once. encoder_tunable: those trained in
     or beside the encoders, which is what M²IST's "Params." counts [D11], and, it seems, HiVG's "Update params." [D23]."""
-    head = {id(p) for p in model.grounding.parameters()}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    return {"total": sum(p.numel() for p in model.parameters()), "trainable": sum(p.numel() for p in trainable),
-            "encoder_tunable": sum(p.numel() for p in trainable if id(p) not in head)}
+    trainable, head = (sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (model, model.grounding))
+    return {"total": sum(p.numel() for p in model.parameters()), "trainable": trainable, "encoder_tunable": trainable - head}
