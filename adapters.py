@@ -15,12 +15,6 @@ never writes back, so that no gradient needs to pass the encoder:
 Symbols (paper = here):   C_v, C_l = vision_dim, text_dim        C_d = bottleneck      s = scale
     C_i = interaction_dim   VEA, LEA = ExpertAdapter   IEA = InteractionAdapter   x_v, x_l = vision, text tokens
 Shapes: B batch, N tokens of one modality, C its width. Everything is (B, N, C).
-
-The methods that M²IST is compared with in Table I differ from it in nothing but what stands at which port, and how [D39]:
-    Adapter (Houlsby et al., ICML 2019)              EA after attention and feed-forward, sequential
-    AdaptFormer (Chen et al., NeurIPS 2022)          EA beside the feed-forward, parallel
-    CM Adapter (Jiang et al., arXiv 2211.09623)      IEA, part of whose up-projection is shared, at both ports, sequential
-    MRS-Adapter (Yuan et al., TGRS 2023)             IEA beside the feed-forward, parallel
 """
 import torch
 import torch.nn as nn
@@ -106,19 +100,17 @@ class ExpertPair(nn.Module):
 # What can stand at a port: name -> how it is made of (C_v, C_l) and the options of M3ISA. It has two methods, `vision` and
 # `text`, each from tokens to what is added to them. A new adapter is a class like ExpertPair, and a row here.
 ADAPTERS = {
-    "iea": lambda dims, o: InteractionAdapter(*dims, o["interaction_bottleneck"], o["interaction_dim"], o["scale"], o["residual"]),
-    "ea": lambda dims, o: ExpertPair(*dims, o["bottleneck"], o["scale"], o["residual"]),
-    "vea": lambda dims, o: ExpertPair(*dims, o["bottleneck"], o["scale"], o["residual"], ("vision",)),       # Table V (c)
-    "lea": lambda dims, o: ExpertPair(*dims, o["bottleneck"], o["scale"], o["residual"], ("text",))}         # Table V (b)
+    "iea": lambda d, o: InteractionAdapter(*d, o["interaction_bottleneck"], o["interaction_dim"], o["scale"], o["residual"]),
+    "ea": lambda d, o: ExpertPair(*d, o["bottleneck"], o["scale"], o["residual"]),
+    "vea": lambda d, o: ExpertPair(*d, o["bottleneck"], o["scale"], o["residual"], ("vision",)),             # Table V (c)
+    "lea": lambda d, o: ExpertPair(*d, o["bottleneck"], o["scale"], o["residual"], ("text",))}               # Table V (b)
 
 class M3ISA(nn.ModuleDict):
     """A mixture of adapters, for one vision layer and the text layer it is paired with (Fig. 2, right): {port: adapter}.
     The paper's has IEA at the attention ports, VEA and LEA at the feed-forward ports (Table VI d). attention_port,
     ffn_port: a name from ADAPTERS, or "none"."""
-    def __init__(self, vision_dim, text_dim, attention_port="iea", ffn_port="ea", bottleneck=128, interaction_dim=256,
-                 interaction_bottleneck=128, scale=0.1, residual=False):
-        options = dict(bottleneck=bottleneck, interaction_dim=interaction_dim, scale=scale, residual=residual,
-                       interaction_bottleneck=interaction_bottleneck)
+    def __init__(self, vision_dim, text_dim, attention_port="iea", ffn_port="ea", **options):
+        options = dict(bottleneck=128, interaction_dim=256, interaction_bottleneck=128, scale=0.1, residual=False) | options
         super().__init__({port: ADAPTERS[kind]((vision_dim, text_dim), options)
                           for port, kind in (("attention", attention_port), ("ffn", ffn_port)) if kind != "none"})
 
@@ -135,9 +127,7 @@ class Inserted(nn.Module):
 class AdapterNetworks(nn.Module):
     """A stack of M³ISAs on a pair of encoders, and the three forms to insert it (Fig. 3, Table VII). M²IST's is `side`,
     Section III-B b, the two side networks:
-
         s_0 = x_0        s_l = s_{l-1} + IEA_l(a_l) + EA_l(g_l)        to be added to the encoder's output: s_L
-
     a_l and g_l are read before the residual and its LayerNorm. [D9] The released code reads text after them, and sends
     the adapters' output through BERT's own norms, which undo s. `sequential` and `parallel` write the ports instead.
     layers: how many pairs. text_layers: those paired with vision layers 1 .. layers, in that order; the paper's best is
@@ -181,9 +171,8 @@ def attend(q, k, v, heads, padding, dropout=0.0, causal=False):
     mask = None if padding is None else ~padding[:, None, None, :]                       # True = may be looked at
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal).transpose(1, 2).flatten(2)
 
-# Shapes of the sample-agnostic weights of a bridge, HiVG Table 4, as functions of n, L_l, H_l.
-BRIDGE_WEIGHTS = {"nxLxH": lambda n, L, H: (n, L, H), "nxLx1": lambda n, L, H: (n, L, 1), "nx1xH": lambda n, L, H: (n, 1, H),
-                  "1x1xH": lambda n, L, H: (1, 1, H), "none": None, "aware": None}
+# A bridge's sample-agnostic weights, HiVG Table 4, by their shape of n, L_l and H_l; and what may stand in their place.
+BRIDGE_WEIGHTS = ("nxLxH", "nxLx1", "nx1xH", "1x1xH", "none", "aware")
 
 class CrossModalBridge(nn.Module):
     """MACB, HiVG Section 3.2 and Fig. 7: lets a layer of the vision encoder see the text, of all its layers at once.
@@ -197,8 +186,8 @@ class CrossModalBridge(nn.Module):
         self.n, self.heads, self.only = text_layers, heads, only
         # [D13] One weight for each layer, place and channel, the same for all samples. 0 is "as CLIP has it"; the paper
         # names no start, and the released code's N(0, 1) hides the features at first.
-        shape = BRIDGE_WEIGHTS[weights]
-        self.weights = shape and nn.Parameter(torch.zeros(shape(text_layers, max_tokens, text_dim)))
+        sizes = {"n": text_layers, "L": max_tokens, "H": text_dim, "1": 1}
+        self.weights = nn.Parameter(torch.zeros([sizes[axis] for axis in weights.split("x")])) if "x" in weights else None
         self.aware = None
         if weights == "aware":
             self.aware = nn.Sequential(nn.Linear(text_dim, text_dim // 4), nn.ReLU(), nn.Linear(text_dim // 4, text_dim))

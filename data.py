@@ -28,9 +28,10 @@ import numpy as np
 import torch
 import torchvision.transforms.functional as TF
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from model import InputError, one_of, run, save_whole
+from model import DETR_URL, METHODS, InputError, one_of, run, save_whole
 
 # Mean and standard deviation of the pixels in pretraining: ImageNet's for DETR; CLIP's own, which [D22] released HiVG lacks.
 PIXELS = {"detr": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -44,7 +45,6 @@ class Sample(NamedTuple):
     image_id: Union[str, int]
 
 # --- shapes: the generated default. A scene is a function of its number; nothing is stored. --------------------------
-
 COLOURS = {"red": (208, 52, 44), "green": (58, 156, 70), "blue": (48, 92, 200), "yellow": (232, 196, 50)}
 SHAPES = ("circle", "square", "triangle")
 RADII = {"small": (11, 14), "large": (19, 24)}        # half the side of the box, in pixels; nothing lies between
@@ -175,7 +175,6 @@ def render(number):
     return picture
 
 # --- Datasets by name ------------------------------------------------------------------------------------------------
-
 # dataset: its name in REFER, TransVG, MDETR; expressions by M²IST Section IV-A a and HiVG Table 6 (google's: their sum alone)
 DATASETS = {
     "refcoco": ("refcoco/refs(unc).p", "unc", "refcoco", dict(train=120_624, val=10_834, testA=5_657, testB=5_095)),
@@ -283,7 +282,7 @@ def mixed(datasets, root):
     held_out = {name for dataset, split, samples in parts if split != "train" for s in samples for name in names(dataset, s)}
     train = [(dataset, sample) for dataset, split, samples in parts if split == "train" for sample in samples]
     clean = [sample for dataset, sample in train if held_out.isdisjoint(names(dataset, sample))]
-    print(f"{','.join(datasets)}: {len(train) - len(clean):,} of {len(train):,} expressions left out of train, whose pictures are "
+    print(f"{','.join(datasets)}: {len(train) - len(clean):,} of {len(train):,} left out of train, whose pictures are "
           f"in val or test of one of them")
     splits = {"train": clean, "val": [sample for _, split, samples in parts if split == "val" for sample in samples],
               **{f"{dataset}/{split}": samples for dataset, split, samples in parts if split != "train"}}
@@ -324,8 +323,22 @@ def load_samples(dataset, split, root=None):
                 for number in range(first, first + scenes) for text, target in scene(number)[2]]
     return _by_split(dataset, root and str(root))[split]
 
-# --- From a Sample to a batch ----------------------------------------------------------------------------------------
+# What TransVG's files of DETR have not seen, of COCO's pictures; the public ones have seen all of them.
+UNSEEN = {"detr-r50-unc": ("refcoco", "refcoco+"), "detr-r50-gref": ("refcocog-umd", "refcocog-google")}
 
+def leaky_pretraining(args):
+    """Whether the vision encoder's pretraining has seen the pictures of val and test, by the name of its file and by the
+    dataset: True, False, or None where that is not known, as of CLIP, whose pictures nobody has listed."""
+    name = Path(args.vision_weights or DETR_URL).stem
+    if args.weights != "pretrained":
+        return False
+    if METHODS[args.method]["family"] == "clip" or not name.startswith("detr-r"):
+        return None
+    clean = ("referit", "flickr30k", *UNSEEN.get(name, ()))                  # neither of the two has its pictures from COCO
+    leaks = [False if dataset in clean else True if dataset in DATASETS else None for dataset in args.dataset.split(",")]
+    return True if True in leaks else None if None in leaks else False
+
+# --- From a Sample to a batch ----------------------------------------------------------------------------------------
 def load_picture(image, upright=False):
     """A path, a scene's number, or a picture -> an RGB picture, transparent parts white. upright: turned as its EXIF says; the
     boxes of datasets are of the stored pixels."""
@@ -416,7 +429,7 @@ class Tokenizer:
                     raise ValueError(f"of {len(self.wordpiece)} words, the text encoder has {vocabulary}; is tokenizer.json "
                                      f"missing there, or vocab.txt, or vocab.json with merges.txt?")
             except (OSError, ValueError) as error:
-                raise InputError(f"no tokenizer in {name} ({str(error).splitlines()[0]}): give a hub name or a folder by {flag}, "
+                raise InputError(f"no tokenizer in {name} ({str(error).splitlines()[0]}): give a hub name or folder by {flag}, "
                                  f"or take --weights random or --size tiny") from None
         else:
             said = " ".join([*COLOURS, *SHAPES, *NOUNS, *ORDINALS, "to from", *sum(SIZE_WORDS.values(), ()),
@@ -442,8 +455,8 @@ class GroundingDataset(torch.utils.data.Dataset):
         self.samples, self.size, self.tokenizer, self.train, self.seed = samples, size, tokenizer, train, seed
         self.pixels, self.transforms = pixels, transforms if train else None
         if gone := [path for path in {s.image for s in samples if isinstance(s.image, Path)} if not os.path.isfile(path)]:
-            raise InputError(f"{gone[0]}: no such picture, nor {len(gone) - 1} others; image paths are relative to the .jsonl, or "
-                             f"to --root; `python data.py DATASET --root DIR` tells what is there")
+            raise InputError(f"{gone[0]}: no such picture, nor {len(gone) - 1} others; paths start from the .jsonl's folder or "
+                             f"--root; `python data.py DATASET --root DIR` tells what is there")
 
     def __len__(self):
         return len(self.samples)
@@ -471,7 +484,6 @@ def collate(items, pad):
                 boxes=torch.tensor(boxes, dtype=torch.float32), index=torch.tensor(index))
 
 # --- Pictures --------------------------------------------------------------------------------------------------------
-
 TRUE, PREDICTED, WARM = (0, 130, 40), (220, 0, 90), (255, 140, 0)
 
 def spread(samples, count=12):
@@ -500,14 +512,9 @@ def draw(picture, caption, boxes, attention=None, side=256):
 
 def contact_sheet(tiles, columns=4):
     """Tiles of one size, side by side."""
-    w, h = tiles[0].size
-    sheet = Image.new("RGB", (columns * (w + 8), math.ceil(len(tiles) / columns) * (h + 8)), "white")
-    for i, tile in enumerate(tiles):
-        sheet.paste(tile, (i % columns * (w + 8) + 4, i // columns * (h + 8) + 4))
-    return sheet
+    return TF.to_pil_image(make_grid([TF.to_tensor(tile) for tile in tiles], columns, padding=8, pad_value=1.0))
 
 # --- The command line: look at a dataset before it is trained on -----------------------------------------------------
-
 # archive: its folder, or dataset: who has its pictures; as users reported it. None could be tried where this was written.
 REFER = "https://web.archive.org/web/{}/https://bvisionweb1.cs.unc.edu/licheng/referit/data"
 ADDRESSES = {"refcoco.zip": REFER.format(20220413011718), "refcoco+.zip": REFER.format(20220413011656),

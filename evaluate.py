@@ -1,14 +1,11 @@
 """Evaluate a checkpoint of train.py, or one that the authors of HiVG have released.
 
-    python evaluate.py runs/shapes-m2ist-0                          every split but train, as a table
-    python evaluate.py runs/shapes-m2ist-0 --split val --json val.json
-    python evaluate.py runs/shapes-m2ist-0 --figures pictures       and a sheet of predictions of each split
+    python evaluate.py runs/shapes-m2ist-0 --json FILE --figures DIR      every split but train, with sheets of predictions
     python evaluate.py runs/refcoco-m2ist-0 --image a.jpg --text "the red cup" --save a.png
     python evaluate.py best_checkpoint.pth --dataset refcoco --root data
-    python evaluate.py --cost full m2ist m2ist/VII/a                what methods and rows cost, of random weights
+    python evaluate.py --cost full m2ist m2ist/VII/a                      what methods and rows cost, of random weights
 
-Acc@0.5 is the part of the expressions whose box has IoU >= 0.5 with the true one (M²IST Section IV-A b, HiVG Section
-4.1), in all and by their length (HiVG Fig. 4 c); mean IoU is over all of them.
+Acc@0.5: IoU >= 0.5 with the true box (M²IST Section IV-A b, HiVG Section 4.1), of all and by length (HiVG Fig. 4 c).
 """
 import argparse
 import json
@@ -24,14 +21,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import train
-from model import (CLIP_IGNORED, CLIP_TABLE, DETR_TABLE, InputError, build_model, count_parameters, import_weights, plain,
-                   read_state)
+from model import (CLIP_IGNORED, CLIP_TABLE, DETR_TABLE, InputError, architecture, build_model, count_parameters,
+                   import_weights, plain, read_state)
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", nargs="?", help="the --out folder of a run, its best.safetensors, or a released .pth of HiVG")
-    add("--cost", nargs="+", help="methods or rows of the papers' tables (train.py --rows), to be compared in place of a checkpoint")
+    add("--cost", nargs="+", help="methods or rows (train.py --rows) to compare, in place of a checkpoint")
     add("--size", help="of the models that --cost compares (default: base)")
     add("--dataset", help="as in train.py (default: that of the training)")
     add("--root", help="folder of annotations and pictures (default: that of the training)")
@@ -55,7 +52,6 @@ def parse_args(argv=None):
     return asked
 
 # --- Checkpoints -----------------------------------------------------------------------------------------------------
-
 def read_config(path):
     """The config of a checkpoint: a file, or the --out folder of a run, of which best.safetensors is taken."""
     path = Path(path) / "best.safetensors" if Path(path).is_dir() else Path(path)
@@ -129,7 +125,6 @@ def load_released(path, clip_weights):
     return model.eval(), {"epoch": "released", "args": vars(train.complete(args))}
 
 # --- Accuracy --------------------------------------------------------------------------------------------------------
-
 def by_length(samples, ious):
     """Acc@0.5 by number of words, HiVG Fig. 4 (c), as a line; the bounds are ours."""
     parts = []
@@ -152,8 +147,7 @@ def evaluate_dataset(model, args, asked):
             path = Path(args.figures) / f"{split.replace('/', '-')}.png"
             train.picture_predictions(model, data.spread(samples), args, path)
             print(f"{'':8}  {path}")
-    return {"dataset": args.dataset, "method": args.method, "leaky_pretraining": train.leaky_pretraining(args),
-            "splits": splits}
+    return {"dataset": args.dataset, "method": args.method, "leaky_pretraining": data.leaky_pretraining(args), "splits": splits}
 
 @torch.no_grad()
 def evaluate_image(model, args, asked):
@@ -179,13 +173,17 @@ def evaluate_image(model, args, asked):
     return results
 
 # --- What a method costs ---------------------------------------------------------------------------------------------
-
-# M²IST Table I, the paper's own: "Params." in millions and "Mem." in GB at batch 64; `frozen` is Table V (a).
-PAPER = {"full": (151, 38.95), "frozen": (0, 14.32), "adapter": (3.27, 28.52), "lora": (2.37, 20.37), "adaptformer": (2.38, 20.37),
-         "cm-adapter": (3.27, 27.19), "mrs-adapter": (1.58, 20.07), "m2ist": (3.19, 15.44), "m2ist+lora": (6.46, 21.68)}
+# The paper's own "Params." in millions and "Mem." in GB at batch 64: M²IST Tables I, V, VI, VII, IX, X.
+PAPER = {"full": (151, 38.95), "frozen": (0, 14.32), "adapter": (3.27, 28.52), "lora": (2.37, 20.37),
+         "adaptformer": (2.38, 20.37), "cm-adapter": (3.27, 27.19), "mrs-adapter": (1.58, 20.07), "m2ist": (3.19, 15.44),
+         **train.rows("m2ist/V", (0, 14.32), (0.59, 14.90), (1.02, 14.52), (1.61, 15.09), (1.58, 14.84), (3.19, 15.44)),
+         **train.rows("m2ist/VI", (3.22, 15.65), (3.17, 14.84), (3.19, 15.38), (3.19, 15.44)),
+         **train.rows("m2ist/VII", (3.19, 27.19), (3.19, 20.37), (3.19, 15.44)),
+         **train.rows("m2ist/IX", (2.00, 15.34), (2.40, 15.35), (3.19, 15.44)),
+         **train.rows("m2ist/X", (151, 38.95), (2.37, 20.37), (3.19, 15.44), (6.46, 21.68)), "m2ist+lora": (6.46, 21.68)}
 
 def saved_bytes(model, step):
-    """What autograd keeps for the backward of what `step` computes: distinct storages, those of the model's own tensors apart."""
+    """What autograd keeps for the backward of `step`: distinct storages, those of the model's own tensors apart."""
     address = lambda tensor: tensor.untyped_storage()._cdata
     kept = {}                                                   # the tensors too, or an address might be given a second time
     keep = lambda tensor: (tensor, kept.setdefault(address(tensor), tensor))[0]
@@ -196,7 +194,7 @@ def saved_bytes(model, step):
 
 def set_up(args, device, batch):
     """(model at its last stage, what evaluates a random batch, what gives its loss in training), all on the device."""
-    spec = train.specify(args)
+    spec = architecture(**train.model_arguments(args))
     with torch.device(device):
         model = train.to_last_stage(build_model(**train.model_arguments(args)), args)
         images = torch.randn(batch, 3, spec["image_size"], spec["image_size"])       # zeros would be slow: denormal gradients
@@ -205,45 +203,41 @@ def set_up(args, device, batch):
     return model, lambda: model.eval()(*inputs), lambda: train.weighted_loss(model.train()(*inputs), boxes, args)
 
 def count_cost(args):
-    """Parameters, and of one sample MACs of a forward and saved_bytes of a training step, on the meta device, where attention is
-    computed unfused: the same on every machine."""
+    """Parameters, and of one sample MACs of a forward and saved_bytes of a training step, on the meta device, where
+    attention is computed unfused: the same on every machine."""
     model, evaluate, loss = set_up(args, "meta", 1)
     with FlopCounterMode(display=False) as flops:
         evaluate()
     return {**count_parameters(model), "macs": flops.get_total_flops() // 2, "saved_bytes": saved_bytes(model, loss)}
 
 def time_cost(args):
-    """Mean seconds of a training step and of an evaluation step of a `batch`, the recipe's or on a CPU 1; on a GPU peak memory."""
+    """Mean seconds of a training and of an evaluation step of a `batch`, the recipe's, on a CPU 1; on a GPU peak memory."""
     from torch.utils.benchmark import Timer          # here, as it may speak up about CUDA where there is none
-    gpu = "cuda" in args.device
-    model, evaluate, loss = set_up(args, args.device, args.batch_size if gpu else 1)
+    gpu, batch = "cuda" in args.device, args.batch_size if "cuda" in args.device else 1
+    model, evaluate, loss = set_up(args, args.device, batch)
     optimizer = train.make_optimizer(model, args, train.plan(args)[-1])
-
     def step():
         optimizer.zero_grad(set_to_none=True)
         loss().backward()
         optimizer.step()
-
     seconds = lambda work: Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads()).timeit(3).mean
-    found = {"batch": args.batch_size if gpu else 1, "train_step_s": seconds(step), "eval_s": seconds(torch.no_grad()(evaluate))}
+    found = {"batch": batch, "train_step_s": seconds(step), "eval_s": seconds(torch.no_grad()(evaluate))}
     return found | ({"peak_bytes": torch.cuda.max_memory_allocated(args.device)} if gpu else {})
 
 def compare_costs(asked):
     """Print and return what methods and rows cost, their shares of `full` where it is among them, and the paper's beside."""
-    size = asked.size or "base"                       # the papers'
-    flags = ["--size", size, "--weights", "random", "--device", asked.device]
+    flags = ["--size", asked.size or "base", "--weights", "random", "--device", asked.device]
     runs = {name: train.parse_args(["--row" if "/" in name else "--method", name, *flags]) for name in asked.cost}
-    results = [{"method": name, "size": size, **count_cost(args), **time_cost(args)} for name, args in runs.items()]
+    results = [{"method": name, "size": args.size, **count_cost(args), **time_cost(args)} for name, args in runs.items()]
     whole = next((row for row in results if row["method"] == "full"), None)
-    for row in results:
-        share = lambda key: f" ({row[key] / whole[key]:.1%})" if whole else ""
-        print(f"{row['method']}: {row['encoder_tunable']:,} tuned in or beside the encoders{share('encoder_tunable')}, {row['trainable']:,} "
-              f"trainable, {row['total']:,} in all; {row['macs'] / 1e9:.2f} GMACs; {row['saved_bytes'] / 2 ** 20:.1f} MiB saved for "
-              f"backward{share('saved_bytes')}; of {row['batch']}: step {row['train_step_s']:.3f} s, evaluation {row['eval_s']:.3f} s"
-              + (f", peak {row['peak_bytes'] / 2 ** 30:.2f} GiB" if "peak_bytes" in row else ""))
-        if whole and row["method"] in PAPER:
-            params, memory = PAPER[row["method"]]
-            print(f"    the paper: {params} M ({params / 151:.2%}), {memory} GB ({memory / 38.95:.2%})")
+    for r in results:
+        share = lambda key: f" ({r[key] / whole[key]:.1%})" if whole else ""
+        print(f"{r['method']}: {r['encoder_tunable']:,} tuned in or beside the encoders{share('encoder_tunable')}, of {r['trainable']:,} "
+              f"trainable, {r['total']:,} in all; {r['macs'] / 1e9:.2f} GMACs; {r['saved_bytes'] / 2 ** 20:.1f} MiB saved"
+              f"{share('saved_bytes')}; of {r['batch']}: step {r['train_step_s']:.3f} s, evaluation {r['eval_s']:.3f} s"
+              + (f", peak {r['peak_bytes'] / 2 ** 30:.2f} GiB" if "peak_bytes" in r else ""))
+        if whole and (paper := PAPER.get(r["method"].removeprefix("m2ist/I/"))):
+            print(f"    the paper: {paper[0]} M ({paper[0] / 151:.2%}), {paper[1]} GB ({paper[1] / 38.95:.2%})")
     return results
 
 def make_folders(asked):
@@ -265,7 +259,8 @@ def evaluate_checkpoint(asked):
     model.to(args.device)
     if asked.image:
         return evaluate_image(model, args, asked)
-    print(f"{args.method} {args.size} on {args.dataset}, epoch {config['epoch']}; leaky pretraining {train.leaky_pretraining(args)}")
+    leaky = data.leaky_pretraining(args)
+    print(f"{args.method} {args.size} on {args.dataset}, epoch {config['epoch']}; leaky pretraining {leaky}")
     return evaluate_dataset(model, args, asked)
 
 def main(argv=None):

@@ -5,9 +5,9 @@
     stage 2      [       a fresh pair     ]                 and ends by merging them: W <- W + α/r B A
     stage 3      [             a fresh pair            ]
 
-So after stage j layer l holds W_0 and the sum of the pairs of stages ceil(l G / L) .. j, HiVG Eq. (6), and no module
-more than it began with. [D24] The released code has one pair that it goes on training, and never merges. Any list of
-layers will do, of any model whose linears are plain nn.Linear modules:
+So after stage j layer l holds W_0 and the sum of the pairs of stages ceil(l G / L) .. j, HiVG Eq. (6), and no module more
+than it began with. [D24] The released code has one pair that it goes on training, and never merges. Vanilla LoRA is one stage
+of one group; deep to shallow is the list reversed. Any layers will do whose linears are plain nn.Linear modules:
 
     vit = torchvision.models.vit_b_16().requires_grad_(False)
     for stage in (1, 2, 3):
@@ -18,8 +18,6 @@ layers will do, of any model whose linears are plain nn.Linear modules:
         loss.backward()
         optimizer.step()
         merge(vit)
-
-Vanilla LoRA is one stage of one group. Deep to shallow is the list reversed.
 """
 import math
 
@@ -80,7 +78,7 @@ def add_stage(layers, stage, groups, rank=32, alpha=16, targets=("q", "k", "v", 
         raise ValueError(f"stage {stage} cannot begin: the pairs of the stage before are not merged yet")
     done = max(getattr(layer, "hilora_stage", 0) for layer in layers)
     if done != stage - 1:
-        raise ValueError(f"stage {stage} cannot begin: the last one of these layers was {done or 'none'}, and stages go in order")
+        raise ValueError(f"stage {stage} cannot begin: the last of these layers was {done or 'none'}, and stages go in order")
     linears = []
     for number, layer in enumerate(layers, start=1):
         for target in targets if layer_group(number, len(layers), groups) <= stage else ():
@@ -107,3 +105,10 @@ def merge(module):
         linear.weight = nn.Parameter(pair.merged(), requires_grad=False)
         linear.bias, linear.hilora_merged = pair.bias, True           # a mark for who saves what was changed
         setattr(parent, name, linear.train(pair.training))
+
+def discard(module):
+    """Take every pair within `module` out unmerged: the weights stay what they were before the stage."""
+    if pairs := find_pairs(module):
+        for _, _, pair in pairs:
+            nn.init.zeros_(pair.B)
+        merge(module)

@@ -37,7 +37,7 @@ def run(main):
     """Run a command line: what is wrong with the input or a file is one line on stderr and exit status 2, never a traceback."""
     try:
         main()
-    except (InputError, OSError) as error:        # of a DataLoader's worker the message is a whole traceback, whose last line is ours
+    except (InputError, OSError) as error:      # a DataLoader's worker sends a whole traceback, whose last line is ours
         print(f"error: {str(error).rsplit('InputError: ', 1)[-1].strip()}", file=sys.stderr)
         sys.exit(2)
 
@@ -48,7 +48,6 @@ def save_whole(path, write):
     partial.replace(path)
 
 # --- One layer for every encoder -------------------------------------------------------------------------------------
-
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "quick_gelu": quick_gelu}        # DETR and grounding encoders, BERT, CLIP
 
 class TransformerLayer(nn.Module):
@@ -98,7 +97,6 @@ class TransformerLayer(nn.Module):
         return scores.masked_fill(padding[:, None, None, :], float("-inf")).softmax(-1).mean(1)[:, 0]
 
 # --- The encoders ----------------------------------------------------------------------------------------------------
-
 # An encoded image or text: x (B, N, C), padding (B, N); x0 (B, N, C), what entered the layers; ports, [{"attention": a_1,
 # "ffn": g_1}, ...], and states, [x_1, ...], what left each layer, shallow first; of CLIP the embedding (B, C) that it compares.
 Encoded = namedtuple("Encoded", "x padding x0 ports states embedding", defaults=(None, (), (), None))
@@ -217,12 +215,7 @@ class Clip(nn.Module):
         self.vision, self.text = vision, text
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))      # where CLIP's pretraining starts it
 
-    @property
-    def temperature(self):
-        return (-self.logit_scale).exp()            # τ of HiVG Eqs. (9) and (10)
-
 # --- Grounding -------------------------------------------------------------------------------------------------------
-
 # What is found: boxes (B, 4) as (cx, cy, w, h) in [0, 1]; attention (B, Nv), how [REG] looks at the image, where asked for;
 # what HiVG's constraints compare: scores and padding (B, Nv), in training; text, image (B, C) and temperature, CLIP's.
 Grounding = namedtuple("Grounding", "boxes attention scores padding text image temperature", defaults=[None] * 6)
@@ -307,7 +300,7 @@ class DetrBert(nn.Module):
         return self
 
     def begin_stage(self, stage, stages, rank, alpha, deep_to_shallow=False):
-        """LoRA, one stage or HiLoRA's, on q and v of the layers where adapters stand, too: "two pairs" (Section IV-D f) [D39]."""
+        """LoRA, one stage or HiLoRA's, on q and v of the layers where adapters stand: "two pairs", Section IV-D f [D39]."""
         vision, text = list(self.vision.layers), [self.text.layers[layer - 1] for layer in self.text_layers]
         hilora.add_stage(vision[::-1] if deep_to_shallow else vision, stage, stages, rank, alpha, ("q", "v"))
         hilora.add_stage(text, stage, 1, rank, alpha, ("q", "v"))
@@ -349,7 +342,7 @@ class ClipGrounding(nn.Module):
             spec["max_tokens"], clip=True, region_hidden=spec["region_hidden"], **spec["grounding"])
         bridges, one_each = chosen_layers(spec, "bridge_layers", vision["layers"]), spec["layer_to_layer"]
         if one_each and len(bridges) != len(self.text_layers):
-            raise InputError(f"--layer-to-layer: {len(bridges)} bridges need as many --text-layers, not {len(self.text_layers)}")
+            raise InputError(f"--layer-to-layer: {len(bridges)} bridges need as many text layers, not {len(self.text_layers)}")
         for number, layer in enumerate(bridges):
             clip.vision.layers[layer - 1].plugs["attention"] = CrossModalBridge(
                 vision["dim"], text["dim"], 1 if one_each else len(self.text_layers), spec["max_tokens"],
@@ -373,15 +366,14 @@ class ClipGrounding(nn.Module):
         return image._replace(x=torch.cat([image.states[level - 1] for level in self.levels], -1))    # HiVG Eq. (1)
 
     def ground(self, vision, text, attention=False):
-        return self.grounding(vision, text, attention)._replace(text=text.embedding, image=vision.embedding,
-                                                                temperature=self.clip.temperature)
+        tau = (-self.clip.logit_scale).exp()                                                # τ of HiVG Eqs. (9) and (10)
+        return self.grounding(vision, text, attention)._replace(text=text.embedding, image=vision.embedding, temperature=tau)
 
     def forward(self, images, image_padding, tokens, token_padding, attention=False):
         text = self.encode_text(tokens, token_padding)
         return self.ground(self.encode_image(images, image_padding, text), text, attention)
 
 # --- Weights of others. A table is [(regular expression of their key, our key), ...]. --------------------------------
-
 DETR_URL = "https://dl.fbaipublicfiles.com/detr/detr-r50-e632da11.pth"
 DETR_TABLE = [                                                                # official DETR and TransVG's; transformers'
     (r"(?:backbone\.0\.body|model\.backbone\.conv_encoder\.model)\.(.+)", r"backbone.\1"),
@@ -499,7 +491,6 @@ def load_hub(module, weights, flag, table, ignored):
     import_weights(module, state, table, ignored, path)
 
 # --- Building a model ------------------------------------------------------------------------------------------------
-
 SIZES = {       # size: family: everything about the architecture, and what options are where they are not given
     "base": {
         "detr": dict(           # M²IST Section III-A and IV-B; dropout and heads as released
@@ -542,11 +533,11 @@ PORTS = dict(family="detr", tune_encoders=False, insertion="side", attention_por
 METHODS = {
     "full": dict(PORTS, tune_encoders=True),                                                      # Table I [D10]
     "frozen": PORTS,                                                                              # Table V (a)
-    "adapter": dict(PORTS, insertion="sequential", attention_port="ea", ffn_port="ea"),           # Table I, and so the next
-    "lora": PORTS,
-    "adaptformer": dict(PORTS, insertion="parallel", ffn_port="ea"),
-    "cm-adapter": dict(PORTS, insertion="sequential", attention_port="iea", ffn_port="iea"),
-    "mrs-adapter": dict(PORTS, insertion="parallel", ffn_port="iea"),
+    "adapter": dict(PORTS, insertion="sequential", attention_port="ea", ffn_port="ea"),           # Houlsby et al., ICML 2019
+    "lora": PORTS,                                                                                # Hu et al., ICLR 2022
+    "adaptformer": dict(PORTS, insertion="parallel", ffn_port="ea"),                              # Chen et al., NeurIPS 2022
+    "cm-adapter": dict(PORTS, insertion="sequential", attention_port="iea", ffn_port="iea"),      # Jiang et al., 2022
+    "mrs-adapter": dict(PORTS, insertion="parallel", ffn_port="iea"),                             # Yuan et al., TGRS 2023
     "m2ist": dict(PORTS, attention_port="iea", ffn_port="ea"),                                    # Tables I and V (f)
     "m2ist+lora": dict(PORTS, attention_port="iea", ffn_port="ea"),                               # Table X
     "clip-frozen": dict(family="clip", vision_layers=[], bridge_layers=[], region_hidden=None),   # HiVG Fig. 4 (d), no LoRA
@@ -554,26 +545,26 @@ METHODS = {
     "hivg": dict(family="clip")}
 
 # None: as the size or the method says; in HiVG no text_layers: all, no vision_layers: the last. See train.py --help.
-OPTIONS = dict(max_tokens=None, attention_port=None, ffn_port=None, insertion=None, bottleneck=None, interaction_dim=None,
-               interaction_bottleneck=None, scale=None, residual=False, text_layers=None, vision_layers=None,
-               bridge_layers=None, bridge_weights="nxLxH", no_cross_attention=False, layer_to_layer=False,
-               vision_weights=None, text_weights=None, clip_weights=None, cache=".cache", pretext_steps=None, pixels=None)
+OPTIONS = dict.fromkeys(
+    "max_tokens attention_port ffn_port insertion bottleneck interaction_dim interaction_bottleneck scale text_layers "
+    "vision_layers bridge_layers vision_weights text_weights clip_weights pretext_steps pixels".split())
+OPTIONS |= dict(residual=False, bridge_weights="nxLxH", no_cross_attention=False, layer_to_layer=False, cache=".cache")
 CHOICES = dict(attention_port=("none", *ADAPTERS), ffn_port=("none", *ADAPTERS), bridge_weights=BRIDGE_WEIGHTS,
-               insertion=("side", "sequential", "parallel"))
+               insertion=("side", "sequential", "parallel"), pixels=("detr", "clip"))
 
 def one_of(name, value, valid):
     if value not in valid:
         raise InputError(f"unknown {name} {value!r}: choose one of {', '.join(valid)}")
 
-def architecture(method, size, options=()):
+def architecture(method, size, weights=None, **options):
     """Everything a model is built from, by name: the size's part of SIZES, the method's row, the options that are given."""
     one_of("method", method, METHODS)
     family = METHODS[method]["family"]
     one_of(f"size of {method}", size, [name for name in SIZES if family in SIZES[name]])
     for name in options:
         one_of("option", name, OPTIONS)
-    given = {name: value for name, value in dict(options).items() if value is not None}
-    for name in given.keys() & CHOICES.keys():
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in filter(CHOICES.get, given):
         one_of(name, given[name], CHOICES[name])
     return {**OPTIONS, **SIZES[size][family], **METHODS[method], **given}
 
@@ -596,7 +587,7 @@ def build_model(method, size="base", weights="pretrained", **options):
     large (HiVG-L), tiny (for `shapes`). weights: pretrained, shapes (of tiny), random. options: see OPTIONS. Built under
     torch.device("meta") with random weights it costs no memory. Raises InputError for what is unknown, cannot be had or
     does not fit."""
-    spec = architecture(method, size, options)
+    spec = architecture(method, size, **options)
     one_of(f"weights of size {size}", weights, ("shapes" if size == "tiny" else "pretrained", "random"))
     if spec["max_tokens"] > spec["text"]["positions"]:
         raise InputError(f"max_tokens is {spec['max_tokens']}; the text encoder of size {size} has "

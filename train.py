@@ -2,7 +2,6 @@
 
     python train.py                                           m2ist on `shapes`, tiny, on a CPU, in minutes
     python train.py --method hivg                             a warm-up, then HiLoRA stage by stage
-    python train.py --size base --dataset my.jsonl            the paper's model on one's own pictures
     python train.py --row m2ist/V/b                           a row of the papers' tables; --rows lists them
     python train.py --out runs/x --resume                     go on where a run stopped
 
@@ -33,25 +32,21 @@ import data
 import hilora
 import losses
 from adapters import ADAPTERS, BRIDGE_WEIGHTS
-from model import (DETR_URL, METHODS, OPTIONS, SIZES, InputError, architecture, build_encoders, build_model, count_parameters,
+from model import (METHODS, OPTIONS, SIZES, InputError, architecture, build_encoders, build_model, count_parameters,
                    one_of, read_state, run, save_whole, shapes_weights)
 
 # --- The command line ------------------------------------------------------------------------------------------------
-
 # Defaults of flags: of all rows whose words are among the run's family, size, method and dataset; of two, the later one.
 RECIPES = {
     "detr": dict(l1=1.0, giou=1.0, contrast=0.0, focal=0.0, dice=0.0, stages=0, stage_epochs=0, stage_lr=[]),
-    # Vanilla LoRA is one stage, all of --epochs long. No rank is given; of 96 are about the parameters of Table I [D39].
-    "lora": dict(stages=1), "m2ist+lora": dict(stages=1),
+    # Vanilla LoRA is one stage, all of --epochs long. No rank is given; 96 has about the parameters of Table I [D39].
+    "base lora": dict(stages=1, rank=96, alpha=96.0), "tiny lora": dict(stages=1, rank=24, alpha=24.0),
     # M²IST Section IV-B c; batch of Table I. [D12] 1e-5 is the paper's rate for M³ISA; full tuning, given none, takes it.
-    "detr base": dict(epochs=90, batch_size=64, lr=1e-4, lr_encoder=1e-5, schedule="step", lr_drop=60, warmup=0, rank=96,
-                      alpha=96.0),
+    "detr base": dict(epochs=90, batch_size=64, lr=1e-4, lr_encoder=1e-5, schedule="step", lr_drop=60, warmup=0),
     "detr base refcoco+": dict(epochs=180, lr_drop=120),
-    "detr base refcocog-umd": dict(max_tokens=40),                  # as released; its texts are twice as long
-    "detr base refcocog-google": dict(max_tokens=40),
+    "detr base refcocog-umd": dict(max_tokens=40), "detr base refcocog-google": dict(max_tokens=40),     # as released
     # Ours, found on `shapes`: 3,000 steps in all, so larger rates, a warm-up and a smooth end.
-    "detr tiny": dict(epochs=4, batch_size=32, lr=1e-3, lr_encoder=1e-3, schedule="cosine", lr_drop=3, warmup=200, rank=24,
-                      alpha=24.0),
+    "detr tiny": dict(epochs=4, batch_size=32, lr=1e-3, lr_encoder=1e-3, schedule="cosine", lr_drop=3, warmup=200),
     "tiny full": dict(lr_encoder=1e-4),     # adapters, which start from nothing, take the whole rate; encoders a tenth of it
     # HiVG Section 4.1 and Table 8. [D21] The section's batch is 60, the table's 80.
     "clip": dict(l1=2.0, giou=2.0, contrast=1.0, focal=20.0, dice=2.0, epochs=50, lr=2.5e-4, lr_encoder=2.5e-4,
@@ -63,8 +58,7 @@ RECIPES = {
     # HiVG Fig. 4 (d): the box loss alone [D35]; vanilla LoRA is one round, here as long as all of HiLoRA's.
     "clip-frozen": dict(contrast=0.0, focal=0.0, dice=0.0, stages=0),
     "clip-lora": dict(contrast=0.0, focal=0.0, dice=0.0, stages=1, stage_epochs=60),
-    "tiny clip-frozen": dict(epochs=7),
-    "tiny clip-lora": dict(stage_epochs=3)}
+    "tiny clip-frozen": dict(epochs=7), "tiny clip-lora": dict(stage_epochs=3)}
 
 def by_recipe(add, flag, text, source, **options):           # adds a flag whose default the sizes or the recipes give
     key = flag[2:].replace("-", "_")
@@ -74,18 +68,16 @@ def by_recipe(add, flag, text, source, **options):           # adds a flag whose
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument_group("what").add_argument
+    add = parser.add_argument
     add("--method", default="m2ist", help=f"{', '.join(METHODS)} (M²IST Tables I, V a; HiVG Fig. 4 d; default: m2ist)")
-    add("--dataset", default="shapes", help=f"shapes, {', '.join(data.DATASETS)}, a FILE.jsonl, or several joined by commas "
-        "(Section IV-A a; default: shapes, which is ours)")
+    add("--dataset", default="shapes", help=f"{', '.join(data.DATASETS)}, a .jsonl, several by commas (ours; default: shapes)")
     add("--root", help="folder of annotations and pictures (ours; default: data; of a .jsonl its own)")
     add("--size", help=f"{', '.join(SIZES)} (default: tiny for shapes, which is ours, else base, the paper's)")
     add("--weights", help="of the encoders: pretrained, random, shapes (ours; default: shapes for tiny, else pretrained)")
     add("--out", help="folder of the run (ours; default: runs/DATASET-METHOD-SEED)")
     add("--seed", type=int, default=0, help="of new weights, order and transforms (ours; default: 0)")
-    add("--row", help="a row of the papers' tables, say m2ist/V/b, at size base or tiny, which other flags may change (default: none)")
+    add("--row", help="of the papers' tables, say m2ist/V/b (M²IST Tables I-X, HiVG 3-11, Fig. 4 d; default: none)")
     add("--rows", action="store_true", help="list the rows, with what each changes, and stop (ours; default: no)")
-    add = parser.add_argument_group("encoders").add_argument
     add("--vision-weights", help="DETR R-50: a file, also TransVG's, a folder, a hub name (Section IV-B a; default: official)")
     by_recipe(add, "--text-weights", "hub name or folder of a BERT", "Section IV-B a")
     by_recipe(add, "--clip-weights", "hub name or folder of a CLIP, or a file in HiVG's naming", "HiVG Section 4.1")
@@ -93,7 +85,6 @@ def build_parser():
     add("--pixels", help="whose mean and deviation: clip, or detr, as HiVG's takes (released code; default: the encoder's)")
     add("--cache", default=OPTIONS["cache"], help="folder of the pretrained tiny encoders (ours; default: .cache)")
     by_recipe(add, "--pretext-steps", "of the tiny encoders' pretraining", "not in the papers", type=int)
-    add = parser.add_argument_group("M3ISA").add_argument
     add("--attention-port", help=f"what stands there, {', '.join(ADAPTERS)}, none (Tables V, VI; default: by the method)")
     add("--ffn-port", help="the same at the feed-forward ports (Tables V, VI; default: by the method)")
     add("--insertion", help="side, sequential, parallel (Table VII; default: by the method, M²IST's is side)")
@@ -104,7 +95,6 @@ def build_parser():
     add("--residual", action="store_true", help="adapters add their own input, Eqs. 1, 4, 5 (released code; default: no)")
     by_recipe(add, "--text-layers", "M²IST: paired with vision layers 1, 2, ...; HiVG: what bridges see, all if not given; "
               "13: the text as projected", "Table VIII c, HiVG Table 10", type=int, nargs="+")
-    add = parser.add_argument_group("HiVG").add_argument
     by_recipe(add, "--vision-layers", "to ground; the last of plain CLIP's methods", "HiVG Section 4.1", type=int, nargs="+")
     by_recipe(add, "--bridge-layers", "with a cross-modal bridge, none if empty", "HiVG Section 4.1", type=int, nargs="*")
     add("--bridge-weights", help=f"shape of bridges' weights: {', '.join(BRIDGE_WEIGHTS)} (HiVG Tables 4, 10; default: nxLxH)")
@@ -112,12 +102,11 @@ def build_parser():
     add("--layer-to-layer", action="store_true", help="a bridge sees one of --text-layers (HiVG Table 4; default: no)")
     by_recipe(add, "--stages", "G, LoRA's stages and layer groups; 0 is no LoRA", "HiVG Section 4.1", type=int)
     add("--last-stage", type=int, help="stop after this stage (HiVG Table 5; default: --stages)")
-    by_recipe(add, "--stage-epochs", "of each stage, after --epochs of warm-up; 0: stages share --epochs", "HiVG Table 8", type=int)
+    by_recipe(add, "--stage-epochs", "of each stage, after --epochs without; 0: they share --epochs", "HiVG Table 8", type=int)
     by_recipe(add, "--stage-lr", "of each stage, the last for all more", "HiVG Table 8", type=float, nargs="+")
     by_recipe(add, "--rank", "r of LoRA", "HiVG Table 8", type=int)
     by_recipe(add, "--alpha", "α of LoRA", "HiVG Table 8", type=float)
     add("--deep-to-shallow", action="store_true", help="vision's last layers first (HiVG Table 5; default: no)")
-    add = parser.add_argument_group("training").add_argument
     by_recipe(add, "--epochs", "", "Section IV-B c", type=int)
     by_recipe(add, "--batch-size", "", "Table I", type=int)
     add("--micro-batch", type=int, help="samples at once; gradients add up to the batch's (ours; default: the batch)")
@@ -132,7 +121,6 @@ def build_parser():
     by_recipe(add, "--contrast", "weight of HiVG Eq. (11), 0 is off", "HiVG Eq. 15, Section 4.1", type=float)
     by_recipe(add, "--focal", "λ_focal of HiVG Eq. (13)", "HiVG Table 8", type=float)
     by_recipe(add, "--dice", "λ_dice of HiVG Eq. (13)", "HiVG Table 8", type=float)
-    add = parser.add_argument_group("machine").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1 (ours; default: cuda if any)")
     add("--amp", default="off", help="off, bf16, fp16: mixed precision (released code; default: off)")
     add("--workers", type=int, help="processes that load pictures (ours; default: 0 for shapes, else 2)")
@@ -145,10 +133,11 @@ LEAST = {             # the least that makes sense, of which flags; 3 tokens are
        "last_stage",
     0: "workers warmup lr lr_encoder weight_decay l1 giou contrast focal dice stages stage_epochs stage_lr",
     3: "max_tokens", 1e-6: "alpha"}
-NOT_FOR = {           # flags that the methods of a family would ignore
-    "clip": "bottleneck interaction_dim interaction_bottleneck residual scale vision_weights text_weights attention_port ffn_port "
-            "insertion",
-    "detr": "vision_layers bridge_layers bridge_weights no_cross_attention layer_to_layer clip_weights contrast"}
+NOT_FOR = {           # flags that the methods of a family would ignore, and those without LoRA
+    "clip": "attention_port ffn_port insertion bottleneck interaction_dim interaction_bottleneck residual scale vision_weights "
+            "text_weights",
+    "detr": "vision_layers bridge_layers bridge_weights no_cross_attention layer_to_layer clip_weights contrast",
+    "lora": "stages last_stage stage_epochs stage_lr rank alpha deep_to_shallow"}
 
 def check(args):
     """What can be refused before anything is loaded; evaluate.py has some of the same flags."""
@@ -162,19 +151,14 @@ def check(args):
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {args.device} cannot be used ({str(error).splitlines()[0]}); try --device cpu") from None
 
-def specify(args):
-    """The architecture that a run's flags ask for, as a dict."""
-    return architecture(args.method, args.size, {key: getattr(args, key) for key in OPTIONS})
-
 def complete(args):
     """Fill in what the command line left open, and refuse what cannot be, would be ignored or would fail halfway."""
     args.size = args.size or ("tiny" if args.dataset == "shapes" else "base")
-    spec = specify(args)
+    spec = architecture(**model_arguments(args))
     args.weights = args.weights or ("shapes" if args.size == "tiny" else "pretrained")
-    known = {spec["family"], args.size, args.method, args.dataset}
+    known = {spec["family"], args.size, args.method, args.dataset, *args.method.split("+")}
     recipe = {key: value for words, row in RECIPES.items() if known.issuperset(words.split()) for key, value in row.items()}
     vars(args).update({key: value for key, value in recipe.items() if getattr(args, key) is None})
-    one_of("pixels", args.pixels or "clip", data.PIXELS)
     one_of("schedule", args.schedule, ("step", "cosine"))
     one_of("amp", args.amp, ("off", "bf16", "fp16"))
     args.micro_batch = args.batch_size if args.micro_batch is None else args.micro_batch
@@ -182,13 +166,13 @@ def complete(args):
     args.workers = args.workers if args.workers is not None else 0 if args.dataset == "shapes" else 2
     check(args)
     method, layers, clip = f"not for --method {args.method}", spec["vision"]["layers"], spec["family"] == "clip"
+    unwanted = NOT_FOR[spec["family"]] + ("" if clip or "lora" in args.method else " " + NOT_FOR["lora"])
     for wrong, message in [
-            *((getattr(args, flag), f"--{flag.replace('_', '-')} is {method}") for flag in NOT_FOR[spec["family"]].split()),
+            *((getattr(args, flag), f"--{flag.replace('_', '-')} is {method}") for flag in unwanted.split()),
             ((args.focal or args.dice) and not spec.get("region_hidden"), f"--focal and --dice are {method}"),
             (args.stages > layers, f"--stages is {args.stages}; there are {layers} layers to divide"),
-            (args.stages and not args.stage_epochs and args.epochs < args.stages, "--stages need as many --epochs, or --stage-epochs"),
-            (args.residual and spec["insertion"] != "side", "--residual is for side networks; what is inserted adds to what is there"),
-            (args.stages and spec.get("tune_encoders"), f"--stages is {method}, which trains what LoRA would freeze"),
+            (not args.stage_epochs and args.epochs < args.stages, "--stages need as many --epochs, or --stage-epochs"),
+            (args.residual and spec["insertion"] != "side", "--residual is for side networks; what is inserted always adds"),
             ((args.last_stage or 0) > args.stages, "--last-stage is one of --stages"),
             (args.deep_to_shallow and not args.stages, "--deep-to-shallow is for --stages of 1 or more"),
             (clip and args.text_layers and not spec["bridge_layers"], "--text-layers are for bridges; there is none")]:
@@ -225,7 +209,6 @@ def parse_args(argv=None):
     return args
 
 # --- Every row of the papers' tables ---------------------------------------------------------------------------------
-
 def rows(table, *options):                            # M²IST calls its rows (a), (b), ...; HiVG's count from 1
     names = "abcdefgh" if table.startswith("m2ist") else "12345678"
     return {f"{table}/{name}": row for name, row in zip(names, options)}
@@ -235,16 +218,16 @@ ROWS = {
     **{f"m2ist/I/{name}": dict(method=name)
        for name in ("full", "frozen", "adapter", "lora", "adaptformer", "cm-adapter", "mrs-adapter", "m2ist")},
     **{f"m2ist/II/{width}": dict(bottleneck=width) for width in (8, 32, 128)},
-    **rows("m2ist/V", dict(method="frozen"), dict(attention_port="none", ffn_port="lea"), dict(attention_port="none", ffn_port="vea"),
-           dict(attention_port="none"), dict(ffn_port="none"), {}),
+    **rows("m2ist/V", dict(method="frozen"), *(dict(attention_port="none", ffn_port=port) for port in ("lea", "vea", "ea")),
+           dict(ffn_port="none"), {}),
     **rows("m2ist/VI", dict(attention_port="ea"), dict(ffn_port="iea"), dict(attention_port="ea", ffn_port="iea"), {}),
     **rows("m2ist/VII", dict(insertion="sequential"), dict(insertion="parallel"), {}),
     **rows("m2ist/VIII", dict(text_layers=[1, 2, 3, 4, 5, 6]), dict(text_layers=[1, 3, 5, 7, 9, 11]), {}),
     **rows("m2ist/IX", dict(interaction_bottleneck=32), dict(interaction_bottleneck=64), {}),        # [D41]
     **rows("m2ist/X", dict(method="full"), dict(method="lora"), {}, dict(method="m2ist+lora")),
     **rows("hivg/3", dict(bridge_layers=[], stages=0), dict(stages=0), dict(bridge_layers=[]), {}),
-    **rows("hivg/4", dict(bridge_weights="none"), dict(no_cross_attention=True), dict(bridge_weights="1x1xH"),
-           dict(bridge_weights="nx1xH"), dict(bridge_weights="nxLx1"), {},
+    **rows("hivg/4", dict(bridge_weights="none"), dict(no_cross_attention=True),
+           *(dict(bridge_weights=shape) for shape in ("1x1xH", "nx1xH", "nxLx1")), {},
            dict(layer_to_layer=True, bridge_weights="none", text_layers=[4, 8, 12]), dict(text_layers=[12])),
     **rows("hivg/5", dict(last_stage=1), dict(last_stage=2), {}, dict(stages=2), dict(stages=4), dict(rank=16), dict(rank=64),
            dict(deep_to_shallow=True)),
@@ -275,31 +258,24 @@ def row_options(row, size):
 
 # --- The tiny encoders' pretraining --------------------------------------------------------------------------------
 # No expression is seen with its picture: vision learns what is where, text its masked words, CLIP a contrast with captions.
+SCENES = range(*data.SHAPES_SPLITS["train"][:2])                # its first number is 0
 
-class ShapesScenes:
-    """Pictures of the train split -> image, padding, owner (Nv,), which of the things covers a cell of the encoder's grid,
-    -1 where none does, and things: [(Thing, its box as in a batch), ...]. spec: of the encoder, from SIZES."""
-    def __init__(self, spec, pixels, seed):
-        self.first, self.count, _, _ = data.SHAPES_SPLITS["train"]
-        self.size, self.grid, self.pixels, self.seed = spec["image_size"], spec["image_size"] // spec["stride"], pixels, seed
+def scene_item(family, number):
+    """A scene -> image, padding, owner (Nv,), which of its things covers a cell of the grid of the family's encoder, -1 where
+    none does, and things: [(Thing, its box as in a batch), ...]."""
+    size, stride, picture = SIZES["tiny"][family]["image_size"], SIZES["tiny"][family]["stride"], data.render(number)
+    image, padding, place = data.letterbox(picture, size, data.seeded(0, number), data.PIXELS[family])
+    things = [(t, data.to_square(t.box, picture.size, place, size)) for t in data.scene(number)[1]]
+    owner = torch.full((size // stride, size // stride), -1)
+    for index, (_, (cx, cy, w, h)) in enumerate(things):
+        x1, x2, y1, y2 = (round(v * len(owner)) for v in (cx - w / 2, cx + w / 2, cy - h / 2, cy + h / 2))
+        owner[y1:y2, x1:x2] = index                                             # cells whose centre lies in the box
+    return image, padding, owner.flatten(), things
 
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, i):
-        picture = data.render(self.first + i)
-        image, padding, place = data.letterbox(picture, self.size, data.seeded(self.seed, i), self.pixels)
-        things = [(t, data.to_square(t.box, picture.size, place, self.size)) for t in data.scene(self.first + i)[1]]
-        owner = torch.full((self.grid, self.grid), -1)
-        for index, (_, (cx, cy, w, h)) in enumerate(things):
-            x1, x2, y1, y2 = (round(v * self.grid) for v in (cx - w / 2, cx + w / 2, cy - h / 2, cy + h / 2))
-            owner[y1:y2, x1:x2] = index                                         # cells whose centre lies in the box
-        return image, padding, owner.flatten(), things
-
-def random_batches(items, steps, batch):
+def random_batches(task, steps, batch):
     """`steps` times the parts of some items: tensors as one, padded by 0, which is [PAD], to the longest; else a tuple."""
     for _ in range(steps):
-        parts = zip(*(items[i] for i in torch.randint(len(items), (batch,)).tolist()))
+        parts = zip(*(task.item(task.keys[i]) for i in torch.randint(len(task.keys), (batch,)).tolist()))
         yield [pad_sequence(part, batch_first=True) if torch.is_tensor(part[0]) else part for part in parts]
 
 def caption(rng, thing, box):
@@ -314,11 +290,12 @@ def caption(rng, thing, box):
 class PretextVision(nn.Module):
     """What covers a cell (colour, shape: cross entropy) and its box (L1), by a linear that stays as it was drawn: so all is
     written large in the tokens, as a later reader needs it, and not in whatever corner a trained linear finds."""
-    def __init__(self, encoder, seed):
+    keys, item = SCENES, functools.partial(scene_item, "detr")
+
+    def __init__(self, encoder):
         super().__init__()
         self.encoder, self.parts = encoder, [len(data.COLOURS) + 1, len(data.SHAPES), 4]
         self.head = nn.Linear(SIZES["tiny"]["detr"]["vision"]["dim"], sum(self.parts)).requires_grad_(False)
-        self.items = ShapesScenes(SIZES["tiny"]["detr"], data.PIXELS["detr"], seed)
 
     def targets(self, owner, things):
         """Colour (B, Nv), one past the last for none; shape (B, Nv), box (B, Nv, 4)."""
@@ -337,11 +314,11 @@ class PretextVision(nn.Module):
 
 class PretextText(nn.Module):
     """Masked words, 15% of them as in BERT; texts of `shapes`' train split without their pictures."""
-    def __init__(self, encoder, seed):
+    def __init__(self, encoder):
         super().__init__()
         self.encoder, self.tokenizer = encoder, data.Tokenizer("shapes", None, SIZES["tiny"]["detr"]["max_tokens"])
         self.head = nn.Linear(encoder.word.embedding_dim, encoder.word.num_embeddings)
-        self.items = [(torch.tensor(self.tokenizer(sample.text)),) for sample in data.load_samples("shapes", "train")]
+        self.keys, self.item = data.load_samples("shapes", "train"), lambda sample: [torch.tensor(self.tokenizer(sample.text))]
 
     def forward(self, tokens):
         real = tokens != self.tokenizer.pad
@@ -352,11 +329,12 @@ class PretextText(nn.Module):
 class PretextClip(nn.Module):
     """Contrast with captions, HiVG Eqs. (9)-(11), of whole pictures, by [CLS] as in CLIP, which alone is slow, and of crops,
     each of one thing. They are cut from the tokens, which learn what captions say: a picture is encoded once for all."""
-    def __init__(self, encoder, seed):
+    keys, item = SCENES, functools.partial(scene_item, "clip")
+
+    def __init__(self, encoder):
         super().__init__()
         self.encoder, self.tokenizer = encoder, data.Tokenizer("shapes", None, SIZES["tiny"]["clip"]["max_tokens"])
-        self.items = ShapesScenes(SIZES["tiny"]["clip"], data.PIXELS["clip"], seed)
-        self.rng = data.seeded("captions", seed)
+        self.rng = data.seeded("captions", 0)
 
     def embed_texts(self, texts):
         tokens = pad_sequence([torch.tensor(self.tokenizer(text)) for text in texts], batch_first=True)
@@ -371,22 +349,22 @@ class PretextClip(nn.Module):
         picture, index = torch.tensor(list(crops.values())).T
         cells = (owner[picture] == index[:, None]).float()                                # (crops, Nv)
         pooled = (image.x[picture, 1:] * cells[..., None]).sum(1) / cells.sum(1, keepdim=True)
-        temperature = self.encoder.temperature
+        temperature = (-self.encoder.logit_scale).exp()
         return (losses.contrastive_loss(self.embed_texts(list(crops)), self.encoder.vision.embed(pooled), temperature)
                 + losses.contrastive_loss(self.embed_texts(whole), image.embedding, temperature))
 
-def pretrain_encoders(cache, steps, family, batch=64, lr=2e-3, seed=0):
+def pretrain_encoders(cache, steps, family, batch=64, lr=2e-3):
     """Pretrain the tiny encoders on the CPU and keep them in the cache, unless they are there already."""
     path = shapes_weights(cache, steps, family)
     if path.exists():
         return
     encoders = build_encoders({"family": family, **SIZES["tiny"][family]})
     for name, encoder in encoders.items():
-        torch.manual_seed(seed)
-        task = {"vision": PretextVision, "text": PretextText, "clip": PretextClip}[name](encoder.train(), seed)
+        torch.manual_seed(0)
+        task = {"vision": PretextVision, "text": PretextText, "clip": PretextClip}[name](encoder.train())
         optimizer = torch.optim.AdamW(task.parameters(), lr)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-        for inputs in (bar := tqdm(random_batches(task.items, steps, batch), f"pretraining the tiny {name} encoder", steps)):
+        for inputs in (bar := tqdm(random_batches(task, steps, batch), f"pretraining the tiny {name} encoder", steps)):
             loss = task(*inputs)
             optimizer.zero_grad()
             loss.backward()
@@ -397,7 +375,6 @@ def pretrain_encoders(cache, steps, family, batch=64, lr=2e-3, seed=0):
     save_whole(path, lambda partial: save_file(nn.ModuleDict(encoders).state_dict(), partial))
 
 # --- Checkpoints: the tuned weights alone, and in their metadata what rebuilds the rest ------------------------------
-
 def frozen_fingerprint(model, held):
     """A hash of everything that a checkpoint with the names `held` does not hold, to tell whether it is the same again."""
     digest = hashlib.sha256()
@@ -431,7 +408,6 @@ def save_checkpoint(path, model, config):
     save_whole(path, lambda partial: save_file(tuned_state(model, merged=True), partial, metadata))
 
 # --- Training --------------------------------------------------------------------------------------------------------
-
 def model_arguments(args):                              # what rebuilds the model: build_model's arguments
     return {key: getattr(args, key) for key in ("method", "size", "weights", *OPTIONS)}
 
@@ -441,7 +417,7 @@ Phase = namedtuple("Phase", "name stage first last lr lr_encoder")     # epochs 
 
 def make_loader(samples, args, train, epoch=0):
     """Batches of a dataset. In training the order and the transforms are drawn from the seed and the epoch alone."""
-    spec = specify(args)
+    spec = architecture(**model_arguments(args))
     kind = "text" if spec["family"] == "detr" else "clip"
     name = spec.get(f"{kind}_weights")
     if name and Path(name).is_file():                   # of weights alone: the tokenizer is the hub's
@@ -545,28 +521,6 @@ def picture_predictions(model, samples, args, path):
         tiles.append(data.draw(picture, f"{sample.text} (IoU {iou:.2f})", boxes, looks))
     data.contact_sheet(tiles).save(path)
 
-# What TransVG's files of DETR have not seen, of COCO's pictures; the public ones have seen all of them.
-UNSEEN = {"detr-r50-unc": ("refcoco", "refcoco+"), "detr-r50-gref": ("refcocog-umd", "refcocog-google")}
-
-def leaky_pretraining(args):
-    """Whether the vision encoder's pretraining has seen the pictures of val and test, by the name of its file and by the
-    dataset: True, False, or None where that is not known, as of CLIP, whose pictures nobody has listed."""
-    name = Path(args.vision_weights or DETR_URL).stem
-    if args.weights != "pretrained":
-        return False
-    if METHODS[args.method]["family"] == "clip" or not name.startswith("detr-r"):
-        return None
-    clean = ("referit", "flickr30k", *UNSEEN.get(name, ()))                  # neither of the two has its pictures from COCO
-    leaks = [False if dataset in clean else True if dataset in data.DATASETS else None for dataset in args.dataset.split(",")]
-    return True if True in leaks else None if None in leaks else False
-
-def refuse_to_overwrite(args):
-    out = Path(args.out)
-    if blocked := [path for path in (out, *out.parents) if path.exists() and not path.is_dir()]:
-        raise InputError(f"--out {out}: {blocked[0]} is a file, not a folder")
-    if not args.resume and out.exists() and any(path.suffix != ".partial" for path in out.iterdir()):
-        raise InputError(f"--out {out} already holds a run: give another --out, or --resume to go on with it")
-
 def read_last(path):
     """last.pt of an earlier start of the run, or what a new run begins with."""
     if not path.exists():
@@ -579,7 +533,7 @@ def read_last(path):
 
 def begin_phase(model, phase, args, state):
     """Bring the model to the beginning of a phase, or to where in it the run stopped -> its optimizer."""
-    drop_pairs(model)                       # of a phase that was over before this start: its weights are merged into last.pt's
+    hilora.discard(model)                           # of a phase that was over before this start: last.pt has them merged
     if state["epoch"] == phase.first and "model" in state:
         load_tuned(model, state["model"], "last.pt")
     if phase.stage:
@@ -593,19 +547,12 @@ def begin_phase(model, phase, args, state):
 
 def end_phase(model, phase, best, lines):
     """Go on with the weights that were best on val so far, merged, be they of this phase or of an earlier one [D33]."""
-    drop_pairs(model)
+    hilora.discard(model)
     load_tuned(model, read_state(best), best)
     reached = [line.get("val_acc@0.5", 0) for line in lines]
     here, before = max(reached[phase.first:]), max(reached[:phase.first], default=0)
     if here < before:
         tqdm.write(f"{phase.name} ends worse on val ({here:.4f}) than it began ({before:.4f}): what it began with is kept")
-
-def drop_pairs(model):
-    """Take LoRA's pairs out, unmerged: the best checkpoint has what was for the better; other layers stay as they were."""
-    if pairs := hilora.find_pairs(model):
-        for _, _, pair in pairs:
-            nn.init.zeros_(pair.B)
-        hilora.merge(model)
 
 def fit(model, args, train_samples, val_samples):
     """The training loop: phases of epochs, each epoch followed by an evaluation on val and by writing everything down."""
@@ -628,7 +575,7 @@ def fit(model, args, train_samples, val_samples):
                 reached = scores(predict(model, make_loader(val_samples, args, False), args)[2]) if val_samples else {}
                 line = {"epoch": epoch, "phase": phase.name, "lr": optimizer.param_groups[0]["lr"], "train_loss": loss,
                         "train_acc@0.5": accuracy, **{f"val_{name}": value for name, value in reached.items()},
-                        "leaky_pretraining": leaky_pretraining(args)}
+                        "leaky_pretraining": data.leaky_pretraining(args)}
                 lines.append(line)
                 tqdm.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
                 if line.get("val_acc@0.5", best) >= best:                            # without val the last epoch is the best
@@ -642,11 +589,14 @@ def fit(model, args, train_samples, val_samples):
                 now = {"epoch": epoch, "best": best, "log": lines, "model": tuned, "optimizer": optimizer.state_dict(),
                        "frozen": frozen_fingerprint(model, tuned), "scaler": scaler.state_dict()}
                 save_whole(out / "last.pt", lambda path: torch.save(now, path))    # last: a killed run writes the rest again
-    return lines
 
 def main(argv=None):
     began, args = time.time(), parse_args(argv)
-    refuse_to_overwrite(args)
+    out = Path(args.out)
+    if blocked := [path for path in (out, *out.parents) if path.exists() and not path.is_dir()]:
+        raise InputError(f"--out {out}: {blocked[0]} is a file, not a folder")
+    if not args.resume and out.exists() and any(path.suffix != ".partial" for path in out.iterdir()):
+        raise InputError(f"--out {out} already holds a run: give another --out, or --resume to go on with it")
     splits = data.split_names(args.dataset, args.root)
     listed = data.load_samples(args.dataset, "train", args.root)[:args.limit]
     train_samples = [sample for sample in listed if sample.box[0] < sample.box[2] and sample.box[1] < sample.box[3]]
@@ -657,25 +607,22 @@ def main(argv=None):
         model = to_last_stage(build_model(**{**model_arguments(args), "weights": "random"}), args)
     print(f"{args.method} {args.size} on {args.dataset}: {len(train_samples)} expressions to train on ("
           f"{len(listed) - len(train_samples)} left out, without area), {len(val_samples)} to validate; parameters "
-          f"{count_parameters(model)}; leaky pretraining {leaky_pretraining(args)}")
+          f"{count_parameters(model)}; leaky pretraining {data.leaky_pretraining(args)}")
     if args.weights == "shapes" and args.size == "tiny":
         pretrain_encoders(args.cache, args.pretext_steps, METHODS[args.method]["family"])
     torch.manual_seed(args.seed)
     model = build_model(**model_arguments(args)).to(args.device)
     make_loader(train_samples + val_samples, args, False)        # and what files are missing, before --out is made
     if not args.resume:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         environment = {package.__name__: package.__version__ for package in (torch, torchvision, transformers)}
         environment["device"] = torch.cuda.get_device_name(args.device) if "cuda" in args.device else "cpu"
-        about = json.dumps({"args": vars(args), "environment": environment}, indent=1)
-        save_whole(Path(args.out) / "args.json", lambda path: path.write_text(about))
-    lines, best = fit(model, args, train_samples, val_samples), Path(args.out) / "best.safetensors"
-    drop_pairs(model)                                   # where a finished run was resumed
-    load_tuned(model, read_state(best), best)
-    picture_predictions(model, data.spread(val_samples or train_samples), args, Path(args.out) / "val.png")
-    for phase in plan(args) if val_samples else ():
-        reached = max(line["val_acc@0.5"] for line in lines[:phase.last])
-        print(f"{phase.name}: best Acc@0.5 on val until its end, epoch {phase.last}: {reached:.4f}")
+        about = {"args": vars(args), "environment": environment}
+        save_whole(out / "args.json", lambda path: path.write_text(json.dumps(about, indent=1)))
+    fit(model, args, train_samples, val_samples)
+    hilora.discard(model)                                   # where a finished run was resumed
+    load_tuned(model, read_state(out / "best.safetensors"), "best.safetensors")
+    picture_predictions(model, data.spread(val_samples or train_samples), args, out / "val.png")
     print(f"{(time.time() - began) / 60:.1f} minutes; look at {args.out}/val.png; python evaluate.py {args.out}")
 
 if __name__ == "__main__":

@@ -110,8 +110,8 @@ def test_what_is_wrong_with_ones_own_picture_is_said(runs, tmp_path):
     ("referit,my.jsonl", "pretrained", None, None)])
 def test_leaky_pretraining_is_worked_out_from_the_file_and_the_dataset(dataset, weights, vision, leaky):
     args = argparse.Namespace(method="m2ist", dataset=dataset, weights=weights, vision_weights=vision)
-    assert train.leaky_pretraining(args) is leaky
-    assert train.leaky_pretraining(argparse.Namespace(**{**vars(args), "method": "hivg"})) is (None if weights == "pretrained" else False)
+    assert data.leaky_pretraining(args) is leaky
+    assert data.leaky_pretraining(argparse.Namespace(**{**vars(args), "method": "hivg"})) is (None if weights == "pretrained" else False)
 
 
 def test_leaky_pretraining_is_beside_every_accuracy(runs, tmp_path, capsys):

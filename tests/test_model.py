@@ -151,8 +151,8 @@ def test_clip_equals_transformers_layer_by_layer_and_projected(tmp_path):
             assert (state - hers.hidden_states[layer])[real].abs().max() <= 1e-5 * max(1, state.abs().max().item())
     for mine, hers in ((image.embedding, out.image_embeds), (text.embedding, out.text_embeds)):
         assert (torch.nn.functional.normalize(mine, dim=-1) - hers).abs().max() <= 1e-5
-    assert ours.temperature.item() == pytest.approx(1 / theirs.logit_scale.exp().item(), rel=1e-5)
-    mine = losses.contrastive_loss(text.embedding, image.embedding, ours.temperature)
+    assert (-ours.logit_scale).exp().item() == pytest.approx(1 / theirs.logit_scale.exp().item(), rel=1e-5)
+    mine = losses.contrastive_loss(text.embedding, image.embedding, (-ours.logit_scale).exp())
     hers = theirs(input_ids=tokens, pixel_values=images, attention_mask=(~padding).long(), return_loss=True).loss
     assert mine.item() == pytest.approx(hers.item(), rel=1e-4)                           # Eqs. (9)-(11) are CLIP's own loss
 

@@ -420,7 +420,7 @@ def test_a_row_sets_defaults_that_flags_may_change():
     (["--row", "m2ist/V/b", "--method", "hivg"], "attention-port is not for --method hivg"), (["--ffn-port", "nosuch"], "nosuch.*iea"),
     (["--insertion", "above"], "above.*sequential"), (["--method", "hivg", "--bridge-weights", "HxL"], "HxL.*nx1xH"),
     (["--method", "hivg", "--insertion", "parallel"], "insertion is not for"), (["--layer-to-layer"], "layer-to-layer is not for"),
-    (["--method", "full", "--stages", "1"], "full"), (["--method", "hivg", "--last-stage", "4"], "--last-stage"),
+    (["--method", "full", "--stages", "1"], "stages is not for --method full"), (["--method", "hivg", "--last-stage", "4"], "--last-stage"),
     (["--method", "lora", "--epochs", "1", "--stages", "2"], "--epochs"), (["--method", "adapter", "--residual"], "--residual")])
 def test_what_is_wrong_with_a_row_or_a_switch_is_said(flags, words):
     with pytest.raises(m.InputError, match=words):
@@ -429,5 +429,5 @@ def test_what_is_wrong_with_a_row_or_a_switch_is_said(flags, words):
 
 def test_a_bridge_for_each_text_layer_is_asked_for():
     args = train.parse_args(["--method", "hivg", "--layer-to-layer", "--text-layers", "1", "2", "--weights", "random", "--device", "cpu"])
-    with pytest.raises(m.InputError, match="3 bridges need as many --text-layers, not 2"):
+    with pytest.raises(m.InputError, match="3 bridges need as many text layers, not 2"):
         m.build_model(**train.model_arguments(args))

@@ -321,12 +321,11 @@ def test_pretraining_is_cached_and_repeatable(tmp_path, family, method):
 
 
 def test_pretext_says_what_covers_a_cell_and_sees_no_expression():
-    scenes = train.ShapesScenes(m.SIZES["tiny"]["detr"], data.PIXELS["detr"], seed=0)
-    task = train.PretextVision(torch.nn.Identity(), 0)
+    task = train.PretextVision(torch.nn.Identity())
     for i in range(50):
-        image, padding, owner, inside = scenes[i]
+        image, padding, owner, inside = task.item(task.keys[i])
         colour, shape, boxes = (target[0] for target in task.targets(owner[None], [inside]))
-        _, things, _ = data.scene(scenes.first + i)
+        _, things, _ = data.scene(task.keys[i])
         covered = colour < len(data.COLOURS)
         assert torch.equal(covered, owner >= 0) and [thing for thing, _ in inside] == things
         assert {(list(data.COLOURS)[c], data.SHAPES[s]) for c, s in zip(colour[covered], shape[covered])} == \
@@ -335,7 +334,8 @@ def test_pretext_says_what_covers_a_cell_and_sees_no_expression():
         x1y1x2y2 = losses.to_corners(boxes)
         inside = ((centres >= x1y1x2y2[:, :2] - 1e-3) & (centres <= x1y1x2y2[:, 2:] + 1e-3)).all(1)
         assert inside[covered].all()
-    assert set(data.SHAPES_SPLITS["train"][:2]) == {scenes.first, len(scenes)}          # and of the train split alone
+    first, scenes, *_ = data.SHAPES_SPLITS["train"]
+    assert list(task.keys) == list(range(first, first + scenes))                        # and of the train split alone
 
 
 def test_captions_say_what_a_thing_is_and_where():
@@ -350,8 +350,8 @@ def test_captions_say_what_a_thing_is_and_where():
 
 def test_contrast_of_crops_is_of_the_cells_that_the_thing_of_a_caption_covers():
     torch.manual_seed(0)
-    task = train.PretextClip(m.build_model("clip-frozen", "tiny", "random").clip, 0)
-    images, padding, owner, things = next(train.random_batches(task.items, 1, 4))
+    task = train.PretextClip(m.build_model("clip-frozen", "tiny", "random").clip)
+    images, padding, owner, things = next(train.random_batches(task, 1, 4))
     tokens = task.encoder.vision(images, padding).x
     seen, pooled = [], []
     task.embed_texts = lambda texts: seen.append(texts) or torch.randn(len(texts), 64)
@@ -370,7 +370,7 @@ def test_contrast_of_crops_is_of_the_cells_that_the_thing_of_a_caption_covers():
 # Bad input: exit status 2, one line, no traceback
 
 @pytest.mark.parametrize("flags, words", [
-    (["--method", "magic"], ("method", "magic", "full, frozen, m2ist, clip-frozen, clip-lora, hivg")), (["--dataset", "cocoref"], ("dataset", "cocoref", "shapes")),
+    (["--method", "magic"], ("method", "magic", "full, frozen, adapter", "m2ist+lora, clip-frozen, clip-lora, hivg")), (["--dataset", "cocoref"], ("dataset", "cocoref", "shapes")),
     (["--size", "huge"], ("size", "tiny")), (["--weights", "some"], ("weights", "random")),
     (["--schedule", "linear"], ("schedule", "cosine")), (["--amp", "fp8"], ("amp", "bf16")),
     (["--dataset", "gone.jsonl"], ("gone.jsonl", "no such file")), (["--epochs", "0"], ("--epochs", "1 or more")),
@@ -386,7 +386,7 @@ def test_contrast_of_crops_is_of_the_cells_that_the_thing_of_a_caption_covers():
     (["--method", "hivg", "--stage-lr", "nan"], ("--stage-lr is nan",)), (["--scale", "0.5", "--method", "hivg"], ("--scale", "hivg")),
     (["--rank", "8"], ("--rank", "m2ist")), (["--method", "clip-frozen", "--deep-to-shallow"], ("--deep-to-shallow", "--stages")),
     (["--method", "hivg", "--text-layers", "1", "--bridge-layers"], ("--text-layers", "bridges")),
-    (["--method", "hivg", "--rank", "0"], ("--rank", "1 or more")), (["--method", "hivg", "--stage-epochs", "0"], ("--stage-epochs",))])
+    (["--method", "hivg", "--rank", "0"], ("--rank", "1 or more")), (["--method", "hivg", "--stage-epochs", "0", "--epochs", "2"], ("--stage-epochs",))])
 def test_bad_flags(tmp_path, capsys, flags, words):
     with pytest.raises(SystemExit) as stop:
         train.run(lambda: run(tmp_path / "out", *flags))
