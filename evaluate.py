@@ -232,9 +232,10 @@ def compare_costs(asked):
     whole = next((row for row in results if row["method"] == "full"), None)
     for r in results:
         share = lambda key: f" ({r[key] / whole[key]:.1%})" if whole else ""
-        print(f"{r['method']}: {r['encoder_tunable']:,} tuned in or beside the encoders{share('encoder_tunable')}, of {r['trainable']:,} "
-              f"trainable, {r['total']:,} in all; {r['macs'] / 1e9:.2f} GMACs; {r['saved_bytes'] / 2 ** 20:.1f} MiB saved"
-              f"{share('saved_bytes')}; of {r['batch']}: step {r['train_step_s']:.3f} s, evaluation {r['eval_s']:.3f} s"
+        print(f"{r['method']}: {r['encoder_tunable']:,} tuned in or beside the encoders{share('encoder_tunable')}, "
+              f"{r['trainable']:,} trainable, {r['total']:,} in all; {r['macs'] / 1e9:.2f} GMACs; "
+              f"{r['saved_bytes'] / 2 ** 20:.1f} MiB saved{share('saved_bytes')}; of {r['batch']}: "
+              f"step {r['train_step_s']:.3f} s, evaluation {r['eval_s']:.3f} s"
               + (f", peak {r['peak_bytes'] / 2 ** 30:.2f} GiB" if "peak_bytes" in r else ""))
         if whole and (paper := PAPER.get(r["method"].removeprefix("m2ist/I/"))):
             print(f"    the paper: {paper[0]} M ({paper[0] / 151:.2%}), {paper[1]} GB ({paper[1] / 38.95:.2%})")
