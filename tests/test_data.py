@@ -534,8 +534,8 @@ def test_draw_shows_the_box_where_it_is(tmp_path, capsys):
     data.main(["refcoco", "--root", str(tmp_path), "--draw", "16", "--save", str(tmp_path)])
     sheet = np.asarray(Image.open(tmp_path / "val.png").convert("RGB"))
     ys, xs = np.nonzero((sheet == data.TRUE).all(-1))                       # picture 8, 90 x 120, at 256 pixels: 192 x 256
-    assert (xs.min(), ys.min()) == pytest.approx((4 + 32, 4), abs=2)
-    assert (xs.max(), ys.max()) == pytest.approx((4 + 32 + 45.5 * 256 / 120, 4 + 60.25 * 256 / 120), abs=3)
+    assert (xs.min(), ys.min()) == pytest.approx((32, 0), abs=2)
+    assert (xs.max(), ys.max()) == pytest.approx((32 + 45.5 * 256 / 120, 60.25 * 256 / 120), abs=3)
     assert {path.name for path in tmp_path.glob("*.png")} == {"train.png", "val.png", "testA.png"}
     data.draw(Image.new("RGB", (40, 30)), "inside out", [((30, 10, 20, 25), data.TRUE)])               # is drawn as a line
 

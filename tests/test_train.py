@@ -225,7 +225,7 @@ def test_rates_and_schedules_follow_the_recipe():
     groups = train.make_optimizer(model, args, train.plan(args)[0]).param_groups
     assert [g["lr"] for g in groups] == [1e-4, 1e-5]
     assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in model.parameters() if p.requires_grad)
-    assert {id(p) for p in groups[1]["params"]} == {id(p) for p in model.side.parameters()}
+    assert {id(p) for p in groups[1]["params"]} == {id(p) for p in model.adapters.parameters()}
 
 
 def test_phases_of_hivg_follow_section_4_1_and_table_8():
