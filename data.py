@@ -267,7 +267,7 @@ def find_files(dataset, root):
     patterns = list(filter(None, (refer, f"{code}/{code}_*.pth", mdetr and f"finetune_{mdetr}_*.json")))
     for place, pattern in itertools.product([base, *sorted(base.glob("*/"))], patterns):
         if found := [f for f in sorted(place.glob(pattern)) if f.suffix == ".p" or f.stem.rpartition("_")[2] in counts]:
-            folders = [folder / name for folder in (base, place) for name in pictures]
+            folders = [folder / name for folder in (base, place, *sorted(base.glob("*/"))) for name in pictures]
             return found, next(filter(Path.is_dir, folders), folders[0])
     raise InputError(f"--root {base}: no annotations of {dataset} there or one folder below; looked for {', '.join(patterns)} "
                      f"(pictures in {' or '.join(pictures)}); the README, `The data`, says where they come from")
@@ -307,8 +307,7 @@ def _by_split(dataset, root):
         raise InputError(f"{dataset}: holds no line")
     return splits
 
-def split_names(dataset, root=None):
-    """The splits of a dataset, in its own order."""
+def split_names(dataset, root=None):                    # in the dataset's own order
     return list(SHAPES_SPLITS if str(dataset) == "shapes" else _by_split(str(dataset), root and str(root)))
 
 def load_samples(dataset, split, root=None):
@@ -486,8 +485,7 @@ def collate(items, pad):
 # --- Pictures --------------------------------------------------------------------------------------------------------
 TRUE, PREDICTED, WARM = (0, 130, 40), (220, 0, 90), (255, 140, 0)
 
-def spread(samples, count=12):
-    """Some of the samples, from all over the list."""
+def spread(samples, count=12):                          # some of the samples, from all over the list
     return samples[::max(1, len(samples) // count)][:count]
 
 def draw(picture, caption, boxes, attention=None, side=256):
@@ -510,8 +508,7 @@ def draw(picture, caption, boxes, attention=None, side=256):
     ImageDraw.Draw(tile).text((4, side + 2), lines, "black", ImageFont.load_default(13))
     return tile
 
-def contact_sheet(tiles, columns=4):
-    """Tiles of one size, side by side."""
+def contact_sheet(tiles, columns=4):                    # tiles of one size, side by side
     return TF.to_pil_image(make_grid([TF.to_tensor(tile) for tile in tiles], columns, padding=8, pad_value=1.0))
 
 # --- The command line: look at a dataset before it is trained on -----------------------------------------------------
@@ -526,7 +523,7 @@ def fetch(address, path):
     had = path.stat().st_size if path.exists() else 0
     with urllib.request.urlopen(urllib.request.Request(address, headers={"Range": f"bytes={had}-"}), timeout=60) as reply:
         had = had if reply.status == 206 else 0
-        if not had and not b"PK".startswith(reply.peek(2)[:2]):                         # say a page; what is there stays
+        if not had and reply.peek(2)[:2] != b"PK":                                # say a page, or nothing; what is there stays
             raise ValueError(f"what comes is no zip, it begins {reply.peek(40)[:40]}")
         size = had + int(reply.headers["Content-Length"] or 0)
         with tqdm.wrapattr(reply, "read", size, desc=path.name, initial=had) as rest, open(path, "ab" if had else "wb") as out:
@@ -602,12 +599,12 @@ def main(argv=None):
     add("--save", type=Path, default=".", help="folder for what is drawn (default: this one)")
     add("--write", type=Path, help="FILE.jsonl to write all splits to (default: none)")
     add("--download", action="store_true", help="fetch what is missing, from addresses as users reported them (default: no)")
-    add("--mirror", help="address of a folder to fetch the same files from (default: ADDRESSES in data.py)")
+    add("--mirror", help="--download, from this address of a folder (default: ADDRESSES in data.py)")
     add("--max-tokens", type=int, default=20, help="limit that expressions are held against (default: 20)")
     asked = parser.parse_args(argv)
     if asked.write and (asked.write.exists() or asked.dataset == "shapes"):
         raise InputError(f"--write {asked.write}: is there already, or is of shapes, which has no files")
-    for dataset in asked.dataset.split(",") if asked.download else ():
+    for dataset in asked.dataset.split(",") if asked.download or asked.mirror else ():
         download(dataset, asked.root, asked.mirror)
     report(asked.dataset, asked.root, asked.max_tokens)
     samples = {split: load_samples(asked.dataset, split, asked.root) for split in split_names(asked.dataset, asked.root)}

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+import hilora
 import train
 from model import (CLIP_IGNORED, CLIP_TABLE, DETR_TABLE, InputError, architecture, build_model, count_parameters,
                    import_weights, plain, read_state)
@@ -39,13 +40,14 @@ def parse_args(argv=None):
     add("--json", help="file to write the results to (default: none)")
     add("--figures", help="folder for a sheet of predictions of each split (default: none)")
     add("--clip-weights", help="hub name or folder of a CLIP, whose tokenizer a released .pth needs (default: OpenAI's)")
-    add("--batch-size", type=int, default=64, help="samples at once (default: 64)")
+    add("--batch-size", type=int, default=64, help="samples at once; --cost has the recipe's, on a CPU 1 (default: 64)")
     add("--workers", type=int, help="processes that load pictures (default: as in training)")
     add("--limit", type=int, help="only the first N expressions of each split (default: as in training)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1 (default: cuda if any)")
     asked = parser.parse_args(argv)
     asked.text = asked.text and [text.encode(errors="replace").decode() for text in asked.text]  # what a shell may let through
-    if bool(asked.checkpoint) == bool(asked.cost) or asked.size and not asked.cost:
+    odd = asked.image or asked.dataset or asked.split or asked.figures if asked.cost else asked.size
+    if bool(asked.checkpoint) == bool(asked.cost) or odd:
         raise InputError("give a checkpoint to evaluate, or --cost METHOD ... [--size] to compare what methods cost")
     if bool(asked.image) != bool(asked.text) or asked.save and not asked.image or "" in map(str.strip, asked.text or ()):
         raise InputError("--image and --text, which must not be empty, go together; --save is for them")
@@ -147,7 +149,8 @@ def evaluate_dataset(model, args, asked):
             path = Path(args.figures) / f"{split.replace('/', '-')}.png"
             train.picture_predictions(model, data.spread(samples), args, path)
             print(f"{'':8}  {path}")
-    return {"dataset": args.dataset, "method": args.method, "leaky_pretraining": data.leaky_pretraining(args), "splits": splits}
+    leaky = data.leaky_pretraining(args)
+    return {"dataset": args.dataset, "method": args.row or args.method, "leaky_pretraining": leaky, "splits": splits}
 
 @torch.no_grad()
 def evaluate_image(model, args, asked):
@@ -200,27 +203,32 @@ def set_up(args, device, batch):
         images = torch.randn(batch, 3, spec["image_size"], spec["image_size"])       # zeros would be slow: denormal gradients
         tokens, boxes = torch.randint(100, 200, (batch, spec["max_tokens"])), torch.full((batch, 4), 0.5)
     inputs = images, torch.zeros_like(images[:, 0], dtype=torch.bool), tokens, torch.zeros_like(tokens, dtype=torch.bool)
-    return model, lambda: model.eval()(*inputs), lambda: train.weighted_loss(model.train()(*inputs), boxes, args)
+    evaluate = lambda: hilora.discard(model) or model.eval()(*inputs)            # merged, as it is evaluated
+    return model, evaluate, lambda: train.weighted_loss(model.train()(*inputs), boxes, args)
 
 def count_cost(args):
     """Parameters, and of one sample MACs of a forward and saved_bytes of a training step, on the meta device, where
     attention is computed unfused: the same on every machine."""
     model, evaluate, loss = set_up(args, "meta", 1)
+    found = {**count_parameters(model), "saved_bytes": saved_bytes(model, loss)}
+    evaluate()                                           # the first time merges LoRA's pairs
     with FlopCounterMode(display=False) as flops:
         evaluate()
-    return {**count_parameters(model), "macs": flops.get_total_flops() // 2, "saved_bytes": saved_bytes(model, loss)}
+    return {**found, "macs": flops.get_total_flops() // 2}
 
 def time_cost(args):
-    """Mean seconds of a training and of an evaluation step of a `batch`, the recipe's, on a CPU 1; on a GPU peak memory."""
+    """Median seconds of a training and of an evaluation step of a `batch`, the recipe's, on a CPU 1; on a GPU peak memory."""
     from torch.utils.benchmark import Timer          # here, as it may speak up about CUDA where there is none
     gpu, batch = "cuda" in args.device, args.batch_size if "cuda" in args.device else 1
+    torch.cuda.reset_peak_memory_stats(args.device) if gpu else None
     model, evaluate, loss = set_up(args, args.device, batch)
     optimizer = train.make_optimizer(model, args, train.plan(args)[-1])
     def step():
         optimizer.zero_grad(set_to_none=True)
         loss().backward()
         optimizer.step()
-    seconds = lambda work: Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads()).timeit(3).mean
+    timer = lambda work: Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+    seconds = lambda work: timer(work).blocked_autorange(min_run_time=1).median
     found = {"batch": batch, "train_step_s": seconds(step), "eval_s": seconds(torch.no_grad()(evaluate))}
     return found | ({"peak_bytes": torch.cuda.max_memory_allocated(args.device)} if gpu else {})
 
@@ -229,7 +237,7 @@ def compare_costs(asked):
     flags = ["--size", asked.size or "base", "--weights", "random", "--device", asked.device]
     runs = {name: train.parse_args(["--row" if "/" in name else "--method", name, *flags]) for name in asked.cost}
     results = [{"method": name, "size": args.size, **count_cost(args), **time_cost(args)} for name, args in runs.items()]
-    whole = next((row for row in results if row["method"] == "full"), None)
+    whole = next((row for row in results if row["method"] in ("full", "m2ist/I/full", "m2ist/X/a")), None)
     for r in results:
         share = lambda key: f" ({r[key] / whole[key]:.1%})" if whole else ""
         print(f"{r['method']}: {r['encoder_tunable']:,} tuned in or beside the encoders{share('encoder_tunable')}, "
@@ -241,8 +249,7 @@ def compare_costs(asked):
             print(f"    the paper: {paper[0]} M ({paper[0] / 151:.2%}), {paper[1]} GB ({paper[1] / 38.95:.2%})")
     return results
 
-def make_folders(asked):
-    """Where results go, before minutes are spent on what could not be written."""
+def make_folders(asked):                # before minutes are spent on what could not be written
     for path in filter(None, (asked.json, asked.save)):
         if Path(path).is_dir() or path == asked.save and Path(path).suffix.lower() not in (".png", ".jpg", ".jpeg"):
             raise InputError(f"--json and --save take a file, --save a .png or .jpg; {path} is none")
@@ -261,7 +268,7 @@ def evaluate_checkpoint(asked):
     if asked.image:
         return evaluate_image(model, args, asked)
     leaky = data.leaky_pretraining(args)
-    print(f"{args.method} {args.size} on {args.dataset}, epoch {config['epoch']}; leaky pretraining {leaky}")
+    print(f"{args.row or args.method} {args.size} on {args.dataset}, epoch {config['epoch']}; leaky pretraining {leaky}")
     return evaluate_dataset(model, args, asked)
 
 def main(argv=None):

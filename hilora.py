@@ -59,8 +59,7 @@ def layer_group(layer, layers, groups):
         raise ValueError(f"no group for layer {layer} of {layers} in {groups} groups: each must hold a layer")
     return math.ceil(layer * groups / layers)
 
-def find_pairs(module):
-    """[(parent, name, LoRALinear), ...] of every pair within `module`."""
+def find_pairs(module):                 # [(parent, name, LoRALinear), ...] within it
     return [(parent, name, child) for parent in module.modules() for name, child in parent.named_children()
             if isinstance(child, LoRALinear)]
 

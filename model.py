@@ -256,13 +256,12 @@ class GroundingEncoder(nn.Module):
         looks = self.layers[-1].attention_map(x, padding, position)[:, cells] if attention else None
         x = self.norm(self.layers[-1](x, padding, position)[0])
         found = Grounding(self.head(x[:, 0]).float().sigmoid(), looks)                  # the head reads [REG] alone
-        if self.region is None or not self.training:
+        if not self.region or not self.training:
             return found
         eos = x[torch.arange(len(x), device=x.device), vision.x.shape[1] + (~text.padding).sum(1)]   # [EOS] ends its text
         return found._replace(scores=self.region(eos, x[:, cells]), padding=padding[:, cells])
 
-def trim(tokens, padding, limit):
-    """Tokens and padding (B, T), cut to `limit`; only padding may be cut."""
+def trim(tokens, padding, limit):       # both (B, T), cut to `limit`; only padding may be cut
     if tokens.shape[1] > limit and not padding[:, limit:].all():
         raise ValueError(f"a text has more than max_tokens = {limit} tokens")
     return tokens[:, :limit], padding[:, :limit]
@@ -316,7 +315,7 @@ class DetrBert(nn.Module):
     def _encode(self, modality, inputs, padding):
         encoder, side = getattr(self, modality), self.insertion == "side"
         inside = not side or any(p.requires_grad for p in encoder.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and inside):                # the memory that M²IST saves
+        with torch.set_grad_enabled(torch.is_grad_enabled() and inside):      # nothing in a frozen encoder is for a backward
             encoded = encoder(inputs, padding)
         x = encoded.x + self.adapters.side(modality, encoded.x0, encoded.ports) if side else encoded.x    # Section III-B b
         return Encoded(x, encoded.padding)
@@ -547,7 +546,7 @@ METHODS = {
 # None: as the size or the method says; in HiVG no text_layers: all, no vision_layers: the last. See train.py --help.
 OPTIONS = dict.fromkeys(
     "max_tokens attention_port ffn_port insertion bottleneck interaction_dim interaction_bottleneck scale text_layers "
-    "vision_layers bridge_layers vision_weights text_weights clip_weights pretext_steps pixels".split())
+    "vision_layers bridge_layers vision_weights text_weights clip_weights pretext_steps pixels region_hidden".split())
 OPTIONS |= dict(residual=False, bridge_weights="nxLxH", no_cross_attention=False, layer_to_layer=False, cache=".cache")
 CHOICES = dict(attention_port=("none", *ADAPTERS), ffn_port=("none", *ADAPTERS), bridge_weights=BRIDGE_WEIGHTS,
                insertion=("side", "sequential", "parallel"), pixels=("detr", "clip"))

@@ -54,7 +54,7 @@ RECIPES = {
     "clip base": dict(batch_size=80, stages=3, stage_epochs=20, stage_lr=[1e-4, 0.5e-4, 0.25e-4]),
     "clip large": dict(batch_size=32, stages=4, stage_epochs=15, stage_lr=[1e-4, 0.75e-4, 0.5e-4, 0.25e-4]),
     "clip tiny": dict(epochs=4, batch_size=32, lr=1e-3, lr_encoder=1e-3, warmup=200, stages=3, stage_epochs=1,
-                      stage_lr=[8e-4, 6e-4, 4e-4]),       # ours: seven epochs in all, whatever the method, to compare them
+                      stage_lr=[8e-4, 6e-4, 4e-4]),       # ours: seven epochs in all, as plain CLIP and with LoRA
     # HiVG Fig. 4 (d): the box loss alone [D35]; vanilla LoRA is one round, here as long as all of HiLoRA's.
     "clip-frozen": dict(contrast=0.0, focal=0.0, dice=0.0, stages=0),
     "clip-lora": dict(contrast=0.0, focal=0.0, dice=0.0, stages=1, stage_epochs=60),
@@ -131,7 +131,7 @@ def build_parser():
 LEAST = {             # the least that makes sense, of which flags; 3 tokens are [CLS], a word and [SEP]
     1: "epochs batch_size micro_batch lr_drop limit pretext_steps bottleneck interaction_dim interaction_bottleneck rank "
        "last_stage",
-    0: "workers warmup lr lr_encoder weight_decay l1 giou contrast focal dice stages stage_epochs stage_lr",
+    0: "scale workers warmup lr lr_encoder weight_decay l1 giou contrast focal dice stages stage_epochs stage_lr",
     3: "max_tokens", 1e-6: "alpha"}
 NOT_FOR = {           # flags that the methods of a family would ignore, and those without LoRA
     "clip": "attention_port ffn_port insertion bottleneck interaction_dim interaction_bottleneck residual scale vision_weights "
@@ -152,7 +152,7 @@ def check(args):
         raise InputError(f"--device {args.device} cannot be used ({str(error).splitlines()[0]}); try --device cpu") from None
 
 def complete(args):
-    """Fill in what the command line left open, and refuse what cannot be, would be ignored or would fail halfway."""
+    """Fill in what the command line left open, and refuse what cannot be, or what a family would ignore."""
     args.size = args.size or ("tiny" if args.dataset == "shapes" else "base")
     spec = architecture(**model_arguments(args))
     args.weights = args.weights or ("shapes" if args.size == "tiny" else "pretrained")
@@ -164,6 +164,7 @@ def complete(args):
     args.micro_batch = args.batch_size if args.micro_batch is None else args.micro_batch
     args.pretext_steps = spec["pretext_steps"]
     args.workers = args.workers if args.workers is not None else 0 if args.dataset == "shapes" else 2
+    args.region_hidden = None if args.focal or args.dice else 0             # without its losses there is no MLP of Eq. (12)
     check(args)
     method, layers, clip = f"not for --method {args.method}", spec["vision"]["layers"], spec["family"] == "clip"
     unwanted = NOT_FOR[spec["family"]] + ("" if clip or "lora" in args.method else " " + NOT_FOR["lora"])
@@ -409,7 +410,7 @@ def save_checkpoint(path, model, config):
 
 # --- Training --------------------------------------------------------------------------------------------------------
 def model_arguments(args):                              # what rebuilds the model: build_model's arguments
-    return {key: getattr(args, key) for key in ("method", "size", "weights", *OPTIONS)}
+    return {key: getattr(args, key, None) for key in ("method", "size", "weights", *OPTIONS)}
 
 make_tokenizer = functools.lru_cache(data.Tokenizer)            # reading its files takes longer than building a loader
 INPUTS = ("images", "image_padding", "tokens", "token_padding")        # of the model, in a batch
@@ -438,12 +439,11 @@ def plan(args):
     each = args.stage_epochs or args.epochs // max(1, args.stages)
     phases = [Phase("warm-up" if args.stages else "training", 0, 0, warm, args.lr, args.lr_encoder)]
     for stage in range(1, (args.last_stage or args.stages) + 1):
-        lr, before = (args.stage_lr or [None])[:stage][-1], phases[-1].last
-        phases.append(Phase(f"stage {stage}", stage, before, before + each, lr or args.lr, lr or args.lr_encoder))
+        rates = args.stage_lr[:stage][-1:] * 2 or (args.lr, args.lr_encoder)              # the last one for all more
+        phases.append(Phase(f"stage {stage}", stage, phases[-1].last, phases[-1].last + each, *rates))
     return [phase for phase in phases if phase.last > phase.first]
 
-def to_last_stage(model, args):
-    """Bring a model to the last stage of its plan, whose pairs count."""
+def to_last_stage(model, args):                         # of its plan, whose pairs count
     for phase in plan(args):
         begin_phase(model, phase, args, {"epoch": 0})
     return model
@@ -521,8 +521,7 @@ def picture_predictions(model, samples, args, path):
         tiles.append(data.draw(picture, f"{sample.text} (IoU {iou:.2f})", boxes, looks))
     data.contact_sheet(tiles).save(path)
 
-def read_last(path):
-    """last.pt of an earlier start of the run, or what a new run begins with."""
+def read_last(path):                    # last.pt of an earlier start of the run, or what a new run begins with
     if not path.exists():
         return {"epoch": 0, "best": -1.0, "log": []}
     try:
