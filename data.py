@@ -282,8 +282,8 @@ def mixed(datasets, root):
     held_out = {name for dataset, split, samples in parts if split != "train" for s in samples for name in names(dataset, s)}
     train = [(dataset, sample) for dataset, split, samples in parts if split == "train" for sample in samples]
     clean = [sample for dataset, sample in train if held_out.isdisjoint(names(dataset, sample))]
-    print(f"{','.join(datasets)}: {len(train) - len(clean):,} of {len(train):,} left out of train, whose pictures are "
-          f"in val or test of one of them")
+    print(f"{','.join(datasets)}: {len(train) - len(clean):,} of {len(train):,} expressions left out of train, whose pictures "
+          f"are in val or test of one of them")
     splits = {"train": clean, "val": [sample for _, split, samples in parts if split == "val" for sample in samples],
               **{f"{dataset}/{split}": samples for dataset, split, samples in parts if split != "train"}}
     return {split: samples for split, samples in splits.items() if samples}

@@ -702,12 +702,12 @@ class Server(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = Path(self.folder) / self.path.removeprefix("/files/")
-        start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-")) if self.ranges and not self.page else 0
+        start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-")) if self.ranges and self.page is None else 0
         self.asked.append((path.name, start))
         if not path.is_file() or start and start >= path.stat().st_size:
             return self.send_error(416 if path.is_file() else 404)
-        content = self.page or path.read_bytes()[start:]
-        self.send_response(206 if self.ranges and not self.page else 200)
+        content = path.read_bytes()[start:] if self.page is None else self.page
+        self.send_response(206 if self.ranges and self.page is None else 200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content[:self.limit])
@@ -778,6 +778,13 @@ def test_pictures_are_fetched_once_and_for_annotations_of_any_format(tmp_path, m
     assert len(Server.asked) == 1
 
 
+def test_pictures_are_found_in_a_folder_of_their_own(tmp_path):
+    """One below --root, as annotations may be: COCO is there once for all datasets."""
+    as_refer(tmp_path / "annotations")
+    pictures(tmp_path / "coco/train2014")
+    assert data.find_files("refcoco", str(tmp_path))[1] == tmp_path / "coco/train2014"
+
+
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_download_that_broke_off_goes_on(tmp_path, mirror, monkeypatch, ranges):
     monkeypatch.setattr(Server, "ranges", ranges)
@@ -802,6 +809,10 @@ def test_a_page_in_place_of_an_archive_is_named_and_not_kept(tmp_path, mirror, m
         with pytest.raises(InputError, match="refcoco.zip, from http.*no zip.*<html>Sorry.*--mirror"):
             fetch_all(tmp_path, mirror)
         assert files(tmp_path / "new") == ({"refcoco.zip"} if limit else set())
+        monkeypatch.setattr(Server, "page", b"")                                               # nor is an empty answer a zip
+        with pytest.raises(InputError, match="no zip"):
+            fetch_all(tmp_path, mirror)
+        assert not limit or (tmp_path / "new/refcoco.zip").stat().st_size == limit
         monkeypatch.setattr(Server, "page", None)
     monkeypatch.setattr(Server, "limit", None)
     fetch_all(tmp_path, mirror)

@@ -462,3 +462,19 @@ def test_a_bridge_for_each_text_layer_is_asked_for():
     args = train.parse_args(["--method", "hivg", "--layer-to-layer", "--text-layers", "1", "2", "--weights", "random", "--device", "cpu"])
     with pytest.raises(m.InputError, match="3 bridges need as many text layers, not 2"):
         m.build_model(**train.model_arguments(args))
+
+
+@pytest.mark.parametrize("row", ["m2ist/V/b", "m2ist/X/d", "hivg/4/7"])
+def test_a_row_trains_resumes_and_is_evaluated_under_its_name(tmp_path, monkeypatch, row):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--row", row, "--weights", "random", "--limit", "16", "--batch-size", "8", "--device", "cpu"]
+    flags += ["--epochs", "2"] if row.startswith("m2ist") else ["--epochs", "1", "--stages", "1", "--stage-epochs", "1"]
+    train.main(flags)
+    out = f"runs/shapes-{row.replace('/', '-')}-0"
+    lines = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    result = evaluate.main([out, "--split", "val"])
+    assert result["method"] == row
+    assert result["splits"]["val"]["mean_iou"] == pytest.approx(max(lines, key=lambda line: (line["val_acc@0.5"], line["epoch"]))["val_mean_iou"], abs=1e-6)
+    train.main([*flags, "--resume"])                                                    # finished: nothing is trained again
+    assert [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()] == lines
