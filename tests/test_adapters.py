@@ -62,6 +62,7 @@ def test_interaction_adapter_is_eqs_2_to_5(residual):
 
 
 def test_one_tensor_is_shared_and_vision_may_have_no_channels_of_its_own():
+    torch.manual_seed(0)
     iea = InteractionAdapter(4, 8, bottleneck=3, interaction_dim=4)
     assert iea.vision_up is None and iea.text_up.out_features == 4
     f_v, f_l = iea(torch.randn(1, 2, 4), torch.randn(1, 2, 8))
