@@ -604,7 +604,7 @@ def main(argv=None):
     asked = parser.parse_args(argv)
     if asked.write and (asked.write.exists() or asked.dataset == "shapes"):
         raise InputError(f"--write {asked.write}: is there already, or is of shapes, which has no files")
-    for dataset in asked.dataset.split(",") if asked.download or asked.mirror else ():
+    for dataset in sorted(asked.dataset.split(","), key=lambda d: d not in PICTURES) if asked.download or asked.mirror else ():
         download(dataset, asked.root, asked.mirror)
     report(asked.dataset, asked.root, asked.max_tokens)
     samples = {split: load_samples(asked.dataset, split, asked.root) for split in split_names(asked.dataset, asked.root)}

@@ -239,7 +239,7 @@ def compare_costs(asked):
     results = [{"method": name, "size": args.size, **count_cost(args), **time_cost(args)} for name, args in runs.items()]
     whole = next((row for row in results if row["method"] in ("full", "m2ist/I/full", "m2ist/X/a")), None)
     for r in results:
-        share = lambda key: f" ({r[key] / whole[key]:.1%})" if whole else ""
+        share = lambda key: f" ({r[key] / whole[key]:.1%})" if whole and r["method"][:4] not in ("hivg", "clip") else ""
         print(f"{r['method']}: {r['encoder_tunable']:,} tuned in or beside the encoders{share('encoder_tunable')}, "
               f"{r['trainable']:,} trainable, {r['total']:,} in all; {r['macs'] / 1e9:.2f} GMACs; "
               f"{r['saved_bytes'] / 2 ** 20:.1f} MiB saved{share('saved_bytes')}; of {r['batch']}: "

@@ -770,6 +770,9 @@ def test_download_brings_annotations_and_the_pictures_that_they_name(tmp_path, m
 
 
 def test_pictures_are_fetched_once_and_for_annotations_of_any_format(tmp_path, mirror):
+    with pytest.raises(InputError, match="referit cannot be fetched"):                  # said before anything is fetched
+        fetch_all(tmp_path, mirror, "refcoco,referit")
+    assert Server.asked == []
     as_mdetr(tmp_path / "new/mdetr")
     fetch_all(tmp_path, mirror)
     assert Server.asked == [("train2014.zip", 0)] and len(files(tmp_path / "new/images/train2014")) == 3
