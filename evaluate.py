@@ -40,7 +40,7 @@ def parse_args(argv=None):
     add("--json", help="file to write the results to (default: none)")
     add("--figures", help="folder for a sheet of predictions of each split (default: none)")
     add("--clip-weights", help="hub name or folder of a CLIP, whose tokenizer a released .pth needs (default: OpenAI's)")
-    add("--batch-size", type=int, default=64, help="samples at once; --cost has the recipe's, on a CPU 1 (default: 64)")
+    add("--batch-size", type=int, help="samples at once (default: 64; of --cost the recipe's, on a CPU 1)")
     add("--workers", type=int, help="processes that load pictures (default: as in training)")
     add("--limit", type=int, help="only the first N expressions of each split (default: as in training)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1 (default: cuda if any)")
@@ -203,7 +203,7 @@ def set_up(args, device, batch):
         images = torch.randn(batch, 3, spec["image_size"], spec["image_size"])       # zeros would be slow: denormal gradients
         tokens, boxes = torch.randint(100, 200, (batch, spec["max_tokens"])), torch.full((batch, 4), 0.5)
     inputs = images, torch.zeros_like(images[:, 0], dtype=torch.bool), tokens, torch.zeros_like(tokens, dtype=torch.bool)
-    evaluate = lambda: hilora.discard(model) or model.eval()(*inputs)            # merged, as it is evaluated
+    evaluate = lambda: hilora.discard(model) or model.eval()(*inputs)            # without pairs, as a checkpoint is
     return model, evaluate, lambda: train.weighted_loss(model.train()(*inputs), boxes, args)
 
 def count_cost(args):
@@ -211,15 +211,15 @@ def count_cost(args):
     attention is computed unfused: the same on every machine."""
     model, evaluate, loss = set_up(args, "meta", 1)
     found = {**count_parameters(model), "saved_bytes": saved_bytes(model, loss)}
-    evaluate()                                           # the first time merges LoRA's pairs
+    evaluate()                                           # the first time takes LoRA's pairs out, as merging does
     with FlopCounterMode(display=False) as flops:
         evaluate()
     return {**found, "macs": flops.get_total_flops() // 2}
 
-def time_cost(args):
-    """Median seconds of a training and of an evaluation step of a `batch`, the recipe's, on a CPU 1; on a GPU peak memory."""
+def time_cost(args, batch):
+    """Median seconds of a training and of an evaluation step; on a GPU peak memory. batch: None is the recipe's, on a CPU 1."""
     from torch.utils.benchmark import Timer          # here, as it may speak up about CUDA where there is none
-    gpu, batch = "cuda" in args.device, args.batch_size if "cuda" in args.device else 1
+    gpu, batch = "cuda" in args.device, batch or (args.batch_size if "cuda" in args.device else 1)
     torch.cuda.reset_peak_memory_stats(args.device) if gpu else None
     model, evaluate, loss = set_up(args, args.device, batch)
     optimizer = train.make_optimizer(model, args, train.plan(args)[-1])
@@ -236,7 +236,7 @@ def compare_costs(asked):
     """Print and return what methods and rows cost, their shares of `full` where it is among them, and the paper's beside."""
     flags = ["--size", asked.size or "base", "--weights", "random", "--device", asked.device]
     runs = {name: train.parse_args(["--row" if "/" in name else "--method", name, *flags]) for name in asked.cost}
-    results = [{"method": name, "size": args.size, **count_cost(args), **time_cost(args)} for name, args in runs.items()]
+    results = [{"method": n, "size": a.size, **count_cost(a), **time_cost(a, asked.batch_size)} for n, a in runs.items()]
     whole = next((row for row in results if row["method"] in ("full", "m2ist/I/full", "m2ist/X/a")), None)
     for r in results:
         share = lambda key: f" ({r[key] / whole[key]:.1%})" if whole and r["method"][:4] not in ("hivg", "clip") else ""
@@ -261,14 +261,14 @@ def evaluate_checkpoint(asked):
     model, config = load_released(asked.checkpoint, asked.clip_weights) if released else load_checkpoint(asked.checkpoint)
     # The flags of the training, with what was asked here in their place; an older run lacks the newest flags.
     said, new = {flag: v for flag, v in vars(asked).items() if v is not None}, vars(train.build_parser().parse_args([]))
-    args = argparse.Namespace(**{**new, **vars(asked), **config["args"], **said})
+    args = argparse.Namespace(**{**new, **vars(asked), **config["args"], "batch_size": 64, **said})
     if asked.dataset:
         args.root = asked.root                            # the training's folder is not another dataset's
     model.to(args.device)
     if asked.image:
         return evaluate_image(model, args, asked)
-    leaky = data.leaky_pretraining(args)
-    print(f"{args.row or args.method} {args.size} on {args.dataset}, epoch {config['epoch']}; leaky pretraining {leaky}")
+    name, leaky = args.row or args.method, data.leaky_pretraining(args)
+    print(f"{name} {args.size} on {args.dataset}, epoch {config['epoch']}; leaky pretraining {leaky}")
     return evaluate_dataset(model, args, asked)
 
 def main(argv=None):

@@ -415,7 +415,7 @@ def test_the_command_prints_the_costs_with_shares_of_full_and_the_papers_beside(
     assert not re.search(r"^hivg/3/2: .*%", out, re.M)                               # of another family there is no share
     assert f"({share:.1%})" in out and "the paper: 3.19 M (2.11%), 15.44 GB (39.64%)" in out and "the paper: 151 M (100.00%)" in out
     assert all(0 < row["eval_s"] < row["train_step_s"] and row["batch"] == 1 for row in results)
-    evaluate.main(["--cost", "m2ist", "--size", "tiny", "--device", "cpu"])
+    assert evaluate.main(["--cost", "m2ist", "--size", "tiny", "--device", "cpu", "--batch-size", "3"])[0]["batch"] == 3
     assert "%" not in capsys.readouterr().out                                      # shares of what was not asked for
 
 
