@@ -1,12 +1,64 @@
-"""Losses of both papers, each readable alone: this file imports nothing of the project.
+"""The losses of both papers. This file imports torch alone, so it can be copied into any project.
 
-    M²IST Eq. (6), HiVG Eq. (14)     box_loss            smooth L1 and GIoU on the box
-    HiVG Eqs. (9)-(11)               contrastive_loss    expressions and pictures of a batch find each other
-    HiVG Eqs. (12)-(13)              RegionText, box_mask, region_text_loss    the cells of the box answer to it
-    HiVG Eq. (15)                    total_loss          their sum
+    M²IST Eq. (6)          box_loss             smooth L1 and GIoU between two boxes
+    HiVG Eq. (14)          box_loss             the same two terms, each with its own weight
+    HiVG Eqs. (9)-(11)     contrastive_loss     texts and images of a batch are matched, as in CLIP
+    HiVG Eqs. (12)-(13)    RegionText, box_mask, region_text_loss
+                                                image tokens in the box are matched to the text
+    HiVG Eq. (15)          total_loss           the sum of the three losses
 
-Boxes are (cx, cy, w, h) in [0, 1] of the padded square image. Everything is computed in float32, whatever precision
-the model runs in: areas of small boxes are products of small numbers, and half precision rounds them to zero.
+Symbols (paper = here):
+    b (M²IST), B̂ (HiVG) = pred        b̂ (M²IST), B (HiVG) = target        λ_l1 = l1
+    λ (M²IST), λ_giou (HiVG) = giou    τ = temperature
+    t_i, v_i = rows of text, image (Eqs. 9, 10)     s_i = s     m_d = mask
+    λ_focal = focal     λ_dice = dice
+
+Shapes: B boxes of a batch, N pairs of a text and an image, or N image tokens, C channels.
+
+A box is (cx, cy, w, h) in [0, 1] of the padded square image. All losses are computed in float32,
+whatever precision the model runs in: the area of a small box is a product of two small numbers, and
+half precision rounds this product to zero.
+
+Where this file differs from a paper or its released code ("code"):
+
+[D1] the first term of the box loss
+    paper   smooth L1, in M²IST Eq. (6) and in HiVG Eq. (14)
+    code    plain L1, in both repositories
+    here    smooth L1 with β = 1
+    why     the paper first
+
+[D2] the weight λ of GIoU in M²IST Eq. (6)
+    paper   the value of λ is not given
+    code    1
+    here    1 by default; `giou` sets it
+    why     no better value is known
+
+[D17] the box mask of HiVG Eq. (13)
+    paper   the mask is downsampled to the grid of tokens by "nearest"
+    code    a token is positive if the pixel at its cell's corner is; a small box may have no
+            positive token
+    here    a token is positive if its cell's centre is in the box; a box without any centre gets
+            the one cell that holds the centre of the box
+    why     every target needs at least one positive token
+
+[D18] padding in the region-text loss
+    paper   tokens outside the box are negatives
+    code    padded tokens are negatives too
+    here    padded tokens count for nothing
+    why     a padded token shows nothing that could be told apart from the target
+
+[D19] the normalization in HiVG Eq. (12)
+    paper   the similarity is computed "after applying normalization and an MLP projection"
+    code    t has unit length; v passes a LayerNorm
+    here    as the code
+    why     if both had unit length, the scores would lie in [-1, 1], and σ could not come near
+            0 or 1
+
+[D26] the number of losses in HiVG Eq. (15)
+    paper   three: box, contrastive and region-text
+    code    these three, and the loss of a segmentation head
+    here    three
+    why     the paper first
 """
 import math
 
@@ -14,97 +66,193 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-EPS = 1e-7      # below the area of any real box (one pixel of a 640 px image has 2.4e-6), above a division by zero
+# The smallest divisor. It is far below the area of any real box: one pixel of a 640 px image has
+# the area 2.4e-6.
+EPS = 1e-7
+
+
+# --- Boxes: M²IST Eq. (6), HiVG Eq. (14) ----------------------------------------------------------
+
 
 def to_corners(boxes):
-    """(..., 4) boxes as (cx, cy, w, h) -> (x1, y1, x2, y2), in the same unit; a negative width or height counts as 0."""
+    """Turn (cx, cy, w, h) into (x1, y1, x2, y2), in the same unit.
+
+    boxes: (..., 4). Returns (..., 4). A negative width or height counts as 0.
+    """
     cx, cy, w, h = boxes.unbind(-1)
-    w, h = w.clamp(min=0), h.clamp(min=0)
+    w = w.clamp(min=0)
+    h = h.clamp(min=0)
     return torch.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], dim=-1)
 
+
 def iou_and_giou(a, b):
-    """IoU and generalised IoU of each pair of boxes.
-    a, b: (..., 4) as (cx, cy, w, h). Returns two float32 tensors (...): IoU in [0, 1], GIoU in [-1, 1].
-    Any box in [0, 1], one with no area too, gives finite values and gradients. Source: Rezatofighi et al., CVPR 2019."""
-    a, b = to_corners(a.float()), to_corners(b.float())
-    area_a, area_b = ((box[..., 2:] - box[..., :2]).prod(-1) for box in (a, b))
+    """IoU and generalised IoU of pairs of boxes (Rezatofighi et al., CVPR 2019).
+
+    a, b: (..., 4) as (cx, cy, w, h). Returns two float32 tensors (...): IoU in [0, 1] and GIoU in
+    [-1, 1]. Values and gradients are finite for all boxes in [0, 1], also for boxes without area.
+    """
+    a = to_corners(a.float())
+    b = to_corners(b.float())
+    area_a = (a[..., 2:] - a[..., :2]).prod(-1)
+    area_b = (b[..., 2:] - b[..., :2]).prod(-1)
+
+    # Intersection and union.
+    # Width and height of the overlap, (..., 2); negative where the boxes are apart.
     overlap = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
     intersection = overlap.clamp(min=0).prod(-1)
     union = area_a + area_b - intersection
-    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)
     iou = intersection / union.clamp(min=EPS)
-    return iou, iou - (hull - union) / hull.clamp(min=EPS)
+
+    # The hull is the smallest box that holds both. GIoU subtracts the share of the hull outside the
+    # union, so that two boxes that do not overlap have a gradient towards each other.
+    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)
+    giou = iou - (hull - union) / hull.clamp(min=EPS)
+    return iou, giou
+
 
 def box_loss(pred, target, l1=1.0, giou=1.0):
-    """L = l1 * smooth-L1 + giou * (1 - GIoU), M²IST Eq. (6), whose λ is `giou`; HiVG Eq. (14) weighs both.
-    pred, target: (B, 4) as (cx, cy, w, h) in [0, 1]. Returns a float32 scalar. The four coordinates are summed and
-    the batch is averaged, as in the released code."""
-    pred, target = pred.float(), target.float()
-    # M²IST Eq. (6), first term. [D1] both papers write smooth L1; the released code of both has plain L1.
+    """L of M²IST Eq. (6), and L_BOX of HiVG Eq. (14): l1 · smooth L1 + giou · (1 - GIoU).
+
+    pred, target: (B, 4) as (cx, cy, w, h) in [0, 1]. Returns a float32 scalar. The four coordinates
+    are summed and the batch is averaged, as in the released code of both papers.
+    """
+    pred = pred.float()
+    target = target.float()
+
+    # [D1] Both papers write smooth L1; the released code has plain L1.
     smooth_l1 = F.smooth_l1_loss(pred, target, reduction="none").sum(-1).mean()
-    # M²IST Eq. (6), second term. [D2] λ is never given; the released code adds the two with weight 1.
-    return l1 * smooth_l1 + giou * (1 - iou_and_giou(pred, target)[1]).mean()
+    _, overlap = iou_and_giou(pred, target)
+    # [D2] M²IST does not give λ, which is `giou` here; its released code adds the two terms with
+    # weight 1.
+    return l1 * smooth_l1 + giou * (1 - overlap).mean()    # M²IST Eq. (6), HiVG Eq. (14)
+
+
+# --- The contrastive constraint: HiVG Eqs. (9)-(11) -----------------------------------------------
+
 
 def contrastive_loss(text, image, temperature):
-    """L_CLC, HiVG Eqs. (9)-(11): each expression finds its picture in the batch, and each picture its expression.
-    text, image: (N, C) embeddings, row i of both from pair i; they are normalised here. temperature: τ, CLIP's own
-    (0.01 after its pretraining). All other pairs count as negatives, as in the paper, a picture that occurs twice too."""
-    text, image = F.normalize(text.float(), dim=-1), F.normalize(image.float(), dim=-1)
-    logits = text @ image.T / temperature                                # (N, N): row = text, column = picture
-    pair = torch.arange(len(logits), device=logits.device)
-    t2i, i2t = F.cross_entropy(logits, pair), F.cross_entropy(logits.T, pair)      # HiVG Eqs. (9) and (10)
-    return (t2i + i2t) / 2                                                         # HiVG Eq. (11)
+    """L_CLC of HiVG Eq. (11): in a batch, each text must pick its image, and each image its text.
+
+    text, image: (N, C) embeddings; row i of both belongs to pair i. They are normalised here.
+    temperature: τ, taken from CLIP (0.01 after CLIP's pretraining). Returns a float32 scalar. As in
+    the paper, all other pairs are negatives. An image that occurs twice in the batch is then a
+    negative of its own second text.
+    """
+    text = F.normalize(text.float(), dim=-1)
+    image = F.normalize(image.float(), dim=-1)
+
+    # Cosine similarities over τ, (N, N): row i is text i, column j is image j.
+    logits = text @ image.T / temperature
+    pair = torch.arange(len(logits), device=logits.device)    # the right column of row i is i
+    t2i = F.cross_entropy(logits, pair)      # HiVG Eq. (9)
+    i2t = F.cross_entropy(logits.T, pair)    # HiVG Eq. (10)
+    return (t2i + i2t) / 2                   # HiVG Eq. (11)
+
+
+# --- The region-text constraint: HiVG Eqs. (12)-(13) ----------------------------------------------
+
 
 def box_mask(boxes, side):
-    """m_d of HiVG Eq. (13): which cells of a side x side grid lie in the box. (B, 4) -> (B, side * side) bool, row by row.
-    A cell is in if its centre is. [D17] Nearest downsampling, the paper's word, would look at a cell's corner. A box
-    that holds no centre takes the cell that holds the box's own centre, so that no target is without a positive."""
-    x1, y1, x2, y2 = to_corners(boxes.float()).unbind(-1)
-    centres = (torch.arange(side, device=boxes.device) + 0.5) / side
-    columns = (centres >= x1[:, None]) & (centres <= x2[:, None])        # (B, side)
-    rows = (centres >= y1[:, None]) & (centres <= y2[:, None])
-    mask = (rows[:, :, None] & columns[:, None, :]).flatten(1)
-    cell = (boxes[:, :2].float() * side).long().clamp(0, side - 1)       # (B, 2): column, row
-    nearest = F.one_hot(cell[:, 1] * side + cell[:, 0], side * side).bool()
+    """m_d of HiVG Eq. (13): which cells of a grid lie in the box.
+
+    boxes: (B, 4) as (cx, cy, w, h). side: cells along each side of the image, H / P in the paper.
+    Returns (B, side * side) bool, one row of the grid after the other.
+    """
+    boxes = boxes.float()
+    x1, y1, x2, y2 = to_corners(boxes).unbind(-1)    # (B,) each
+
+    # [D17] A cell is in the box if the cell's centre is. The released code looks at the cell's
+    # corner.
+    centres = (torch.arange(side, device=boxes.device) + 0.5) / side         # (side,)
+    columns = (centres >= x1[:, None]) & (centres <= x2[:, None])            # (B, side)
+    rows = (centres >= y1[:, None]) & (centres <= y2[:, None])               # (B, side)
+    mask = (rows[:, :, None] & columns[:, None, :]).flatten(1)               # (B, side * side)
+
+    # A small box may lie between the centres. It takes the cell that holds the centre of the box.
+    cell = (boxes[:, :2] * side).long().clamp(0, side - 1)                   # (B, 2): column, row
+    nearest = F.one_hot(cell[:, 1] * side + cell[:, 0], side * side).bool()  # (B, side * side)
     return torch.where(mask.any(1, keepdim=True), mask, nearest)
 
+
 class RegionText(nn.Module):
-    """<t_eos, MLP(v_i)> of HiVG Eq. (12): how much each cell of the picture answers to the text.
-    forward: t (B, C), v (B, N, C), both out of the grounding encoder -> scores (B, N), before the sigmoid. [D19] "After
-    normalization" is a LayerNorm of v and the unit length of t, as released: with both of unit length, scores could not
-    leave [-1, 1] and σ not come near 0 or 1."""
+    """<t_eos, MLP(v_i)> of HiVG Eq. (12): a score for how well each image token matches the text.
+
+    dim: the width C of the grounding encoder. hidden: the width inside the MLP.
+    """
+
     def __init__(self, dim, hidden):
         super().__init__()
-        self.norm, self.fc1, self.fc2 = nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.norm = nn.LayerNorm(dim)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, t, v):
-        h = self.fc1(self.norm(v))
-        return (self.fc2(h * torch.sigmoid(1.702 * h)) @ F.normalize(t, dim=-1)[..., None])[..., 0]      # QuickGELU
+        """Return the scores before the sigmoid of Eq. (12), (B, N).
+
+        t: (B, C), the [EOS] token. v: (B, N, C), the image tokens. Both are outputs of the
+        grounding encoder.
+        """
+        # [D19] The normalization of the paper is a LayerNorm of v and the unit length of t.
+        h = self.fc1(self.norm(v))                     # (B, N, hidden)
+        h = h * torch.sigmoid(1.702 * h)               # QuickGELU, the activation of CLIP
+        t = F.normalize(t, dim=-1)[..., None]          # (B, C, 1)
+        scores = self.fc2(h) @ t                       # HiVG Eq. (12), <t_eos, MLP(v_i)>; (B, N, 1)
+        return scores[..., 0]                          # (B, N)
+
 
 def region_text_loss(scores, mask, padding, focal=20.0, dice=2.0):
-    """L_RTCC, HiVG Eqs. (12)-(13): the cells of the box answer to the text, the others do not.
-    scores: (B, N), <t_eos, MLP(v_i)> before the sigmoid of Eq. (12), which is in here for its logarithm's sake.
-    mask: (B, N) bool, from box_mask. padding: (B, N) bool; padded cells count for nothing. [D18]
-    focal, dice: λ_focal and λ_dice. Focal loss with α 0.25 and γ 2 (Lin et al., ICCV 2017), the mean over a picture's
-    cells; dice with 1 added above and below (Milletari et al., 3DV 2016)."""
-    scores, target, real = scores.float(), mask.float(), (~padding).float()
-    s = scores.sigmoid()                                                 # HiVG Eq. (12)
-    right = torch.where(mask, s, 1 - s)
+    """L_RTCC of HiVG Eq. (13): image tokens in the box must match the text, the others must not.
+
+    scores: (B, N) from RegionText, before the sigmoid of Eq. (12). The sigmoid is applied here,
+    where its logarithm can be computed without overflow. mask: (B, N) bool, from box_mask. padding:
+    (B, N) bool, True where a token is padding. focal, dice: λ_focal and λ_dice. Returns a float32
+    scalar.
+
+    The focal loss has α = 0.25 and γ = 2 (Lin et al., ICCV 2017) and is averaged over the tokens of
+    an image. The dice loss has 1 added above and below the line (Milletari et al., 3DV 2016).
+    """
+    scores = scores.float()
+    target = mask.float()
+    # [D18] Padded tokens get the weight 0 in every sum below. In the released code they are
+    # negatives.
+    real = (~padding).float()
+    s = scores.sigmoid()    # HiVG Eq. (12)
+
+    # Focal loss: a cross-entropy in which tokens that are already right weigh little.
+    right = torch.where(mask, s, 1 - s)                     # the probability of the right answer
+    alpha = torch.where(mask, 0.25, 0.75)
     cross_entropy = F.binary_cross_entropy_with_logits(scores, target, reduction="none")
-    by_cell = torch.where(mask, 0.25, 0.75) * (1 - right) ** 2 * cross_entropy
-    focal_loss = (by_cell * real).sum(1) / real.sum(1)
+    by_token = alpha * (1 - right) ** 2 * cross_entropy     # (B, N)
+    focal_loss = (by_token * real).sum(1) / real.sum(1)     # (B,)
+
+    # Dice loss: one minus the overlap of the predicted region with the true one.
     overlap = (s * target * real).sum(1)
-    dice_loss = 1 - (2 * overlap + 1) / ((s * real).sum(1) + (target * real).sum(1) + 1)
-    return (focal * focal_loss + dice * dice_loss).mean()                # HiVG Eq. (13)
+    size = (s * real).sum(1) + (target * real).sum(1)
+    dice_loss = 1 - (2 * overlap + 1) / (size + 1)          # (B,)
+
+    return (focal * focal_loss + dice * dice_loss).mean()    # HiVG Eq. (13)
+
+
+# --- The sum: HiVG Eq. (15) -----------------------------------------------------------------------
+
 
 def total_loss(found, boxes, l1, giou, contrast=0.0, focal=0.0, dice=0.0):
-    """L_total, HiVG Eq. (15), each part with its coefficient; with the last three 0 it is M²IST Eq. (6). HiVG's Table 8:
-    l1 2, giou 2, focal 20, dice 2. [D26] The released code adds a third, of a segmentation head. boxes: (B, 4), the true
-    ones. found: a Grounding (model.py): .boxes, and for the constraints .text, .image, .temperature, .scores, .padding."""
-    loss = box_loss(found.boxes, boxes, l1, giou)                                          # HiVG Eq. (14)
+    """L_total of HiVG Eq. (15). With contrast, focal and dice at 0 this is M²IST's loss, Eq. (6).
+
+    found: what a grounding model returns. `.boxes` is always needed, `.text`, `.image` and
+    `.temperature` for the contrastive loss, `.scores` and `.padding` for the region-text loss.
+    boxes: (B, 4), the true boxes. HiVG's Table 8 has l1 = 2, giou = 2, focal = 20, dice = 2, and
+    Eq. (15) has contrast = 1. A loss whose coefficient is 0 is not computed.
+    """
+    # [D26] The paper sums three losses; the released code adds that of a segmentation head.
+    loss = box_loss(found.boxes, boxes, l1, giou)    # HiVG Eq. (14)
+
     if contrast:
         loss = loss + contrast * contrastive_loss(found.text, found.image, found.temperature)
+
     if focal or dice:
-        mask = box_mask(boxes, math.isqrt(found.scores.shape[1]))
+        side = math.isqrt(found.scores.shape[1])    # the image tokens form a square grid
+        mask = box_mask(boxes, side)
         loss = loss + region_text_loss(found.scores, mask, found.padding, focal, dice)
-    return loss
+
+    return loss    # HiVG Eq. (15)
