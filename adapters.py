@@ -1,226 +1,659 @@
-"""What is plugged in beside or into frozen encoders. Imports torch alone.
+"""The adapters of both papers, beside or inside frozen encoders. This file imports torch alone.
 
-    ExpertAdapter, InteractionAdapter, M3ISA, AdapterNetworks     M²IST Section III-B
-    CrossModalBridge                                              HiVG Section 3.2
+    ExpertAdapter, InteractionAdapter, M3ISA, AdapterNetworks    M²IST Section III-B
+    CrossModalBridge                                             HiVG Section 3.2
+    record_ports                                                 for encoders of other projects
 
-A frozen encoder layer has two ports: `a`, what its attention puts out, and `g`, what its feed-forward puts out, both
-before they are added to the residual stream. A bridge and an inserted adapter write at them. A side network reads both and
-never writes back, so that no gradient needs to pass the encoder:
+A frozen encoder layer has two ports: `a` is the output of its attention and `g` is the output of
+its feed-forward network, both before they are added to the residual stream. A bridge and an
+inserted adapter write to a port. A side network reads both ports and writes to neither. Nothing
+feeds back into the encoder, so the encoder runs without autograd, which is where M²IST saves its
+memory:
 
       frozen encoder   x_0 ──[layer 1]──[layer 2]── ... ──[layer L]── x_out ──(+)──> f
                         │     │a_1 │g_1  │a_2 │g_2         │a_L │g_L           │
                         │    IEA   EA   IEA   EA          IEA   EA             │
                         └─────(+)──(+)───(+)──(+)── ... ───(+)──(+)── s_L ─────┘
 
-Symbols (paper = here):   C_v, C_l = vision_dim, text_dim        C_d = bottleneck      s = scale
-    C_i = interaction_dim   VEA, LEA = ExpertAdapter   IEA = InteractionAdapter   x_v, x_l = vision, text tokens
-Shapes: B batch, N tokens of one modality, C its width. Everything is (B, N, C).
+Symbols (paper = here), M²IST:
+    C_v, C_l = vision_dim, text_dim     x_v, x_l = tokens of vision, of text     s = scale
+    C_d = bottleneck                    C_i = interaction_dim
+    VEA, LEA = ExpertAdapter            IEA = InteractionAdapter
+Symbols (paper = here), HiVG:
+    H_v, H_l = vision_dim, text_dim     n = text_layers            L_l <= max_tokens
+    f_l^i = texts[i - 1]                w_l = weights              *f_l^i = calibrated[i - 1]
+    W_proj = projection                 *f_l^ml = text             f_v^sa = output of `semantic`
+
+Shapes: B batch, N tokens of one modality, C its width, M tokens of the text. Layers count from 1.
+EA stands for both VEA and LEA.
+
+M²IST's side networks beside other people's encoders. This example needs
+`from torchvision.models import vit_b_16` and `from transformers import BertModel`. You bring
+images (B, 3, 224, 224), tokens (B, M) and your_loss. In a loop, make the optimizer once.
+
+    vit, bert = vit_b_16().eval(), BertModel.from_pretrained("bert-base-uncased").eval()
+    v = record_ports(vit.encoder.layers, attention="self_attention", ffn="mlp")
+    t = record_ports(bert.encoder.layer, attention="attention.output.dense", ffn="output.dense")
+    networks = AdapterNetworks(768, 768, layers=6, text_layers=[7, 8, 9, 10, 11, 12])
+    with torch.no_grad():                                    # both encoders are frozen
+        logits, encoded = vit(images), bert(tokens)          # each pass fills a record
+    f_v = v.x_out + networks.side("vision", v.x0, v.ports)   # x0: [CLS] and patches, with positions
+    f_l = t.x_out + networks.side("text", t.x0, t.ports)     # x0: the output of BERT's embeddings
+    your_loss(f_v, f_l).backward()
+    torch.optim.AdamW(networks.parameters(), lr=1e-3).step()
+
+Where this file differs from a paper or its released code ("code"):
+
+[D3] the initial weights of the adapters
+    paper   Kaiming normal, M²IST Section IV-B a
+    code    it ends up with N(0, 0.02), Xavier and U(0, 1) biases, depending on the layer
+    here    Kaiming normal weights and zero biases
+    why     the paper first
+
+[D4] the residual of an adapter
+    paper   an adapter adds its own input, M²IST Eqs. (1), (4), (5)
+    code    it does not
+    here    it does not, unless `residual` is set
+    why     in a side network this residual would add the output of the frozen encoder once more in
+            every layer
+
+[D5] the factor s of IEA
+    paper   s = 0.1 for all adapters
+    code    s is commented out in IEA, and undone by a LayerNorm in LEA
+    here    s for all adapters
+    why     the paper first
+
+[D6] the text layers that are paired with vision layers 1-6
+    paper   7-12 are best, M²IST Table VIII c
+    code    1-6
+    here    the caller chooses; model.py has 7-12
+    why     the paper first
+
+[D9] the tokens that an adapter of a side network reads
+    paper   "processed tokens from" the attention and the feed-forward network
+    code    vision: before the residual; text: after the residual and its LayerNorm, and the output
+            of the adapters then passes BERT's own LayerNorms
+    here    before the residual, for both modalities; the output of the adapters is added as it is
+    why     one rule for both modalities, and a LayerNorm would undo s
+
+[D13] the initial weights w_l of HiVG Eq. (3)
+    paper   not given
+    code    N(0, 1)
+    here    0
+    why     Eq. (3) then starts as the identity on CLIP's text; noise would hide the text features,
+            for good at the positions that few texts reach
+
+[D14] the cross-attention of the bridge
+    paper   the image attends to its text, HiVG Section 3.2
+    code    it views the text as (batch, heads, ...) in the wrong order, so a sample attends to
+            other samples' texts
+    here    each sample attends to its own text
+    why     a box must not depend on the rest of the batch
+
+[D15] padded text in the bridge
+    paper   texts are padded to 77 tokens
+    code    padding is not masked in the bridge
+    here    padding is masked
+    why     a text gives the same box whether it is padded or trimmed
+
+[D38] the initial weights of inserted adapters
+    paper   Kaiming normal for M³ISA; inserted adapters are not mentioned
+    code    no inserted adapters
+    here    Kaiming normal in a side network; inside an encoder the last linear starts at 0
+    why     AdaptFormer and MRS-Adapter start so in their own code; noise would disturb the frozen
+            encoder
+
+[D40] the bridges that HiVG's ablations compare
+    paper   "w/o cross-attention module" (Table 4) and "a MLP structure" (Table 10)
+    code    neither
+    here    the mean of the text tokens is added to every image token; w = MLP(f), of hidden width
+            H_l / 4, which is 0 at first
+    why     this is the least that still lets the text in; the MLP starts as the weights of [D13] do
 """
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+
 def init_adapter(module):
-    """Kaiming normal weights (paper, Section IV-B a) and zero biases, of a linear; any other module is left as it is."""
+    """Initialise a linear as M²IST Section IV-B a says. Any other module is left as it is."""
     if isinstance(module, nn.Linear):
-        nn.init.kaiming_normal_(module.weight)    # [D3] the released code ends up with three other inits
+        # [D3] The released code ends up with three other initialisations.
+        nn.init.kaiming_normal_(module.weight)
         nn.init.zeros_(module.bias)
 
+
+# --- The adapters of M²IST, Section III-B a -------------------------------------------------------
+
+
 class ExpertAdapter(nn.Module):
-    """VEA or LEA, M²IST Eq. (1): a bottleneck that adapts the tokens of one modality, (B, N, C) -> (B, N, C).
-    dim: width C of the tokens. bottleneck: C_d. scale: s. residual: add the input too, as Eq. (1) writes it."""
+    """VEA or LEA, M²IST Eq. (1): a bottleneck that adapts the tokens of one modality.
+
+    dim: the width C of the tokens. bottleneck: C_d. scale: s.
+    residual: add the input too, as Eq. (1) does.
+    """
+
     def __init__(self, dim, bottleneck=128, scale=0.1, residual=False):
         super().__init__()
-        self.norm = nn.LayerNorm(dim)          # "we do not show the LayerNorm for simplicity", Section III-B
+        # Fig. 2 leaves this LayerNorm out: "we do not show the LayerNorm for simplicity".
+        self.norm = nn.LayerNorm(dim)
         self.down = nn.Linear(dim, bottleneck)
         self.up = nn.Linear(bottleneck, dim)
-        self.scale, self.residual = scale, residual
+        self.scale = scale
+        self.residual = residual
         self.apply(init_adapter)
 
     def forward(self, x):
-        out = self.scale * self.up(F.relu(self.down(self.norm(x))))     # M²IST Eq. (1), the scaled term
-        # [D4] Eq. (1) adds x itself; in a side network that would add the frozen encoder's output once more per
-        # layer. The released code leaves it out, and so does this unless `residual` is set.
-        return x + out if self.residual else out
+        """x: (B, N, C). Returns (B, N, C)."""
+        z = F.relu(self.down(self.norm(x)))    # (B, N, C_d)
+        out = self.scale * self.up(z)          # M²IST Eq. (1), the term after the plus sign
+        # [D4] Eq. (1) adds x as well; the released code does not.
+        if self.residual:
+            out = x + out
+        return out
 
-class InteractionAdapter(nn.Module):
-    """IEA, M²IST Eqs. (2)-(5): vision and text keep their own down-projections and share one up-projection.
-    The shared tensor is all that vision and text have in common: a token's first look at the other modality is
-    through weights that both train ("channel-level alignment"), never through the other's tokens. So an image is
-    encoded once, however many expressions are asked of it.
-    vision_dim, text_dim: C_v, C_l. bottleneck: C_d. interaction_dim: C_i <= min(C_v, C_l). residual: as Eqs. (4), (5).
-    vision, text: (B, N, C_v), (B, N, C_l) -> the same shape. forward(x_v, x_l) -> both."""
-    def __init__(self, vision_dim, text_dim, bottleneck=128, interaction_dim=256, scale=0.1, residual=False):
-        super().__init__()
-        if interaction_dim > min(vision_dim, text_dim):
-            raise ValueError(f"interaction_dim (C_i) is {interaction_dim}, more than the narrower of the two encoders: "
-                             f"C_v {vision_dim}, C_l {text_dim}")
-        self.vision_down = nn.Linear(vision_dim, bottleneck)
-        self.text_down = nn.Linear(text_dim, bottleneck)
-        self.shared_up = nn.Linear(bottleneck, interaction_dim)     # one tensor for both modalities
-        # The channels beyond C_i are each modality's own. At full size C_v = C_i, and vision has none.
-        self.vision_up = nn.Linear(bottleneck, vision_dim - interaction_dim) if vision_dim > interaction_dim else None
-        self.text_up = nn.Linear(bottleneck, text_dim - interaction_dim) if text_dim > interaction_dim else None
-        self.scale, self.residual = scale, residual
-        self.apply(init_adapter)
 
-    def _adapt(self, x, down, own_up):
-        z = F.relu(down(x))                                        # (B, N, C_d); the ReLU is in the text, not in Eq. (2)
-        shared = self.shared_up(z)                                 # (B, N, C_i), the "interacted tokens" of Fig. 2
-        f = shared if own_up is None else torch.cat([own_up(z), shared], dim=-1)     # M²IST Eqs. (2), (3)
-        out = self.scale * f                                       # [D5] the released code forgets s here
-        return x + out if self.residual else out                   # M²IST Eqs. (4), (5); [D4]
+class PairAdapter(nn.Module):
+    """The base class of adapters for a port that a vision layer and a text layer have in common.
+
+    A subclass defines `vision` and `text`. Each of the two takes tokens (B, N, C) and returns what
+    is added to the stream of this modality, (B, N, C). `modalities` names the modalities that the
+    adapter adapts.
+    """
+
+    modalities = ("vision", "text")
 
     def vision(self, x):
-        return self._adapt(x, self.vision_down, self.vision_up)    # M²IST Eqs. (2), (4)
+        raise NotImplementedError
 
     def text(self, x):
-        return self._adapt(x, self.text_down, self.text_up)        # M²IST Eqs. (3), (5)
+        raise NotImplementedError
 
-    def forward(self, x_v, x_l):
-        return self.vision(x_v), self.text(x_l)
+    def method_for(self, modality):
+        """Return the method `vision` or the method `text`."""
+        if modality == "vision":
+            return self.vision
+        return self.text
 
-class ExpertPair(nn.Module):
-    """VEA and LEA, each for its own modality; where one is not among `parts`, its method is None and nothing stands there.
-    vision, text: (B, N, C_v), (B, N, C_l) -> the same shape."""
-    def __init__(self, vision_dim, text_dim, bottleneck=128, scale=0.1, residual=False, parts=("vision", "text")):
+
+class InteractionAdapter(PairAdapter):
+    """IEA, M²IST Eqs. (2)-(5): a down-projection for each modality, and a shared up-projection.
+
+    The shared weights are the whole interaction ("channel-level alignment"): both modalities train
+    them, but no token of one modality meets a token of the other. So the image is encoded once for
+    all of its texts.
+
+    vision_dim, text_dim: C_v, C_l. bottleneck: C_d. interaction_dim: C_i <= min(C_v, C_l).
+    scale: s. residual: add the input too, as Eqs. (4) and (5) do.
+    """
+
+    def __init__(self, vision_dim, text_dim, bottleneck=128, interaction_dim=256, scale=0.1,
+                 residual=False):
         super().__init__()
-        if "vision" in parts:
-            self.vea = ExpertAdapter(vision_dim, bottleneck, scale, residual)
-        if "text" in parts:
-            self.lea = ExpertAdapter(text_dim, bottleneck, scale, residual)
-        vars(self).update({modality: None for modality in ("vision", "text") if modality not in parts})
+        if interaction_dim > min(vision_dim, text_dim):
+            raise ValueError(f"interaction_dim (C_i) is {interaction_dim}, more than the "
+                             f"narrower of the two encoders: C_v {vision_dim}, C_l {text_dim}")
+        self.vision_down = nn.Linear(vision_dim, bottleneck)
+        self.text_down = nn.Linear(text_dim, bottleneck)
+        self.shared_up = nn.Linear(bottleneck, interaction_dim)    # one tensor for both modalities
+
+        # The channels beyond C_i belong to one modality alone. At full size C_v = C_i, and vision
+        # has none.
+        self.vision_up = None
+        if vision_dim > interaction_dim:
+            self.vision_up = nn.Linear(bottleneck, vision_dim - interaction_dim)
+        self.text_up = None
+        if text_dim > interaction_dim:
+            self.text_up = nn.Linear(bottleneck, text_dim - interaction_dim)
+
+        self.scale = scale
+        self.residual = residual
+        self.apply(init_adapter)
 
     def vision(self, x):
+        """x_v: (B, N, C_v). Returns (B, N, C_v)."""
+        f = self._project(x, self.vision_down, self.vision_up)    # M²IST Eq. (2)
+        return self._scaled(x, f)                                 # M²IST Eq. (4)
+
+    def text(self, x):
+        """x_l: (B, N, C_l). Returns (B, N, C_l)."""
+        f = self._project(x, self.text_down, self.text_up)        # M²IST Eq. (3)
+        return self._scaled(x, f)                                 # M²IST Eq. (5)
+
+    def _project(self, x, down, own_up):
+        z = F.relu(down(x))           # (B, N, C_d); the text has this ReLU, Eqs. (2) and (3) do not
+        shared = self.shared_up(z)    # (B, N, C_i), the "interacted tokens" of Fig. 2
+        if own_up is None:
+            return shared
+        return torch.cat([own_up(z), shared], dim=-1)    # (B, N, C)
+
+    def _scaled(self, x, f):
+        out = self.scale * f    # [D5] The released code leaves s out here.
+        # Eqs. (4) and (5) add x as well; as in ExpertAdapter this is an option.
+        if self.residual:
+            out = x + out
+        return out
+
+    def forward(self, x_v, x_l):
+        """x_v: (B, N_v, C_v), x_l: (B, N_l, C_l). Returns both, adapted."""
+        return self.vision(x_v), self.text(x_l)
+
+
+class ExpertPair(PairAdapter):
+    """VEA for vision and LEA for text. An ablation may leave either of the two out (Table V b, c).
+
+    modalities: those that get an expert. The other arguments are those of ExpertAdapter.
+    """
+
+    def __init__(self, vision_dim, text_dim, bottleneck=128, scale=0.1, residual=False,
+                 modalities=("vision", "text")):
+        super().__init__()
+        self.modalities = modalities
+        self.vea = None
+        if "vision" in modalities:
+            self.vea = ExpertAdapter(vision_dim, bottleneck, scale, residual)
+        self.lea = None
+        if "text" in modalities:
+            self.lea = ExpertAdapter(text_dim, bottleneck, scale, residual)
+
+    def vision(self, x):
+        """x_v: (B, N, C_v). Returns (B, N, C_v)."""
         return self.vea(x)
 
     def text(self, x):
+        """x_l: (B, N, C_l). Returns (B, N, C_l)."""
         return self.lea(x)
 
-# What can stand at a port: name -> how it is made of (C_v, C_l) and the options of M3ISA. It has two methods, `vision` and
-# `text`, each from tokens to what is added to them. A new adapter is a class like ExpertPair, and a row here.
+
+# --- The adapters by name -------------------------------------------------------------------------
+# To add an adapter, write a subclass of PairAdapter, a function like the four below, and a row in
+# ADAPTERS. Its name is then a valid value of attention_port and ffn_port. `options` holds
+# bottleneck, interaction_dim, interaction_bottleneck, scale and residual. The names of the
+# adapter's last linears must end in "up", so that AdapterNetworks.insert finds them.
+
+
+def make_iea(vision_dim, text_dim, options):
+    return InteractionAdapter(vision_dim, text_dim, options["interaction_bottleneck"],
+                              options["interaction_dim"], options["scale"], options["residual"])
+
+
+def make_ea(vision_dim, text_dim, options):
+    return ExpertPair(vision_dim, text_dim, options["bottleneck"], options["scale"],
+                      options["residual"])
+
+
+def make_vea(vision_dim, text_dim, options):
+    """The vision expert alone, Table V (c)."""
+    return ExpertPair(vision_dim, text_dim, options["bottleneck"], options["scale"],
+                      options["residual"], modalities=("vision",))
+
+
+def make_lea(vision_dim, text_dim, options):
+    """The language expert alone, Table V (b)."""
+    return ExpertPair(vision_dim, text_dim, options["bottleneck"], options["scale"],
+                      options["residual"], modalities=("text",))
+
+
 ADAPTERS = {
-    "iea": lambda d, o: InteractionAdapter(*d, o["interaction_bottleneck"], o["interaction_dim"], o["scale"], o["residual"]),
-    "ea": lambda d, o: ExpertPair(*d, o["bottleneck"], o["scale"], o["residual"]),
-    "vea": lambda d, o: ExpertPair(*d, o["bottleneck"], o["scale"], o["residual"], ("vision",)),             # Table V (c)
-    "lea": lambda d, o: ExpertPair(*d, o["bottleneck"], o["scale"], o["residual"], ("text",))}               # Table V (b)
+    "none": None,    # nothing at this port
+    "iea": make_iea,
+    "ea": make_ea,
+    "vea": make_vea,
+    "lea": make_lea,
+}
+
+
+# --- Stacks of adapters: M²IST Section III-B b ----------------------------------------------------
+
 
 class M3ISA(nn.ModuleDict):
-    """A mixture of adapters, for one vision layer and the text layer it is paired with (Fig. 2, right): {port: adapter}.
-    The paper's has IEA at the attention ports, VEA and LEA at the feed-forward ports (Table VI d). attention_port,
-    ffn_port: a name from ADAPTERS, or "none"."""
-    def __init__(self, vision_dim, text_dim, attention_port="iea", ffn_port="ea", **options):
-        options = dict(bottleneck=128, interaction_dim=256, interaction_bottleneck=128, scale=0.1, residual=False) | options
-        super().__init__({port: ADAPTERS[kind]((vision_dim, text_dim), options)
-                          for port, kind in (("attention", attention_port), ("ffn", ffn_port)) if kind != "none"})
+    """M³ISA: the adapters of one vision layer and of the text layer paired with it (Fig. 2, right).
+
+    This is a dictionary {port: PairAdapter}. The paper's M³ISA has IEA at the attention port, and
+    VEA and LEA at the feed-forward port (Table VI d).
+
+    attention_port, ffn_port: a name from ADAPTERS. interaction_bottleneck: the C_d of
+    IEA. The other options are those of the adapters.
+    """
+
+    def __init__(self, vision_dim, text_dim, attention_port="iea", ffn_port="ea", bottleneck=128,
+                 interaction_dim=256, interaction_bottleneck=128, scale=0.1, residual=False):
+        super().__init__()
+        options = {
+            "bottleneck": bottleneck,
+            "interaction_dim": interaction_dim,
+            "interaction_bottleneck": interaction_bottleneck,
+            "scale": scale,
+            "residual": residual,
+        }
+        for port, name in (("attention", attention_port), ("ffn", ffn_port)):
+            if name not in ADAPTERS:
+                raise ValueError(f"there is no adapter {name!r} for the {port} port: "
+                                 f"choose one of {', '.join(ADAPTERS)}")
+            make = ADAPTERS[name]
+            if make is not None:
+                self[port] = make(vision_dim, text_dim, options)
+
 
 class Inserted(nn.Module):
-    """An adapter within an encoder, at a port of one of its layers: "sequential" reads what the port puts out, "parallel"
-    what the sublayer was given. adapt: the bound method `vision` or `text`, so that its weights keep the one name they have."""
+    """An adapter inside an encoder, at a port of one of its layers (Fig. 3 a, b).
+
+    adapt: a function from tokens (B, N, C) to what is added at the port, (B, N, C).
+    insertion: "sequential" adapts the output of the sublayer, "parallel" adapts its input, the
+    residual stream.
+    """
+
     def __init__(self, adapt, insertion):
         super().__init__()
-        self.adapt, self.insertion = adapt, insertion
+        # `adapt` is the bound method `vision` or `text` of an adapter. A bound method is no module,
+        # so the adapter is not registered here. Its weights keep the one name that they have in
+        # AdapterNetworks, and occur once in a state dict. copy.deepcopy of a whole model binds the
+        # copied method to the copied adapter.
+        self.adapt = adapt
+        self.insertion = insertion
 
     def forward(self, out, x, context):
-        return out + self.adapt(out if self.insertion == "sequential" else x)
+        """Add the adapter's output at the port. `context` is for bridges and not used here.
+
+        out: (B, N, C), the output of the sublayer. x: (B, N, C), the residual stream before it.
+        """
+        if self.insertion == "sequential":
+            return out + self.adapt(out)
+        return out + self.adapt(x)
+
 
 class AdapterNetworks(nn.Module):
-    """A stack of M³ISAs on a pair of encoders, and the three forms to insert it (Fig. 3, Table VII). M²IST's is `side`,
-    Section III-B b, the two side networks:
-        s_0 = x_0        s_l = s_{l-1} + IEA_l(a_l) + EA_l(g_l)        to be added to the encoder's output: s_L
-    a_l and g_l are read before the residual and its LayerNorm. [D9] The released code reads text after them, and sends
-    the adapters' output through BERT's own norms, which undo s. `sequential` and `parallel` write the ports instead.
-    layers: how many pairs. text_layers: those paired with vision layers 1 .. layers, in that order; the paper's best is
-    7-12 with 1-6 (Table VIII c; [D6] the released code pairs 1-6 with 1-6). options: those of M3ISA."""
+    """A stack of M³ISAs on a pair of encoders, used in one of three forms (Fig. 3, Table VII).
+
+    `side` is M²IST's form: two side networks, one for each modality,
+
+        s_0 = x_0        s_l = s_{l-1} + IEA_l(a_l) + EA_l(g_l)
+
+    and s_L is added to the output of the encoder. The other two forms, "sequential" and "parallel",
+    write the ports of the encoder's layers; `insert` sets them up.
+
+    layers: how many pairs of layers there are. text_layers: the text layers that are paired with
+    the vision layers 1 .. layers, in this order. options: those of M3ISA.
+    """
+
     def __init__(self, vision_dim, text_dim, layers, text_layers, **options):
         super().__init__()
         if len(text_layers) != layers:
-            raise ValueError(f"{layers} vision layers cannot be paired with text layers {list(text_layers)}")
-        self.layers = {"vision": list(range(1, layers + 1)), "text": list(text_layers)}
-        self.blocks = nn.ModuleList(M3ISA(vision_dim, text_dim, **options) for _ in range(layers))
+            raise ValueError(f"{layers} vision layers cannot be paired with text layers "
+                             f"{list(text_layers)}")
+        self.layers = {
+            "vision": list(range(1, layers + 1)),
+            "text": list(text_layers),    # [D6] the paper's best is 7-12, the released code has 1-6
+        }
+        self.blocks = nn.ModuleList()
+        for _ in range(layers):
+            self.blocks.append(M3ISA(vision_dim, text_dim, **options))
 
-    def standing(self, modality):
-        """[(layer, {port: the method that adapts it}), ...], shallow first."""
-        return [(layer, {port: getattr(adapter, modality) for port, adapter in block.items() if getattr(adapter, modality)})
-                for layer, block in zip(self.layers[modality], self.blocks)]
+    def adapts(self, modality):
+        """Say whether any adapter adapts this modality. If none does, it has no side network."""
+        for block in self.blocks:
+            for adapter in block.values():
+                if modality in adapter.modalities:
+                    return True
+        return False
 
     def side(self, modality, x0, ports):
-        """x0: (B, N, C), what entered the encoder. ports: [{"attention": a_1, "ffn": g_1}, ...] of all layers. -> s_L like x0,
-        or 0 where this modality has no adapter, and so no side network."""
-        standing = self.standing(modality)
-        s = x0 if any(adapts for _, adapts in standing) else 0
-        for layer, adapts in standing:
-            s = s + sum(adapt(ports[layer - 1][port]) for port, adapt in adapts.items())
+        """Run the side network of one modality.
+
+        x0: (B, N, C), the tokens that entered the first encoder layer. ports: for each layer of the
+        encoder, {"attention": a_l, "ffn": g_l}. Returns s_L (B, N, C), to be added to the output of
+        the encoder.
+        """
+        s = x0    # s_0 = x_0
+        for layer, block in zip(self.layers[modality], self.blocks):
+            # [D9] Both modalities read a_l and g_l before the residual and its LayerNorm.
+            read = ports[layer - 1]    # {"attention": a_l, "ffn": g_l}
+
+            # The terms of a layer are summed first, and their sum is added to s. A float sum
+            # depends on the order, and our published figures were computed in this one.
+            terms = 0
+            for port, adapter in block.items():
+                if modality in adapter.modalities:
+                    adapt = adapter.method_for(modality)
+                    terms = terms + adapt(read[port])    # IEA_l(a_l), then EA_l(g_l)
+            s = s + terms    # s_l = s_{l-1} + IEA_l(a_l) + EA_l(g_l)
         return s
 
     def insert(self, modality, layers, insertion):
-        """Plug the adapters into an encoder's layers. [D38] They start as the identity, their last linear at 0."""
-        for layer, adapts in self.standing(modality):
-            for port, adapt in adapts.items():
-                layers[layer - 1].plugs[port] = Inserted(adapt, insertion)
-        for name, p in self.named_parameters():
+        """Put the adapters of one modality into the layers of its encoder.
+
+        layers: the encoder's layers, each with a ModuleDict `plugs` of what writes to its ports.
+        insertion: "sequential" or "parallel", see Inserted.
+        """
+        for layer, block in zip(self.layers[modality], self.blocks):
+            for port, adapter in block.items():
+                if modality in adapter.modalities:
+                    adapt = adapter.method_for(modality)
+                    layers[layer - 1].plugs[port] = Inserted(adapt, insertion)
+
+        # [D38] An inserted adapter starts as the identity: the weights of its last linears are 0.
+        for name, parameter in self.named_parameters():
             if name.endswith("up.weight"):
-                nn.init.zeros_(p)
+                nn.init.zeros_(parameter)
+
+
+# --- The ports of other people's encoders ---------------------------------------------------------
+
+
+class PortRecord:
+    """What a side network needs from a forward pass of an encoder. Each pass fills it anew."""
+
+    def __init__(self, layers):
+        self.x0 = None       # (B, N, C)  input of layer 1; s_0 of a side network
+        self.ports = []      # one dictionary for each layer: {"attention": a_l, "ffn": g_l}
+        self.x_out = None    # (B, N, C)  output of the last layer; a final LayerNorm comes later
+        self.hooks = []      # handles of the hooks that fill this record
+        for _ in range(layers):
+            self.ports.append({})
+
+    def begin(self, first_layer, inputs):
+        """A forward pre-hook of layer 1: forget the last pass and note x_0."""
+        for port in self.ports:
+            port.clear()
+        self.x_out = None
+        self.x0 = inputs[0]
+
+    def end(self, last_layer, inputs, output):
+        """A forward hook of the last layer."""
+        self.x_out = first_of(output)
+
+    def saver(self, number, port):
+        """Make a forward hook that notes the output of a submodule as a_l or g_l."""
+
+        def save(submodule, inputs, output):
+            self.ports[number - 1][port] = first_of(output)
+
+        return save
+
+    def remove(self):
+        """Remove the hooks from the encoder. What the record holds stays."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
+
+
+def first_of(output):
+    """A module may return a tuple, say tokens and attention weights. The tokens come first."""
+    if isinstance(output, tuple):
+        return output[0]
+    return output
+
+
+def record_ports(layers, attention, ffn):
+    """Let the layers of any encoder report their ports, by forward hooks. Returns a PortRecord.
+
+    layers: a list of modules, shallow first; the first argument of each is its tokens (B, N, C),
+    batch first. attention, ffn: the dotted name, within each layer, of the submodule whose output
+    is a_l or g_l. Choose the module whose output is added to the residual stream: in BERT this is
+    the linear before the LayerNorm. Raises ValueError if a layer lacks one of the two. The method
+    `remove` of the record removes the hooks.
+    """
+    layers = list(layers)
+    if not layers:
+        raise ValueError("there are no layers whose ports could be recorded")
+
+    # All submodules are looked up before the first hook is set.
+    submodules = []    # (layer number, port, submodule)
+    for number, layer in enumerate(layers, start=1):
+        for port, name in (("attention", attention), ("ffn", ffn)):
+            try:
+                submodules.append((number, port, layer.get_submodule(name)))
+            except AttributeError:
+                raise ValueError(f"layer {number} has no {name!r}") from None
+
+    record = PortRecord(len(layers))
+    record.hooks.append(layers[0].register_forward_pre_hook(record.begin))
+    for number, port, submodule in submodules:
+        record.hooks.append(submodule.register_forward_hook(record.saver(number, port)))
+    record.hooks.append(layers[-1].register_forward_hook(record.end))
+    return record
+
+
+# --- Attention ------------------------------------------------------------------------------------
+
 
 def quick_gelu(x):
+    """The activation of CLIP, a cheap approximation of GELU."""
     return x * torch.sigmoid(1.702 * x)
 
-def attend(q, k, v, heads, padding, dropout=0.0, causal=False):
-    """Multi-head attention: q (B, N, C); k, v (B, M, C) and their padding (B, M), or None -> (B, N, C)."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))          # (B, heads, N, C / heads)
-    mask = None if padding is None else ~padding[:, None, None, :]                       # True = may be looked at
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal).transpose(1, 2).flatten(2)
 
-# A bridge's sample-agnostic weights, HiVG Table 4, by their shape of n, L_l and H_l; and what may stand in their place.
+def attend(q, k, v, heads, padding, dropout=0.0, causal=False):
+    """Multi-head attention between tokens that are already projected.
+
+    q: (B, N, C). k, v: (B, M, C). padding: (B, M) bool, True where a key is padding; or None.
+    causal: no token attends to a later one; padding must then be None. Returns (B, N, C).
+    """
+    q = q.unflatten(-1, (heads, -1)).transpose(1, 2)    # (B, heads, N, C / heads)
+    k = k.unflatten(-1, (heads, -1)).transpose(1, 2)    # (B, heads, M, C / heads)
+    v = v.unflatten(-1, (heads, -1)).transpose(1, 2)    # (B, heads, M, C / heads)
+
+    mask = None
+    if padding is not None:
+        mask = ~padding[:, None, None, :]    # (B, 1, 1, M), True where a key may be attended to
+
+    out = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
+    return out.transpose(1, 2).flatten(2)    # (B, heads, N, C / heads) -> (B, N, C)
+
+
+# --- The bridge: HiVG Section 3.2 -----------------------------------------------------------------
+
+# The forms of the bridge's weights w_l. Four are named by their shape in n (layers), L_l (tokens)
+# and H_l (channels), as in Table 4; "none" has no weights; "aware" computes the weights from the
+# text (Table 10, line 1).
 BRIDGE_WEIGHTS = ("nxLxH", "nxLx1", "nx1xH", "1x1xH", "none", "aware")
 
+
 class CrossModalBridge(nn.Module):
-    """MACB, HiVG Section 3.2 and Fig. 7: lets a layer of the vision encoder see the text, of all its layers at once.
-    Stands at the attention port of a CLIP vision layer. Symbols (paper = here): n = text_layers, L_l <= max_tokens,
-    H_v, H_l = vision_dim, text_dim, f_l^i = texts[i - 1], w_l = weights, W_proj = projection, f_v^sa = what `semantic`
-    returns. heads: those of the cross-attention; 0 for none, where every token of the picture is given the mean of the
-    text's (Table 4, line 2) [D40]. weights: a name from BRIDGE_WEIGHTS, "aware" for an MLP of the text in their place
-    (Table 10, line 1) [D40]. only: the one of the context's texts that this bridge is given, from 0 (Table 4, line 7)."""
-    def __init__(self, vision_dim, text_dim, text_layers, max_tokens, heads, weights="nxLxH", only=None):
+    """MACB, HiVG Section 3.2 and Fig. 7: a layer of the vision encoder sees the text of all layers.
+
+    The bridge writes the attention port of a CLIP vision layer.
+
+    vision_dim, text_dim: H_v, H_l. text_layers: n, how many text layers the bridge reads.
+    max_tokens: the largest L_l. heads: those of the cross-attention; 0 means no cross-attention
+    (Table 4, line 2). weights: a name from BRIDGE_WEIGHTS. only: None, or the index, from 0, of the
+    one text layer that the bridge reads (Table 4, line 7).
+    """
+
+    def __init__(self, vision_dim, text_dim, text_layers, max_tokens, heads, weights="nxLxH",
+                 only=None):
         super().__init__()
-        self.n, self.heads, self.only = text_layers, heads, only
-        # [D13] One weight for each layer, place and channel, the same for all samples. 0 is "as CLIP has it"; the paper
-        # names no start, and the released code's N(0, 1) hides the features at first.
-        sizes = {"n": text_layers, "L": max_tokens, "H": text_dim, "1": 1}
-        self.weights = nn.Parameter(torch.zeros([sizes[axis] for axis in weights.split("x")])) if "x" in weights else None
+        if weights not in BRIDGE_WEIGHTS:
+            raise ValueError(f"there are no bridge weights {weights!r}: "
+                             f"choose one of {', '.join(BRIDGE_WEIGHTS)}")
+        self.n = text_layers
+        self.heads = heads
+        self.only = only
+
+        # [D13] Weights of 0 leave the text as CLIP has it: the residual of Eq. (3) starts as the
+        # identity. They do not depend on the sample ("sample-agnostic"). An axis of size 1 is
+        # shared.
+        self.weights = None
+        if weights not in ("none", "aware"):
+            sizes = {"n": text_layers, "L": max_tokens, "H": text_dim, "1": 1}
+            shape = [sizes[axis] for axis in weights.split("x")]
+            self.weights = nn.Parameter(torch.zeros(shape))
+
+        # [D40] The sample-aware weights are an MLP of the text, whose output is 0 at first.
         self.aware = None
         if weights == "aware":
-            self.aware = nn.Sequential(nn.Linear(text_dim, text_dim // 4), nn.ReLU(), nn.Linear(text_dim // 4, text_dim))
-            nn.init.zeros_(self.aware[2].weight), nn.init.zeros_(self.aware[2].bias)
-        self.projection = nn.Linear(text_layers * text_dim, vision_dim)
+            self.aware = nn.Sequential(
+                nn.Linear(text_dim, text_dim // 4),
+                nn.ReLU(),
+                nn.Linear(text_dim // 4, text_dim),
+            )
+            nn.init.zeros_(self.aware[2].weight)
+            nn.init.zeros_(self.aware[2].bias)
+
+        self.projection = nn.Linear(text_layers * text_dim, vision_dim)    # W_proj
+
+        # The multi-head cross-attention, and the LayerNorm of its query.
         if heads:
             self.norm = nn.LayerNorm(vision_dim)
-            self.q, self.k, self.v, self.out = (nn.Linear(vision_dim, vision_dim) for _ in range(4))
-        self.fc1, self.fc2 = nn.Linear(vision_dim, 4 * vision_dim), nn.Linear(4 * vision_dim, vision_dim)
+            self.q = nn.Linear(vision_dim, vision_dim)
+            self.k = nn.Linear(vision_dim, vision_dim)
+            self.v = nn.Linear(vision_dim, vision_dim)
+            self.out = nn.Linear(vision_dim, vision_dim)
+
+        # The feed-forward network.
+        self.fc1 = nn.Linear(vision_dim, 4 * vision_dim)
+        self.fc2 = nn.Linear(4 * vision_dim, vision_dim)
 
     def select(self, texts):
-        """n features (B, L_l, H_l) -> *f_l^ml (B, L_l, H_v)."""
+        """Weigh the text features of all layers and project them into the vision encoder's space.
+
+        texts: n features f_l^i, each (B, L_l, H_l). Returns *f_l^ml (B, L_l, H_v).
+        """
+        if len(texts) != self.n:
+            raise ValueError(f"the bridge reads {self.n} text layers, not {len(texts)}")
+
+        calibrated = []    # n features *f_l^i, each (B, L_l, H_l)
         if self.weights is not None:
-            by_layer = self.weights.expand(self.n, -1, -1)
-            texts = [w[:f.shape[1]] * f + f for w, f in zip(by_layer, texts, strict=True)]          # HiVG Eq. (3)
-        elif self.aware:
-            texts = [self.aware(f) * f + f for f in texts]
-        return self.projection(torch.cat(texts, dim=-1))                                            # HiVG Eq. (4)
+            by_layer = self.weights.expand(self.n, -1, -1)    # one w_l^i for each of the n layers
+            for w, f in zip(by_layer, texts):
+                w = w[:f.shape[1]]              # a batch may be trimmed to its longest text
+                calibrated.append(w * f + f)    # HiVG Eq. (3)
+        elif self.aware is not None:
+            for f in texts:
+                w = self.aware(f)               # (B, L_l, H_l), computed from the text itself
+                calibrated.append(w * f + f)
+        else:
+            calibrated = texts
+
+        return self.projection(torch.cat(calibrated, dim=-1))    # HiVG Eq. (4)
 
     def semantic(self, vision, texts, padding):
-        """vision (B, N, H_v), texts: n times (B, L_l, H_l), padding (B, L_l) -> f_v^sa (B, N, H_v)."""
-        text = self.select(texts)
+        """f_v^sa, the semantic-aware visual features.
+
+        vision: (B, N, H_v). texts: n features (B, L_l, H_l). padding: (B, L_l), True where a token
+        is padding. Returns (B, N, H_v).
+        """
+        text = self.select(texts)    # (B, L_l, H_v)
         if self.heads:
-            # [D14] The released code views (L_l, B, H) as (B, heads, ...) here, so that a sample attends to its neighbours'
-            # texts. [D15] Nor does it mask the padding.
-            found = self.out(attend(self.q(self.norm(vision)), self.k(text), self.v(text), self.heads, padding))
+            # [D14] Each sample attends to its own text; in the released code to those of other
+            # samples, too. [D15] Padded text tokens are masked; in the released code they are not.
+            q = self.q(self.norm(vision))    # (B, N, H_v)
+            attended = attend(q, self.k(text), self.v(text), self.heads, padding)
+            attended = self.out(attended)    # (B, N, H_v)
         else:
-            real = (~padding)[..., None].to(text.dtype)
-            found = (text * real).sum(1, True) / real.sum(1, True)
-        return self.fc2(quick_gelu(self.fc1(found)))
+            # Without cross-attention every image token gets the mean of the real text tokens.
+            real = (~padding)[..., None].to(text.dtype)                  # (B, L_l, 1)
+            attended = (text * real).sum(1, True) / real.sum(1, True)    # (B, 1, H_v)
+        return self.fc2(quick_gelu(self.fc1(attended)))
 
     def forward(self, out, x, context):
-        """At the attention port: out = attention's output, x = what the layer was given, context = (texts, padding)."""
+        """Add f_v^sa at the attention port: the layers l ∈ C of HiVG Section 3.3.
+
+        out: (B, N, H_v), the output of the attention. x: (B, N, H_v), the input of the layer.
+        context: (texts, padding), as `semantic` takes them. Returns (B, N, H_v).
+        """
         texts, padding = context
-        texts = texts if self.only is None else [texts[self.only]]
-        return out + self.semantic(x + out, texts, padding)         # HiVG Section 3.2: "back to the block as residuals"
+        if self.only is not None:
+            texts = [texts[self.only]]
+        # The query is the residual stream after the self-attention, x + out. The result returns
+        # "back to the block as residuals" (Section 3.2).
+        return out + self.semantic(x + out, texts, padding)
