@@ -1,624 +1,1699 @@
-"""Datasets: from names and files to batches.
+"""Datasets: from names and files to pictures, expressions and boxes, and from these to batches.
 
-    shapes                    the generated default: pictures of coloured shapes, expressions that single one out
-    DATASETS, load_samples    RefCOCO and its family, ReferItGame, Flickr30k, one's own JSONL: a Sample for each expression
-    augment, letterbox        a picture into its padded square, with the box and the padding mask
-    GroundingDataset, collate what the DataLoader uses
-    draw, main                pictures of boxes; the command line that counts, checks and draws
+M²IST Section IV-A and HiVG Section 4.1 with Table 6 list the datasets that this file reads. It
+also generates a small dataset, `shapes`, which needs no files. This file imports nothing of the
+project, so that it can be copied alone.
 
-Boxes: in a Sample (x1, y1, x2, y2) in pixels of the stored image; in a batch (cx, cy, w, h) in [0, 1] of the square.
+    "refcoco" --load_samples--> [Sample, ...] --GroundingDataset--> [Item, ...] --collate--> batch
+
+Conventions
+
+    box      in a Sample: (x1, y1, x2, y2) in pixels of the stored picture
+             in a batch:  (cx, cy, w, h) in [0, 1] of the padded square picture
+    padding  a mask of bools, in which True means padding
+    B        number of samples in a batch
+    S        side of the padded square, in pixels: 640 for M²IST, 224 for HiVG, 64 for `shapes`
+    T        number of tokens of the longest text in a batch
+    N_v      number of vision tokens of a picture (HiVG: L_v)
+
+    paper symbol               variable
+    M²IST z_0, HiVG I          images   (B, 3, S, S)
+    HiVG T (script letter)     tokens   (B, T)
+    HiVG L_t                   T
+
+Formats of annotations
+
+Under --root (default: data), or in a folder directly below it, each dataset may
+lie in one of three published formats. The files that exist tell which one.
+
+    dataset           REFER                    TransVG       MDETR
+    refcoco           refcoco/refs(unc).p      unc/          refcoco
+    refcoco+          refcoco+/refs(unc).p     unc+/         refcoco+
+    refcocog-umd      refcocog/refs(umd).p     gref_umd/     refcocog
+    refcocog-google   refcocog/refs(google).p  gref/         -
+    referit           -                        referit/      -
+    flickr30k         -                        flickr/       -
+
+    REFER    This is the format of lichengunc/refer. Each folder also holds
+             instances.json. Boxes are x, y, w, h.
+    TransVG  CLIP-VG and HiVG use this format too. The folder unc/ holds
+             unc_train.pth, unc_val.pth and so on. Boxes are x, y, w, h, but
+             those of referit and flickr are x1, y1, x2, y2.
+    MDETR    The files are finetune_refcoco_train.json and so on.
+             Boxes are x, y, w, h.
+    JSONL    This is the format for your own pictures: FILE.jsonl, with one JSON
+             object per line. Boxes are x1, y1, x2, y2 in pixels of the stored
+             picture. Picture paths are relative to the folder of the file:
+             {"image": "1.jpg", "text": "the red cup", "box": [12, 40, 96, 170],
+              "split": "train"}
+
+The pictures of each dataset are looked for in these folders:
+
+    RefCOCO, RefCOCO+, RefCOCOg    images/train2014
+                                   train2014
+                                   other/images/mscoco/images/train2014
+                                   other/images/train2014
+    referit                        referit/images
+    flickr30k                      Flickr30k/flickr30k-images
+                                   Flickr30k/flickr30k_images
+
+Pickled files are read without running any code.
+
+Where the files come from
+
+Users reported these addresses. None of them could be tried where this file was
+written. An address that is too long for a line continues on the next line.
+
+    RefCOCO in REFER's format
+        https://web.archive.org/web/20220413011718/
+        https://bvisionweb1.cs.unc.edu/licheng/referit/data/refcoco.zip
+    RefCOCO+ in REFER's format
+        https://web.archive.org/web/20220413011656/
+        https://bvisionweb1.cs.unc.edu/licheng/referit/data/refcoco+.zip
+    RefCOCOg in REFER's format, with both of its splits
+        https://web.archive.org/web/20220413012904/
+        https://bvisionweb1.cs.unc.edu/licheng/referit/data/refcocog.zip
+    pictures of COCO train2014, 13.5 GB
+        http://images.cocodataset.org/zips/train2014.zip
+    MDETR's JSON files
+        https://zenodo.org/record/4729015/files/
+        mdetr_annotations.tar.gz?download=1
+    TransVG's .pth files and DETR weights, ReferItGame's pictures (saiapr_tc-12)
+        The READMEs of TransVG and CLIP-VG link shared drives.
+    Flickr30k's pictures
+        Their authors give them out after a form has been filled in.
+
+The server of REFER's authors is gone, so these are copies in the Web Archive.
+--download fetches what is missing of the four RefCOCO datasets: the annotations
+in REFER's format, and the pictures that the annotations name. It continues a
+download that was interrupted, overwrites no file, and keeps the archives, which
+you may delete after the last dataset. --mirror ADDRESS takes the same archives
+from another address.
+
+Leaks
+
+All pictures of the RefCOCO datasets belong to COCO train2014. The public DETR
+weights were trained on all of train2014, and so have seen the pictures of val
+and test. TransVG publishes weights that have not seen them: detr-r50-unc.pth
+for RefCOCO and RefCOCO+, and detr-r50-gref.pth for RefCOCOg. Pass one of these
+files to train.py by --vision-weights. Training and evaluation print and record
+`leaky_pretraining` for each run: true, false, or null if it is not known. There
+is no public list of the pictures that CLIP was pretrained on, so it is null for
+CLIP.
+
+The training split of refcocog-google holds pictures that are in the test splits
+of other RefCOCO datasets. If several datasets are joined by commas, a picture
+in val or test of one of them is left out of the joint training split.
+
+Where this file differs from a paper or its released code ("code"):
+
+[D22] the mean and standard deviation that normalise pixels for CLIP
+    paper   says nothing
+    code    ImageNet's values
+    here    CLIP's own values
+    why     a frozen encoder should see pixels as in its pretraining
+
+[D32] random scales and places in training
+    paper   HiVG Appendix B: "other data augmentation techniques remain consistent with previous
+            approaches"
+    code    TransVG's augmentation; HiVG's scales go down to 32 of 224 pixels
+    here    TransVG's augmentation, with its scales in proportion: 0.7 to 1 of the square;
+            on `shapes` only a random place in the square
+    why     a picture of 32 pixels shows nothing, and the words of `shapes` are about places
+
+[D36] crops, mirror images and fractions of pixels
+    paper   says nothing
+    code    a crop is accepted if the box centre's x is greater than the crop's top (a y), and its
+            y greater than the crop's left edge (an x), so objects get lost; "left" and "right" are
+            exchanged inside "bright" too; boxes are cut to integers
+    here    the centre lies inside the crop on all four sides; only whole words are exchanged;
+            there is no crop for words about places, and no mirror image for ordinals and digits;
+            boxes stay floats
+    why     the object must be in the picture, and the words must stay true
 """
 import argparse
 import functools
 import itertools
 import json
 import math
+import operator
 import os
 import pickle
 import random
 import re
+import shutil
+import sys
 import textwrap
 import urllib.request
 import zipfile
 import zlib
 from pathlib import Path
-from typing import NamedTuple, Union
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
-import torchvision.transforms.functional as TF
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from model import DETR_URL, METHODS, InputError, one_of, run, save_whole
 
-# Mean and standard deviation of the pixels in pretraining: ImageNet's for DETR; CLIP's own, which [D22] released HiVG lacks.
-PIXELS = {"detr": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-          "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))}
+# -------------------------------------------------------------------------------------------------
+# Errors and files: what all command lines share
+
+class InputError(ValueError):
+    """The user's input is wrong. The message names the file, line or flag, and the way out."""
+
+
+def one_of(what, value, valid):
+    """Raise InputError unless `value` is one of the valid values."""
+    if value not in valid:
+        raise InputError(f"unknown {what} {value!r}: choose one of {', '.join(valid)}")
+
+
+def run_command(main):
+    """Run a command line. Wrong input gives one line on stderr and exit status 2, no traceback."""
+    try:
+        main()
+    except (InputError, OSError) as error:
+        # An error inside a worker of a DataLoader arrives as a whole traceback. Its last line
+        # begins with "data.InputError: " and holds our message.
+        message = str(error).rsplit("InputError: ", 1)[-1].strip()
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def write_atomically(path, write):
+    """Call write(temporary path), then rename: a crash never leaves a half-written file."""
+    partial = Path(f"{path}.{os.getpid()}.partial")
+    write(partial)
+    partial.replace(path)
+
+
+# -------------------------------------------------------------------------------------------------
+# Samples and pixel statistics
 
 class Sample(NamedTuple):
-    """One expression of one object. image: the picture's path, or the scene's number in `shapes`."""
-    image: Union[Path, int]
-    text: str
-    box: tuple
-    image_id: Union[str, int]
+    """One expression about one object."""
+    image: Path | int     # path of the picture, or the scene's number in `shapes`
+    text: str             # the expression
+    box: tuple            # (x1, y1, x2, y2) of the object, in pixels of the stored picture
+    image_id: str | int   # the picture's name within its dataset, or the scene's number
 
-# --- shapes: the generated default. A scene is a function of its number; nothing is stored. --------------------------
-COLOURS = {"red": (208, 52, 44), "green": (58, 156, 70), "blue": (48, 92, 200), "yellow": (232, 196, 50)}
+
+class Pixels(NamedTuple):
+    """How an encoder's pretraining normalised its pixels, in the order red, green, blue."""
+    mean: tuple
+    std: tuple
+
+
+PIXELS = {
+    # DETR was pretrained with ImageNet's statistics.
+    "detr": Pixels(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+    # [D22] CLIP has statistics of its own, which HiVG's released code does not use.
+    "clip": Pixels(mean=(0.48145466, 0.4578275, 0.40821073),
+                   std=(0.26862954, 0.26130258, 0.27577711)),
+}
+
+
+# -------------------------------------------------------------------------------------------------
+# shapes, the generated default: scenes. A scene is a function of its number; nothing is stored.
+
+COLOURS = {"red": (208, 52, 44), "green": (58, 156, 70), "blue": (48, 92, 200),
+           "yellow": (232, 196, 50)}
 SHAPES = ("circle", "square", "triangle")
-RADII = {"small": (11, 14), "large": (19, 24)}        # half the side of the box, in pixels; nothing lies between
-WIDTH, HEIGHTS = 128, (96, 128)                       # of a picture; letterboxing to 64 pixels halves it
-CLEAR = 10                                            # pixels by which a place must differ before words may rest on it
+RADII = {"small": (11, 14), "large": (19, 24)}   # least and greatest half side of a box, in pixels
+WIDTH = 128                                      # of every picture, in pixels
+HEIGHTS = (96, 128)                              # least and greatest height of a picture
 
-# split: first scene number, scenes, objects in a scene, and the residues of the scene's checksum that belong to it.
-# The checksum is of the scene's content, thing by thing, and each residue has one split, so no scene can be in two.
+# Two objects must differ by so many pixels before an expression may rest on which of them is
+# further left, right, up or down.
+CLEAR = 10
+
+
+class ShapesSplit(NamedTuple):
+    """The scenes that belong to one split of `shapes`."""
+    first: int        # number of the split's first scene
+    scenes: int       # number of scenes
+    objects: tuple    # least and greatest number of objects in a scene
+    residues: tuple   # checksums of the split's scenes, modulo 8
+
+
+# The checksum covers the whole content of a scene. Each residue belongs to one split alone, so no
+# scene can appear in two splits.
 SHAPES_SPLITS = {
-    "train": (0, 8000, (2, 5), (3, 4, 5, 6, 7)),
-    "val": (10_000_000, 400, (2, 5), (0,)),
-    "testA": (20_000_000, 400, (2, 3), (1,)),         # few distractors
-    "testB": (30_000_000, 400, (5, 7), (2,))}         # many
+    "train": ShapesSplit(first=0, scenes=8000, objects=(2, 5), residues=(3, 4, 5, 6, 7)),
+    "val": ShapesSplit(first=10_000_000, scenes=400, objects=(2, 5), residues=(0,)),
+    # Like RefCOCO's, the two test splits differ: testA has few distractors, testB has many.
+    "testA": ShapesSplit(first=20_000_000, scenes=400, objects=(2, 3), residues=(1,)),
+    "testB": ShapesSplit(first=30_000_000, scenes=400, objects=(5, 7), residues=(2,)),
+}
+
 
 class Thing(NamedTuple):
-    """An object of a scene: its centre (x, y) and half its side r, in pixels."""
-    colour: str
-    shape: str
-    size: str
-    x: int
-    y: int
-    r: int
+    """One object of a scene. The checksum of a scene covers the name of this class and of its
+    fields. If one of them changed, so would all pictures."""
+    colour: str   # one of COLOURS
+    shape: str    # one of SHAPES
+    size: str     # "small" or "large"
+    x: int        # centre, in pixels from the left
+    y: int        # centre, in pixels from the top
+    r: int        # half the side of the box, in pixels
 
     @property
     def box(self):
         return (self.x - self.r, self.y - self.r, self.x + self.r, self.y + self.r)
 
-def random_things(rng, height, count):
-    """Up to `count` things that do not touch, of a few colours, so that some look alike."""
-    colours = rng.sample(sorted(COLOURS), 3)
-    things = []
-    for _ in range(count):
-        for _ in range(20):
-            size = "large" if rng.random() < 0.35 else "small"
-            r = rng.randint(*RADII[size])
-            x, y = rng.randint(r + 1, WIDTH - r - 2), rng.randint(r + 1, height - r - 2)
-            if all(max(abs(x - t.x), abs(y - t.y)) > r + t.r + 2 for t in things):
-                things.append(Thing(rng.choice(colours), rng.choice(SHAPES), size, x, y, r))
-                break
-    return things
+
+class Expression(NamedTuple):
+    """An expression that fits exactly one object of a scene."""
+    text: str
+    target: int   # index of that object in the scene's list
+
+
+class Scene(NamedTuple):
+    """The content of one picture of `shapes`, and what is asked about it."""
+    height: int         # of the picture, in pixels
+    things: list        # of Thing
+    expressions: list   # three of Expression
+
 
 @functools.lru_cache(maxsize=50_000)
 def scene(number):
-    """The scene of a number: (height, [Thing, ...], [(text, index of the thing meant), ...])."""
-    start, scenes, counts, residues = max((s for s in SHAPES_SPLITS.values() if s[0] <= number), key=lambda s: s[0])
+    """Return the scene that has this number, always the same one."""
+    split = split_of_scene(number)
     rng = random.Random(number)
-    while True:
-        height = rng.randint(*HEIGHTS)
-        things = random_things(rng, height, rng.randint(*counts))
-        if len(things) >= counts[0] and zlib.crc32(repr((height, things)).encode()) % 8 in residues:
-            expressions = [describe(rng, things) for _ in range(3)]
-            if None not in expressions:
-                return height, things, expressions
 
-# An expression is a description (colour, shape, size; None where unsaid; {} below) and a way to tell the things it fits apart.
-SIDES = {             # side -> (score of a thing, least at the very side; phrases of that one; of one on that side of another)
-    "left": (lambda t: t.x, ("the leftmost {}", "the {} furthest to the left", "the {} on the left"),
-             ("the {} to the left of the {}", "the {} left of the {}")),
-    "right": (lambda t: -t.x, ("the rightmost {}", "the {} furthest to the right", "the {} on the right"),
-              ("the {} to the right of the {}", "the {} right of the {}")),
-    "top": (lambda t: t.y, ("the topmost {}", "the highest {}", "the {} at the top"),
-            ("the {} above the {}", "the {} higher than the {}")),
-    "bottom": (lambda t: -t.y, ("the lowest {}", "the bottom {}", "the {} at the bottom"),
-               ("the {} below the {}", "the {} under the {}"))}
+    while True:   # until a scene belongs to the split and can be described
+        height = rng.randint(*HEIGHTS)
+        things = random_things(rng, height, rng.randint(*split.objects))
+        if len(things) < split.objects[0]:
+            continue
+        if checksum(height, things) % 8 not in split.residues:
+            continue
+        expressions = [describe(rng, things) for _ in range(3)]
+        if None not in expressions:
+            return Scene(height, things, expressions)
+
+
+def split_of_scene(number):
+    """Return the split of `shapes` that a scene belongs to: the last one that has started."""
+    started = [split for split in SHAPES_SPLITS.values() if split.first <= number]
+    return max(started, key=operator.attrgetter("first"))
+
+
+def checksum(height, things):
+    """Return a number that depends on the whole content of a scene."""
+    return zlib.crc32(repr((height, things)).encode())
+
+
+def random_things(rng, height, count):
+    """Return at most `count` objects that do not touch each other, in at most three colours."""
+    colours = rng.sample(sorted(COLOURS), 3)
+    things = []
+    for _ in range(count):
+        for _ in range(20):   # tries to find a free place for one more object
+            size = "large" if rng.random() < 0.35 else "small"
+            r = rng.randint(*RADII[size])
+            x = rng.randint(r + 1, WIDTH - r - 2)
+            y = rng.randint(r + 1, height - r - 2)
+            if is_free(x, y, r, things):
+                colour = rng.choice(colours)
+                shape = rng.choice(SHAPES)
+                things.append(Thing(colour, shape, size, x, y, r))
+                break
+    return things
+
+
+def is_free(x, y, r, things):
+    """Return whether a box of half side r around (x, y) keeps clear of all objects."""
+    for thing in things:
+        distance = max(abs(x - thing.x), abs(y - thing.y))
+        if distance <= r + thing.r + 2:
+            return False
+    return True
+
+
+# -------------------------------------------------------------------------------------------------
+# shapes: expressions. An expression names attributes of its object and, if several objects have
+# these attributes (the candidates), adds what tells the object apart from the other candidates.
+
+class Description(NamedTuple):
+    """The attributes that an expression names. None means that it does not name this one."""
+    colour: str | None
+    shape: str | None
+    size: str | None
+
+
+class Chances(NamedTuple):
+    """The probability with which an expression names each attribute."""
+    colour: float
+    shape: float
+    size: float
+
+
+def from_left(thing):
+    return thing.x
+
+
+def from_right(thing):
+    return -thing.x
+
+
+def from_top(thing):
+    return thing.y
+
+
+def from_bottom(thing):
+    return -thing.y
+
+
+class Side(NamedTuple):
+    """How objects are compared by their position towards one side of the picture."""
+    key: Callable         # sort key of an object; the object nearest to this side comes first
+    superlatives: tuple   # phrases about the object nearest to this side
+    comparatives: tuple   # phrases about an object that is nearer to this side than another one
+
+
+SIDES = {
+    "left": Side(
+        from_left,
+        ("the leftmost {}", "the {} furthest to the left", "the {} on the left"),
+        ("the {} to the left of the {}", "the {} left of the {}")),
+    "right": Side(
+        from_right,
+        ("the rightmost {}", "the {} furthest to the right", "the {} on the right"),
+        ("the {} to the right of the {}", "the {} right of the {}")),
+    "top": Side(
+        from_top,
+        ("the topmost {}", "the highest {}", "the {} at the top"),
+        ("the {} above the {}", "the {} higher than the {}")),
+    "bottom": Side(
+        from_bottom,
+        ("the lowest {}", "the bottom {}", "the {} at the bottom"),
+        ("the {} below the {}", "the {} under the {}")),
+}
 ORDINALS = ("second", "third", "fourth")
-NOUNS = ("shape", "object")
+NOUNS = ("shape", "object")                      # used where an expression names no shape
 SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 
-def random_description(rng, thing, chance):
-    """Some of a thing's attributes, each with `chance`: (colour, shape, size), None where left unsaid."""
-    return tuple(value if rng.random() < p else None for value, p in zip(thing[:3], chance))
+
+def random_description(rng, thing, chances):
+    """Return some of an object's attributes, each with its chance."""
+    values = []
+    for value, chance in zip((thing.colour, thing.shape, thing.size), chances):
+        named = rng.random() < chance
+        values.append(value if named else None)
+    return Description(*values)
+
 
 def fits(thing, description):
-    return all(said is None or said == value for said, value in zip(description, thing[:3]))
+    """Return whether an object has all the attributes that a description names."""
+    if description.colour is not None and description.colour != thing.colour:
+        return False
+    if description.shape is not None and description.shape != thing.shape:
+        return False
+    if description.size is not None and description.size != thing.size:
+        return False
+    return True
+
 
 def words(rng, description):
-    colour, shape, size = description
-    noun = shape or rng.choice(NOUNS)
-    return " ".join(w for w in (rng.choice(SIZE_WORDS[size]) if size else None, colour, noun) if w)
+    """Put a description into words, for example "little red circle" or "blue object"."""
+    noun = description.shape
+    if noun is None:
+        noun = rng.choice(NOUNS)
 
-# A way returns an expression that means `target` alone, or None where its random choices fail. candidates: what `said` fits.
-def by_attributes(rng, things, target, said, candidates):
-    if any(said) and candidates == [target]:
-        return "the " + words(rng, said)
+    parts = []
+    if description.size is not None:
+        parts.append(rng.choice(SIZE_WORDS[description.size]))
+    if description.colour is not None:
+        parts.append(description.colour)
+    parts.append(noun)
+    return " ".join(parts)
 
-def by_rank(rng, things, target, said, candidates, ordinal=False):
-    """The one furthest to a side, or the second, third, ... from it; it and all before it are told apart by CLEAR pixels."""
-    side, (score, phrases, _) = rng.choice(list(SIDES.items()))
-    rank = rng.randint(1, len(ORDINALS)) if ordinal else 0
-    ordered = sorted(candidates, key=score)
-    gaps = [score(b) - score(a) for a, b in zip(ordered, ordered[1:])]
-    if len(ordered) > max(rank, 1) and ordered[rank] is target and min(gaps[:rank + 1]) >= CLEAR:
-        return (f"the {ORDINALS[rank - 1]} {{}} from the {side}" if ordinal else rng.choice(phrases)).format(words(rng, said))
 
-def by_relation(rng, things, target, said, candidates):
-    anchor = rng.choice([t for t in things if t is not target])
-    called = random_description(rng, anchor, (0.8, 0.9, 0.4))
-    score, _, phrases = rng.choice(list(SIDES.values()))
-    others = [t for t in candidates if t is not anchor]
-    if any(called) and [t for t in things if fits(t, called)] == [anchor] and len(others) > 1 \
-            and [t for t in others if score(t) < score(anchor)] == [target] and score(anchor) - score(target) >= CLEAR:
-        return rng.choice(phrases).format(words(rng, said), words(rng, called))
+# Each of the four functions below returns an expression that fits `target` and no other object, or
+# None if its random choices do not lead to such an expression.
+#     things       all objects of the scene
+#     target       the object that the expression must single out
+#     named        a description of the target
+#     candidates   all objects that fit this description, the target among them
 
-# A way, and the chances that it says colour, shape and size; as often as they stand here.
-WAYS = (*[(by_attributes, (0.7, 0.8, 0.4))] * 8, *[(by_rank, (0.5, 0.5, 0.2))] * 5, *[(by_relation, (0.5, 0.5, 0.2))] * 4,
-        (functools.partial(by_rank, ordinal=True), (0.5, 0.4, 0.1)))
+def by_attributes(rng, things, target, named, candidates):
+    """Single the target out by its attributes alone: "the small red circle"."""
+    if not any(named) or candidates != [target]:
+        return None
+    return "the " + words(rng, named)
+
+
+def by_side(rng, things, target, named, candidates):
+    """Single the target out as the candidate nearest to a side: "the leftmost circle"."""
+    side = SIDES[rng.choice(list(SIDES))]
+    if not is_clearly_at_rank(0, target, candidates, side):
+        return None
+    phrase = rng.choice(side.superlatives)
+    return phrase.format(words(rng, named))
+
+
+def by_ordinal(rng, things, target, named, candidates):
+    """Single the target out by counting from a side: "the second circle from the left"."""
+    name = rng.choice(list(SIDES))
+    rank = rng.randint(1, len(ORDINALS))   # 0 would be the nearest one, which by_side describes
+    if not is_clearly_at_rank(rank, target, candidates, SIDES[name]):
+        return None
+    return f"the {ORDINALS[rank - 1]} {words(rng, named)} from the {name}"
+
+
+def is_clearly_at_rank(rank, target, candidates, side):
+    """Return whether the target has this rank among the candidates, counted from a side, and nobody
+    can doubt it: from the first candidate to the one behind the target, each lies at least CLEAR
+    pixels further from the side than the one before it."""
+    if len(candidates) < 2 or len(candidates) <= rank:
+        return False
+    ordered = sorted(candidates, key=side.key)
+    if ordered[rank] is not target:
+        return False
+    last = min(rank + 1, len(ordered) - 1)   # there may be no candidate behind the target
+    for i in range(last):
+        if side.key(ordered[i + 1]) - side.key(ordered[i]) < CLEAR:
+            return False
+    return True
+
+
+def by_relation(rng, things, target, named, candidates):
+    """Single the target out by its position to an anchor: "the circle above the red square"."""
+    anchor = rng.choice([thing for thing in things if thing is not target])
+    anchor_named = random_description(rng, anchor, Chances(colour=0.8, shape=0.9, size=0.4))
+    side = SIDES[rng.choice(list(SIDES))]
+
+    # The description of the anchor must fit the anchor alone.
+    if not any(anchor_named):
+        return None
+    if [thing for thing in things if fits(thing, anchor_named)] != [anchor]:
+        return None
+
+    # Of at least two candidates beside the anchor, the target alone must lie on that side of it.
+    others = [thing for thing in candidates if thing is not anchor]
+    if len(others) < 2:
+        return None
+    if [thing for thing in others if side.key(thing) < side.key(anchor)] != [target]:
+        return None
+    if side.key(anchor) - side.key(target) < CLEAR:
+        return None
+
+    phrase = rng.choice(side.comparatives)
+    return phrase.format(words(rng, named), words(rng, anchor_named))
+
+
+class Pattern(NamedTuple):
+    """One kind of expression."""
+    write: Callable    # one of the four functions above
+    chances: Chances   # with which it names the attributes of its target
+
+
+BY_ATTRIBUTES = Pattern(by_attributes, Chances(colour=0.7, shape=0.8, size=0.4))
+BY_SIDE = Pattern(by_side, Chances(colour=0.5, shape=0.5, size=0.2))
+BY_RELATION = Pattern(by_relation, Chances(colour=0.5, shape=0.5, size=0.2))
+BY_ORDINAL = Pattern(by_ordinal, Chances(colour=0.5, shape=0.4, size=0.1))
+
+# A pattern is drawn as often as it is repeated in this list.
+PATTERNS = 8 * [BY_ATTRIBUTES] + 5 * [BY_SIDE] + 4 * [BY_RELATION] + [BY_ORDINAL]
+
 
 def describe(rng, things):
-    """(an expression that means exactly one of the things, that one's index), or None where 100 tries find none."""
-    way, chances = rng.choice(WAYS)
+    """Return an Expression about one of the objects, or None if 100 tries lead to none."""
+    pattern = rng.choice(PATTERNS)
     for _ in range(100):
-        target = rng.randrange(len(things))
-        said = random_description(rng, things[target], chances)
-        if text := way(rng, things, things[target], said, [t for t in things if fits(t, said)]):
-            return text, target
+        index = rng.randrange(len(things))
+        target = things[index]
+        named = random_description(rng, target, pattern.chances)
+        candidates = [thing for thing in things if fits(thing, named)]
+        text = pattern.write(rng, things, target, named, candidates)
+        if text is not None:
+            return Expression(text, index)
+    return None
+
+
+# -------------------------------------------------------------------------------------------------
+# shapes: pictures and samples
 
 def render(number):
-    """The picture of a scene, as PIL draws it."""
+    """Draw the picture of a scene, with small random changes to its colours."""
     height, things, _ = scene(number)
     rng = seeded("paint", number)
-    ground = rng.randint(215, 245)
-    picture = Image.new("RGB", (WIDTH, height), tuple(ground + rng.randint(-8, 8) for _ in range(3)))
+
+    grey = rng.randint(215, 245)
+    background = tuple(grey + rng.randint(-8, 8) for _ in range(3))
+    picture = Image.new("RGB", (WIDTH, height), background)
     pen = ImageDraw.Draw(picture)
-    for t in things:
-        ink = tuple(c + rng.randint(-14, 14) for c in COLOURS[t.colour])
-        outline = [(t.x, t.y - t.r), (t.x + t.r, t.y + t.r), (t.x - t.r, t.y + t.r)] if t.shape == "triangle" else t.box
-        {"circle": pen.ellipse, "square": pen.rectangle, "triangle": pen.polygon}[t.shape](outline, fill=ink)
+
+    for thing in things:
+        colour = tuple(value + rng.randint(-14, 14) for value in COLOURS[thing.colour])
+        x1, y1, x2, y2 = thing.box
+        if thing.shape == "circle":
+            pen.ellipse(thing.box, fill=colour)
+        elif thing.shape == "square":
+            pen.rectangle(thing.box, fill=colour)
+        else:
+            pen.polygon([(thing.x, y1), (x2, y2), (x1, y2)], fill=colour)
     return picture
 
-# --- Datasets by name ------------------------------------------------------------------------------------------------
-# dataset: its name in REFER, TransVG, MDETR; expressions by M²IST Section IV-A a and HiVG Table 6 (google's: their sum alone)
-DATASETS = {
-    "refcoco": ("refcoco/refs(unc).p", "unc", "refcoco", dict(train=120_624, val=10_834, testA=5_657, testB=5_095)),
-    "refcoco+": ("refcoco+/refs(unc).p", "unc+", "refcoco+", dict(train=120_191, val=10_758, testA=5_726, testB=4_889)),
-    "refcocog-umd": ("refcocog/refs(umd).p", "gref_umd", "refcocog", dict(train=80_512, val=4_896, test=9_602)),
-    "refcocog-google": ("refcocog/refs(google).p", "gref", "", dict(train=85_474, val=9_536)),
-    "referit": ("", "referit", "", dict(train=54_127, val=5_842, test=60_103)),
-    "flickr30k": ("", "flickr", "", dict(train=427_193, val=14_433, test=14_481))}
-COCO = ("images/train2014", "train2014", "other/images/mscoco/images/train2014", "other/images/train2014")
-PICTURES = {"referit": ("referit/images",), "flickr30k": ("Flickr30k/flickr30k-images", "Flickr30k/flickr30k_images")}
-NUMPY = [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8")),       # what an array is pickled as
-         *((part, f"numpy.{core}.multiarray.{part.__name__}") for core in ("core", "_core")        # by numpy 1, by numpy 2
-           for part in (np._core.multiarray._reconstruct, np._core.multiarray.scalar))]
 
-# A reader takes a file and yields (where in it, the picture's name, text, box [x1, y1, x2, y2] in pixels, split).
+def shapes_samples(split):
+    """Return the list of Sample of one split of `shapes`."""
+    first, scenes, _, _ = SHAPES_SPLITS[split]
+    samples = []
+    for number in range(first, first + scenes):
+        _, things, expressions = scene(number)
+        for text, target in expressions:
+            box = tuple(float(v) for v in things[target].box)
+            samples.append(Sample(number, text, box, number))
+    return samples
+
+
+# -------------------------------------------------------------------------------------------------
+# Datasets by name
+
+COCO_FOLDERS = ("images/train2014", "train2014", "other/images/mscoco/images/train2014",
+                "other/images/train2014")
+
+
+class DatasetInfo(NamedTuple):
+    """Where a dataset's files lie, and how many expressions the papers count in it."""
+    refer: str | None     # REFER's file
+    transvg: str          # TransVG's folder, which begins the names of the files in it
+    mdetr: str | None     # name in MDETR's files
+    pictures: tuple       # folders in which the pictures may lie
+    expressions: dict     # split: number of expressions
+
+
+# The numbers of expressions are those of M²IST Section IV-A a and HiVG Table 6. For the google
+# split of RefCOCOg the papers give only the sum.
+DATASETS = {
+    "refcoco": DatasetInfo(
+        refer="refcoco/refs(unc).p", transvg="unc", mdetr="refcoco", pictures=COCO_FOLDERS,
+        expressions={"train": 120_624, "val": 10_834, "testA": 5_657, "testB": 5_095}),
+    "refcoco+": DatasetInfo(
+        refer="refcoco+/refs(unc).p", transvg="unc+", mdetr="refcoco+", pictures=COCO_FOLDERS,
+        expressions={"train": 120_191, "val": 10_758, "testA": 5_726, "testB": 4_889}),
+    "refcocog-umd": DatasetInfo(
+        refer="refcocog/refs(umd).p", transvg="gref_umd", mdetr="refcocog", pictures=COCO_FOLDERS,
+        expressions={"train": 80_512, "val": 4_896, "test": 9_602}),
+    "refcocog-google": DatasetInfo(
+        refer="refcocog/refs(google).p", transvg="gref", mdetr=None, pictures=COCO_FOLDERS,
+        expressions={"train": 85_474, "val": 9_536}),
+    "referit": DatasetInfo(
+        refer=None, transvg="referit", mdetr=None, pictures=("referit/images",),
+        expressions={"train": 54_127, "val": 5_842, "test": 60_103}),
+    "flickr30k": DatasetInfo(
+        refer=None, transvg="flickr", mdetr=None,
+        pictures=("Flickr30k/flickr30k-images", "Flickr30k/flickr30k_images"),
+        expressions={"train": 427_193, "val": 14_433, "test": 14_481}),
+}
+
+
+def file_patterns(info):
+    """Return the patterns of a dataset's annotation files, one for each format."""
+    patterns = []
+    if info.refer:
+        patterns.append(info.refer)
+    patterns.append(f"{info.transvg}/{info.transvg}_*.pth")
+    if info.mdetr:
+        patterns.append(f"finetune_{info.mdetr}_*.json")
+    return patterns
+
+
+EXAMPLE_LINE = ('{"image": "a.jpg", "text": "the red cup", "box": [x1, y1, x2, y2], '
+                '"split": "train"}')
+
+
+def folders_below(base):
+    return sorted(base.glob("*/"))
+
+
+def find_files(dataset, root):
+    """Return the annotation files of a dataset, which share one format, and its picture folder."""
+    base = Path(root or "data")
+    path = Path(dataset)
+    is_own_file = path.suffix == ".jsonl" and path.is_file()
+
+    if dataset not in DATASETS and not is_own_file:
+        raise InputError(
+            f"{dataset}: no such dataset (choose shapes, {', '.join(DATASETS)}, or several joined "
+            f"by commas), and no such file, which would be FILE.jsonl with one JSON object per "
+            f"line: {EXAMPLE_LINE}")
+    if root and not base.is_dir():
+        raise InputError(f"--root {root}: there is no such folder; it should hold the annotations "
+                         f"and pictures of {dataset}")
+
+    if dataset in DATASETS:
+        files, place = find_annotations(dataset, base)
+        return files, find_pictures(dataset, base, place)
+    if root:
+        return [path], base
+    return [path], path.parent
+
+
+def find_annotations(dataset, base):
+    """Return a dataset's annotation files and the folder, `base` or one below, that holds them."""
+    info = DATASETS[dataset]
+    patterns = file_patterns(info)
+    for place in [base, *folders_below(base)]:
+        for pattern in patterns:
+            files = [file for file in sorted(place.glob(pattern)) if has_known_split(file, info)]
+            if files:
+                return files, place
+    raise InputError(
+        f"--root {base}: the annotations of {dataset} are neither there nor in a folder directly "
+        f"below; they would match {' or '.join(patterns)}, with the pictures in "
+        f"{' or '.join(info.pictures)}. `python data.py --help` says where the files come from")
+
+
+def has_known_split(file, info):
+    """Return whether an annotation file belongs to a split of the dataset. TransVG has files of
+    other splits, such as trainval, that would repeat samples. REFER has one file for all splits."""
+    if file.suffix == ".p":
+        return True
+    return split_in_name(file) in info.expressions
+
+
+def split_in_name(file):
+    """Return "val" for unc_val.pth or finetune_refcoco_val.json."""
+    return file.stem.rpartition("_")[2]
+
+
+def find_pictures(dataset, base, place):
+    """Return the folder that holds a dataset's pictures, or the one that should hold them.
+    place: the folder that holds the annotations."""
+    names = DATASETS[dataset].pictures
+    for folder in [base, place, *folders_below(base)]:
+        for name in names:
+            if (folder / name).is_dir():
+                return folder / name
+    return base / names[0]
+
+
+# -------------------------------------------------------------------------------------------------
+# Readers, one for each format. A reader takes a file and yields annotations.
+
+class Annotation(NamedTuple):
+    """What a reader yields for one expression, before it is checked."""
+    where: str   # the place in the file, for error messages
+    image: str   # name of the picture
+    text: str    # the expression
+    box: list    # [x1, y1, x2, y2] in pixels of the stored picture
+    split: str
+
+
+def corners(box):
+    """Turn (x, y, w, h) into [x1, y1, x2, y2]."""
+    # [D36] Coordinates stay floats. The released loaders cut them to integers.
+    x, y, w, h = [float(v) for v in box]
+    return [x, y, x + w, y + h]
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads pickled numbers, strings, lists and dicts. A pickle can also ask for a class or a
+    function by its name, and so run any command. This class refuses to load one that does."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"the file asks for {module}.{name}, but annotations need no "
+                                     f"code")
+
+
 def read_refer(path):
-    """REFER: refs(BY).p beside instances.json. A ref's own file_name is of its annotation, not of the picture."""
+    """Read REFER's refs(...).p, with instances.json beside it."""
     with open(path, "rb") as file:
         refs = PlainUnpickler(file, encoding="utf-8", errors="replace").load()
     instances = json.loads((path.parent / "instances.json").read_bytes())
+
+    # A ref has a field file_name, but that is not the name of the picture file.
     names = {image["id"]: image["file_name"] for image in instances["images"]}
-    boxes = {thing["id"]: thing["bbox"] for thing in instances["annotations"]}
+    boxes = {instance["id"]: instance["bbox"] for instance in instances["annotations"]}
+
     for ref in refs:
         for sentence in ref["sentences"]:
-            yield f"ref {ref['ref_id']}", names[ref["image_id"]], sentence["sent"], corners(boxes[ref["ann_id"]]), ref["split"]
+            image = names[ref["image_id"]]
+            box = corners(boxes[ref["ann_id"]])
+            yield Annotation(f"ref {ref['ref_id']}", image, sentence["sent"], box, ref["split"])
 
-class PlainUnpickler(pickle.Unpickler):
-    """For numbers, strings, lists and dicts. Whatever else a pickle asks for by name, say a command to run, is refused."""
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}; annotations need no code")
 
-def corners(box):
-    """(x1, y1, w, h) -> [x1, y1, x2, y2]. Floats stay floats; the released loaders cut them to integers. [D36]"""
-    x, y, w, h = (float(v) for v in box)
-    return [x, y, x + w, y + h]
-
-def read_index(path):
-    """TransVG: DATASET_SPLIT.pth, a list of (picture, size, box, text, ...), of Flickr30k (picture, box, text)."""
-    dataset, _, split = path.stem.rpartition("_")
-    with torch.serialization.safe_globals(NUMPY):                           # boxes may be arrays
+def read_transvg(path):
+    """Read TransVG's DATASET_SPLIT.pth: a list of (picture, size, box, text, ...), or of
+    (picture, box, text) for Flickr30k."""
+    dataset = path.stem.rpartition("_")[0]
+    with torch.serialization.safe_globals(numpy_globals()):   # boxes may be NumPy arrays
         rows = torch.load(path, map_location="cpu", weights_only=True)
+
     for number, row in enumerate(rows):
-        image, box, text = row if len(row) == 3 else (row[0], *row[2:4])
-        box = [float(v) for v in box] if dataset in ("referit", "flickr") else corners(box)
-        yield f"item {number}", image, text, box, split
+        if len(row) == 3:
+            image, box, text = row
+        else:
+            image, box, text = row[0], row[2], row[3]
+        if dataset in ("referit", "flickr"):
+            box = [float(v) for v in box]   # already x1, y1, x2, y2
+        else:
+            box = corners(box)
+        yield Annotation(f"item {number}", image, text, box, split_in_name(path))
+
+
+def numpy_globals():
+    """Return what torch.load may use to rebuild NumPy arrays and numbers. These names run no code.
+    NumPy 1 and NumPy 2 store them under different module names."""
+    allowed = [np.ndarray, np.dtype]
+    for kind in ("f4", "f8", "i4", "i8"):
+        allowed.append(type(np.dtype(kind)))
+    for package in ("core", "_core"):   # NumPy 1, NumPy 2
+        for part in (np._core.multiarray._reconstruct, np._core.multiarray.scalar):
+            allowed.append((part, f"numpy.{package}.multiarray.{part.__name__}"))
+    return allowed
+
 
 def read_mdetr(path):
-    """MDETR: finetune_DATASET_SPLIT.json, COCO's format with one "image" an expression."""
-    content, split = json.loads(path.read_bytes()), path.stem.rpartition("_")[2]
-    boxes = {thing["image_id"]: thing["bbox"] for thing in content["annotations"]}
+    """Read MDETR's finetune_DATASET_SPLIT.json: COCO's format, with one "image" per expression."""
+    content = json.loads(path.read_bytes())
+    boxes = {instance["image_id"]: instance["bbox"] for instance in content["annotations"]}
     for image in content["images"]:
-        yield f"image {image['id']}", image["file_name"], image["caption"], corners(boxes[image["id"]]), split
+        box = corners(boxes[image["id"]])
+        yield Annotation(f"image {image['id']}", image["file_name"], image["caption"], box,
+                         split_in_name(path))
+
 
 def read_jsonl(path):
-    """One's own pictures: an object with these four keys a line, in UTF-8."""
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+    """Read FILE.jsonl: in each line one JSON object with the keys image, text, box and split."""
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")   # some editors write this mark first
+    for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
-            try:
-                item = json.loads(line.decode("utf-8"))
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}, line {number}: not JSON in UTF-8 ({error})") from None
-            if missing := [key for key in ("image", "text", "box", "split") if not isinstance(item, dict) or key not in item]:
-                raise InputError(f"{path}, line {number}: lacks {', '.join(missing)}")
-            yield f"line {number}", item["image"], item["text"], item["box"], item["split"]
+            item = parse_line(line, f"{path}, line {number}")
+            yield Annotation(f"line {number}", item["image"], item["text"], item["box"],
+                             item["split"])
 
-READERS = {".p": read_refer, ".pth": read_index, ".json": read_mdetr, ".jsonl": read_jsonl}
 
-def check(where, image, text, box, split, area):
-    """InputError says what is wrong with what a reader yields, and where. area: whether a box must have one; who wrote the
-    file can mend it, who downloaded it cannot, and may evaluate on it all the same."""
-    if not (isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) and abs(v) < 1e9 for v in box)):  # nor NaN
+def parse_line(line, where):
+    """Return the JSON object in one line of a .jsonl file. where: the line's file and number."""
+    try:
+        item = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: the line is not JSON in UTF-8 ({error})") from None
+
+    keys = item if isinstance(item, dict) else {}
+    missing = [key for key in ("image", "text", "box", "split") if key not in keys]
+    if missing:
+        raise InputError(f"{where}: the line lacks {', '.join(missing)}")
+    return item
+
+
+READERS = {".p": read_refer, ".pth": read_transvg, ".json": read_mdetr, ".jsonl": read_jsonl}
+
+
+def check(annotation, where, needs_area):
+    """Raise InputError if an annotation is not what a Sample can be made of.
+    needs_area: whether a box without area is an error, too. In a file of your own you can correct
+    such a box. In a published dataset you cannot, and evaluation must still count it."""
+    box = annotation.box
+    if not isinstance(box, list) or len(box) != 4 or not all(is_coordinate(v) for v in box):
         raise InputError(f"{where}: box is {box}, not four numbers [x1, y1, x2, y2]")
-    if area and (box[2] <= box[0] or box[3] <= box[1]):
-        raise InputError(f"{where}: box {box} has no area; it is [x1, y1, x2, y2] in pixels, x2 > x1 and y2 > y1")
-    if not all(isinstance(v, str) and v.strip() and v.encode(errors="ignore").decode() == v for v in (image, text, split)):
-        raise InputError(f"{where}: image, text and split must be strings that are not empty, nor broken Unicode")
 
-def find_files(dataset, root):
-    """([annotation file, ...] of one format, the folder of their pictures). What is there says which format it is."""
-    path, base = Path(dataset), Path(root or "data")
-    if dataset not in DATASETS and not (path.suffix == ".jsonl" and path.is_file()):
-        example = '{"image": "a.jpg", "text": "the red cup", "box": [x1, y1, x2, y2], "split": "train"}'
-        raise InputError(f"{dataset}: no such dataset (choose shapes, {', '.join(DATASETS)}, or several joined by commas) and "
-                         f"no such file, FILE.jsonl, of one object a line: {example}")
-    if root and not base.is_dir():
-        raise InputError(f"--root {root}: no such folder; expected the one of the annotations and pictures of {dataset}")
-    if dataset not in DATASETS:
-        return [path], base if root else path.parent
-    (refer, code, mdetr, counts), pictures = DATASETS[dataset], PICTURES.get(dataset, COCO)
-    patterns = list(filter(None, (refer, f"{code}/{code}_*.pth", mdetr and f"finetune_{mdetr}_*.json")))
-    for place, pattern in itertools.product([base, *sorted(base.glob("*/"))], patterns):
-        if found := [f for f in sorted(place.glob(pattern)) if f.suffix == ".p" or f.stem.rpartition("_")[2] in counts]:
-            folders = [folder / name for folder in (base, place, *sorted(base.glob("*/"))) for name in pictures]
-            return found, next(filter(Path.is_dir, folders), folders[0])
-    raise InputError(f"--root {base}: no annotations of {dataset} there or one folder below; looked for {', '.join(patterns)} "
-                     f"(pictures in {' or '.join(pictures)}); the README, `The data`, says where they come from")
+    x1, y1, x2, y2 = box
+    if needs_area and (x2 <= x1 or y2 <= y1):
+        raise InputError(f"{where}: box {box} has no area; a box is [x1, y1, x2, y2] in pixels, "
+                         f"with x2 > x1 and y2 > y1")
 
-def mixed(datasets, root):
-    """The papers' mixed setting: a picture of val or test of any dataset is in train of none. It is told by its path, those of
-    DATASETS by their names too. The splits are train and val, of all, and the others as DATASET/SPLIT."""
-    if "shapes" in datasets:
-        raise InputError("shapes, which is generated, cannot be joined with other datasets")
-    parts = [(dataset, split, samples) for dataset in datasets for split, samples in _by_split(dataset, root).items()]
-    names = lambda dataset, sample: {os.path.abspath(sample.image), *[sample.image_id] * (dataset in DATASETS)}
-    held_out = {name for dataset, split, samples in parts if split != "train" for s in samples for name in names(dataset, s)}
-    train = [(dataset, sample) for dataset, split, samples in parts if split == "train" for sample in samples]
-    clean = [sample for dataset, sample in train if held_out.isdisjoint(names(dataset, sample))]
-    print(f"{','.join(datasets)}: {len(train) - len(clean):,} of {len(train):,} expressions left out of train, whose pictures "
-          f"are in val or test of one of them")
-    splits = {"train": clean, "val": [sample for _, split, samples in parts if split == "val" for sample in samples],
-              **{f"{dataset}/{split}": samples for dataset, split, samples in parts if split != "train"}}
-    return {split: samples for split, samples in splits.items() if samples}
+    for value in (annotation.image, annotation.text, annotation.split):
+        if not is_text(value):
+            raise InputError(f"{where}: image, text and split must be strings that are not empty "
+                             f"and hold no broken Unicode")
+
+
+def is_coordinate(value):
+    # This comparison also refuses NaN, which JSON files may hold.
+    return type(value) in (int, float) and abs(value) < 1e9
+
+
+def is_text(value):
+    if not isinstance(value, str) or not value.strip():
+        return False
+    # JSON can hold one half of a surrogate pair, which no file name or tokenizer can represent.
+    return value.encode(errors="ignore").decode() == value
+
+
+# -------------------------------------------------------------------------------------------------
+# Samples of a dataset, or of several
+
+def split_names(dataset, root=None):
+    """Return the names of a dataset's splits, in the dataset's own order."""
+    if str(dataset) == "shapes":
+        return list(SHAPES_SPLITS)
+    return list(samples_by_split(dataset, root))
+
+
+def load_samples(dataset, split, root=None):
+    """Return the list of Sample of one split.
+
+    dataset: "shapes", a name in DATASETS, the path of a FILE.jsonl, or several joined by commas
+    root: the folder with annotations and pictures; for a FILE.jsonl, the folder that its picture
+        paths start from (default: the folder of the file)
+
+    Raises InputError for an unknown dataset or split, a missing file or folder, and a bad line.
+    """
+    one_of(f"split of {dataset}", split, split_names(dataset, root))
+    if str(dataset) == "shapes":
+        return shapes_samples(split)
+    return samples_by_split(dataset, root)[split]
+
+
+def samples_by_split(dataset, root):
+    """Return {split: list of Sample} of all datasets but `shapes`."""
+    if root is not None:
+        root = str(root)
+    return read_splits(str(dataset), root)
+
 
 @functools.lru_cache(maxsize=8)
-def _by_split(dataset, root):
-    """{split: [Sample, ...]} of a dataset of files, or of several."""
+def read_splits(dataset, root):
+    """Read what samples_by_split returns. Strings as arguments make repeated calls cheap."""
     if "," in dataset and not Path(dataset).is_file():
         return mixed(dataset.split(","), root)
+
     files, folder = find_files(dataset, root)
     splits = {}
     for file in files:
-        try:
-            for where, image, text, box, split in READERS[file.suffix](file):
-                check(f"{file}, {where}", image, text, box, split, area=file.suffix == ".jsonl")
-                splits.setdefault(split, []).append(Sample(folder / image, text, tuple(map(float, box)), image))
-        except Exception as error:                      # whatever somebody's file may hold in place of what it should
-            odd = f"{file}: not as {READERS[file.suffix].__name__}() expects it ({type(error).__name__}: {error})"
-            raise error if isinstance(error, InputError) else InputError(odd) from None
+        for annotation in read_checked(file):
+            box = tuple(float(v) for v in annotation.box)
+            image = annotation.image
+            sample = Sample(folder / image, annotation.text, box, image)
+            splits.setdefault(annotation.split, []).append(sample)
     if not splits:
-        raise InputError(f"{dataset}: holds no line")
+        raise InputError(f"{dataset}: the file holds no line")
     return splits
 
-def split_names(dataset, root=None):                    # in the dataset's own order
-    return list(SHAPES_SPLITS if str(dataset) == "shapes" else _by_split(str(dataset), root and str(root)))
 
-def load_samples(dataset, split, root=None):
-    """List of Sample. dataset: "shapes", one of DATASETS, the path of a FILE.jsonl, or several joined by commas. root: the
-    folder that holds annotations and pictures; of a FILE.jsonl, the one that its image paths start from.
-    Raises InputError for an unknown dataset or split (and lists the valid ones), a missing file or folder, a bad line."""
-    dataset = str(dataset)
-    one_of(f"split of {dataset}", split, split_names(dataset, root))
-    if dataset == "shapes":
-        first, scenes, *_ = SHAPES_SPLITS[split]
-        return [Sample(number, text, tuple(map(float, scene(number)[1][target].box)), number)
-                for number in range(first, first + scenes) for text, target in scene(number)[2]]
-    return _by_split(dataset, root and str(root))[split]
-
-# What TransVG's files of DETR have not seen, of COCO's pictures; the public ones have seen all of them.
-UNSEEN = {"detr-r50-unc": ("refcoco", "refcoco+"), "detr-r50-gref": ("refcocog-umd", "refcocog-google")}
-
-def leaky_pretraining(args):
-    """Whether the vision encoder's pretraining has seen the pictures of val and test, by the name of its file and by the
-    dataset: True, False, or None where that is not known, as of CLIP, whose pictures nobody has listed."""
-    name = Path(args.vision_weights or DETR_URL).stem
-    if args.weights != "pretrained":
-        return False
-    if METHODS[args.method]["family"] == "clip" or not name.startswith("detr-r"):
-        return None
-    clean = ("referit", "flickr30k", *UNSEEN.get(name, ()))                  # neither of the two has its pictures from COCO
-    leaks = [False if dataset in clean else True if dataset in DATASETS else None for dataset in args.dataset.split(",")]
-    return True if True in leaks else None if None in leaks else False
-
-# --- From a Sample to a batch ----------------------------------------------------------------------------------------
-def load_picture(image, upright=False):
-    """A path, a scene's number, or a picture -> an RGB picture, transparent parts white. upright: turned as its EXIF says; the
-    boxes of datasets are of the stored pixels."""
-    if isinstance(image, (int, Image.Image)):
-        return render(image) if isinstance(image, int) else image
+def read_checked(file):
+    """Yield the annotations of one file, each of them checked."""
+    reader = READERS[file.suffix]
+    is_own_file = file.suffix == ".jsonl"
     try:
-        picture = ImageOps.exif_transpose(Image.open(image)) if upright else Image.open(image)
-        if picture.mode.startswith("I"):                                    # 16 bits a pixel, which PIL would cut off at 255
-            picture = Image.fromarray(np.uint8(np.asarray(picture).clip(0, 65535) // 256))
-        if picture.has_transparency_data:
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
-        return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
-        raise InputError(f"{image}: cannot be decoded as a picture ({error})") from None
+        for annotation in reader(file):
+            check(annotation, f"{file}, {annotation.where}", needs_area=is_own_file)
+            yield annotation
+    except InputError:
+        raise
+    except Exception as error:   # a damaged file may hold anything, and so may fail in any manner
+        raise InputError(f"{file}: the file is not as {reader.__name__}() expects it "
+                         f"({type(error).__name__}: {error})") from None
 
-# Words that a crop or a mirror image may make false. Whole words: there is no side in "bright" or "Wright".
-SIDE = re.compile(r"\b(left|right)(?=(most|hand|side)?\b)", re.I)
-PLACE = re.compile(SIDE.pattern + r"|\b((top|bottom|upper|lower)(most)?|middle|cent(er|re)|corner|edge|lft|rt|l|r)\b", re.I)
-UNMIRRORED = re.compile(r"\d|\b(first|second|third|fourth|fifth|last|lft|rt|l|r|east|west|(counter)?clockwise)\b", re.I)
+
+def mixed(datasets, root):
+    """Join several datasets, as in the papers' mixed training. A picture that is in val or test of
+    any of them is in train of none.
+
+    The joint splits are train and val, and each dataset's own splits as DATASET/SPLIT.
+    """
+    if "shapes" in datasets:
+        raise InputError("shapes is generated and cannot be joined with other datasets")
+    splits = {dataset: samples_by_split(dataset, root) for dataset in datasets}
+
+    # 1. What is held out: the names of all pictures outside of the training splits.
+    held_out = set()
+    for dataset in datasets:
+        for split, samples in splits[dataset].items():
+            if split == "train":
+                continue
+            for sample in samples:
+                held_out.update(picture_names(dataset, sample))
+
+    # 2. The joint training split is what remains.
+    joint = {"train": [], "val": []}
+    total = 0
+    for dataset in datasets:
+        for sample in splits[dataset].get("train", []):
+            total += 1
+            if held_out.isdisjoint(picture_names(dataset, sample)):
+                joint["train"].append(sample)
+    left_out = total - len(joint["train"])
+    print(f"{','.join(datasets)}: {left_out:,} of {total:,} expressions left out of train, because "
+          f"their pictures are in val or test of one of the datasets")
+
+    # 3. The joint val, which training needs, and each dataset's own splits, which evaluation needs.
+    for dataset in datasets:
+        for split, samples in splits[dataset].items():
+            if split == "val":
+                joint["val"].extend(samples)
+            if split != "train":
+                joint[f"{dataset}/{split}"] = samples
+    return {split: samples for split, samples in joint.items() if samples}
+
+
+def picture_names(dataset, sample):
+    """Return what identifies a sample's picture in all datasets: its path and, in the published
+    datasets, its file name, since COCO's pictures may be stored in several folders."""
+    names = {os.path.abspath(sample.image)}
+    if dataset in DATASETS:
+        names.add(sample.image_id)
+    return names
+
+
+# -------------------------------------------------------------------------------------------------
+# Leaks
+
+# The pictures of these two datasets do not come from COCO, so no DETR has seen them.
+OUTSIDE_COCO = ("referit", "flickr30k")
+
+# TransVG's DETR files, and the datasets whose val and test pictures each one has not seen.
+# All other public DETR files have seen all of them.
+UNSEEN = {
+    "detr-r50-unc": ("refcoco", "refcoco+"),
+    "detr-r50-gref": ("refcocog-umd", "refcocog-google"),
+}
+
+
+def leaky_pretraining(dataset, detr_file):
+    """Return whether a pretrained DETR has seen the val and test pictures of a dataset.
+
+    dataset: one name, or several joined by commas
+    detr_file: path, address or hub name of the weights; only the file name is looked at
+
+    Returns True, False, or None if that is not known.
+    """
+    name = Path(detr_file).stem
+    if not name.startswith("detr-r"):
+        return None
+
+    clean = OUTSIDE_COCO + UNSEEN.get(name, ())
+    known = True
+    for part in dataset.split(","):
+        if part in clean:
+            continue
+        if part in DATASETS:
+            return True
+        known = False   # a file of one's own may hold any pictures
+    return False if known else None
+
+
+# -------------------------------------------------------------------------------------------------
+# From a Sample to a batch: the picture
+
+def load_picture(image, upright=False):
+    """Return an RGB picture, with transparent parts in white.
+
+    image: path of a file, number of a scene of `shapes`, or a PIL picture
+    upright: whether to turn the picture as its EXIF data say; for pictures from a camera, but not
+        for datasets, whose boxes refer to the stored pixels
+    """
+    if isinstance(image, int):
+        return render(image)
+    if isinstance(image, Image.Image):
+        return image
+    try:
+        picture = Image.open(image)
+        if upright:
+            picture = ImageOps.exif_transpose(picture)
+        return to_rgb(picture)
+    except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
+        raise InputError(f"{image}: the file cannot be decoded as a picture ({error})") from None
+
+
+def to_rgb(picture):
+    """Turn a PIL picture of any mode into RGB."""
+    if picture.mode.startswith("I"):
+        # 16 bits per pixel are scaled to 8. PIL would cut them off at 255.
+        values = np.asarray(picture).clip(0, 65535) // 256
+        picture = Image.fromarray(np.uint8(values))
+    if picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    return picture.convert("RGB")
+
+
+# Words that a crop or a mirror image may make false. Only whole words count: "bright" and "Wright"
+# name no side.
+SIDE_WORD = re.compile(r"\b(left|right)(?=(most|hand|side)?\b)", re.IGNORECASE)
+PLACE_WORD = re.compile(
+    SIDE_WORD.pattern
+    + r"|\b((top|bottom|upper|lower)(most)?|middle|cent(er|re)|corner|edge|lft|rt|l|r)\b",
+    re.IGNORECASE)
+UNMIRRORED_WORD = re.compile(
+    r"\d|\b(first|second|third|fourth|fifth|last|lft|rt|l|r|east|west|(counter)?clockwise)\b",
+    re.IGNORECASE)
+
 
 def augment(picture, box, text, size, rng, mirror):
-    """The transforms of TransVG, which both papers take over -> picture, box, text. box: (x1, y1, x2, y2) in pixels.
-    A crop with chance 1/2, unless the words are about a place; brightness, contrast, saturation with chance 0.8; with
-    `mirror` the mirror image with chance 1/2, left and right exchanged in the text, unless its other words forbid it (HiVG
-    Appendix B mirrors nothing). [D36] The released code compares the box's x with the crop's top, and swaps "bright"."""
-    if rng.random() < 0.5 and not PLACE.search(text):
+    """Change a training sample at random, as TransVG does, which both papers take over.
+
+    box: (x1, y1, x2, y2) in pixels of the picture
+    size: side of the padded square, in pixels
+    mirror: whether mirror images are allowed; HiVG Appendix B uses none
+
+    Returns the changed picture, box and text.
+    """
+    # [D36] A crop would make words about places false, and must keep the box's centre.
+    if rng.random() < 0.5 and not PLACE_WORD.search(text):
         picture, box = crop(picture, box, size, rng)
+
     if rng.random() < 0.8:
-        for enhance in rng.sample((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), 3):
-            picture = enhance(picture).enhance(rng.uniform(0.6, 1.4))
-    if mirror and rng.random() < 0.5 and not UNMIRRORED.search(text):
-        picture, box = ImageOps.mirror(picture), (picture.width - box[2], box[1], picture.width - box[0], box[3])
-        text = SIDE.sub(lambda side: "right" if side[0].lower() == "left" else "left", text)
+        enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+        for enhancer in rng.sample(enhancers, 3):   # in a random order
+            picture = enhancer(picture).enhance(rng.uniform(0.6, 1.4))
+
+    # [D36] A mirror image exchanges left and right, but ordinals and digits would become false.
+    if mirror and rng.random() < 0.5 and not UNMIRRORED_WORD.search(text):
+        x1, y1, x2, y2 = box
+        box = (picture.width - x2, y1, picture.width - x1, y2)
+        picture = ImageOps.mirror(picture)
+        text = SIDE_WORD.sub(opposite_side, text)
     return picture, box, text
 
+
+def opposite_side(match):
+    """Return the word that replaces a match of SIDE_WORD in a mirror image."""
+    if match[0].lower() == "left":
+        return "right"
+    return "left"
+
+
 def crop(picture, box, size, rng):
-    """A random part of the picture that keeps the box's centre, or the whole where 20 tries find none."""
-    scale = min(picture.size) / (size * rng.choice((400, 500, 600)) / 640)       # the picture's pixels for one of the square's
+    """Cut a random part out of the picture that keeps the box's centre. If 20 tries lead to none,
+    the whole picture stays.
+
+    TransVG scales the short side to 400, 500 or 600 pixels, and then cuts out 384 to 600 pixels per
+    side, for a square of 640. Here these numbers keep their proportion to a square of any size, and
+    the picture keeps its pixels.
+    """
+    short_side = size * rng.choice((400, 500, 600)) / 640
+    scale = min(picture.size) / short_side   # pixels of the picture per pixel of the square
+    centre_x = (box[0] + box[2]) / 2
+    centre_y = (box[1] + box[3]) / 2
+
     for _ in range(20):
-        w, h = (min(side, round(scale * size * rng.uniform(384, 600) / 640)) for side in picture.size)
-        x, y = rng.randint(0, picture.width - w), rng.randint(0, picture.height - h)
-        if x < (box[0] + box[2]) / 2 < x + w and y < (box[1] + box[3]) / 2 < y + h:
-            return picture.crop((x, y, x + w, y + h)), tuple(v - start for v, start in zip(box, (x, y, x, y)))
+        w = min(picture.width, round(scale * size * rng.uniform(384, 600) / 640))
+        h = min(picture.height, round(scale * size * rng.uniform(384, 600) / 640))
+        x = rng.randint(0, picture.width - w)
+        y = rng.randint(0, picture.height - h)
+        # [D36] The centre must lie inside the crop on all four sides.
+        if x < centre_x < x + w and y < centre_y < y + h:
+            moved = (box[0] - x, box[1] - y, box[2] - x, box[3] - y)
+            return picture.crop((x, y, x + w, y + h)), moved
     return picture, box
 
+
+# -------------------------------------------------------------------------------------------------
+# From a Sample to a batch: the padded square
+
+class Placement(NamedTuple):
+    """Where a scaled picture lies in its square, in pixels of the square."""
+    width: int
+    height: int
+    left: int
+    top: int
+
+
 def placement(width, height, size, rng=None, fill=1.0):
-    """Where a picture lies in its square: (its width, its height, left, top) in pixels of the square. The long side becomes
-    `fill` of the square's; the picture is centred, or put anywhere by `rng` (training)."""
+    """Return the Placement of a picture of width x height pixels in a square of side `size`.
+
+    The longer side is scaled to `fill` times the side of the square. The picture is centred or,
+    if there is an `rng` (in training), put at a random place.
+    """
     scale = fill * size / max(width, height)
-    w, h = max(1, round(width * scale)), max(1, round(height * scale))
-    left, top = ((size - side) // 2 if rng is None else rng.randint(0, size - side) for side in (w, h))
-    return w, h, left, top
+    w = max(1, round(width * scale))
+    h = max(1, round(height * scale))
+    if rng is None:
+        left = (size - w) // 2
+        top = (size - h) // 2
+    else:
+        left = rng.randint(0, size - w)
+        top = rng.randint(0, size - h)
+    return Placement(w, h, left, top)
+
 
 def letterbox(picture, size, rng=None, pixels=PIXELS["detr"], fill=1.0):
-    """An RGB picture -> (image (3, size, size) normalised by `pixels`, padding (size, size) bool, (w, h, left, top)).
-    Padding is 0 after normalisation: the mean colour."""
-    w, h, left, top = place = placement(*picture.size, size, rng, fill)
-    image = TF.normalize(TF.to_tensor(picture.resize((w, h), Image.Resampling.BILINEAR)), *pixels)
-    edges = [left, top, size - w - left, size - h - top]
-    return TF.pad(image, edges), TF.pad(torch.zeros(h, w, dtype=torch.bool), edges, fill=True), place
+    """Scale a picture, keeping its proportions, and pad it to a square (HiVG Appendix B: "long edge
+    alignment and short edge pad filling").
+
+    Returns
+        image      (3, S, S) normalised by `pixels`; padding is 0, which is the mean colour
+        padding    (S, S)    True where there is no picture
+        place      Placement of the picture in the square
+    """
+    import torchvision.transforms.functional as TF   # a second, which --help need not wait for
+    place = placement(*picture.size, size, rng, fill)
+    scaled = picture.resize((place.width, place.height), Image.Resampling.BILINEAR)
+    image = TF.normalize(TF.to_tensor(scaled), pixels.mean, pixels.std)    # (3, height, width)
+    padding = torch.zeros(place.height, place.width, dtype=torch.bool)     # (height, width)
+
+    right = size - place.width - place.left
+    bottom = size - place.height - place.top
+    edges = [place.left, place.top, right, bottom]
+    image = TF.pad(image, edges)                                           # (3, S, S)
+    padding = TF.pad(padding, edges, fill=True)                            # (S, S)
+    return image, padding, place
+
+
+def clip(value, low, high):
+    return min(max(value, low), high)
+
 
 def to_square(box, picture_size, place, size):
-    """(x1, y1, x2, y2) in pixels of the picture -> (cx, cy, w, h) in [0, 1] of the square. place: from `placement`."""
-    (width, height), (w, h, left, top) = picture_size, place
-    x1, x2 = (left + np.clip(x, 0, width) * w / width for x in box[0::2])
-    y1, y2 = (top + np.clip(y, 0, height) * h / height for y in box[1::2])
-    return [v / size for v in ((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1)]
+    """Turn (x1, y1, x2, y2) in pixels of the picture into [cx, cy, w, h] in [0, 1] of the square.
+    Parts of the box outside of the picture are cut off. place: from `placement`."""
+    width, height = picture_size
+    x1 = place.left + clip(box[0], 0, width) * place.width / width
+    y1 = place.top + clip(box[1], 0, height) * place.height / height
+    x2 = place.left + clip(box[2], 0, width) * place.width / width
+    y2 = place.top + clip(box[3], 0, height) * place.height / height
+
+    cx = (x1 + x2) / 2
+    cy = (y1 + y2) / 2
+    return [cx / size, cy / size, (x2 - x1) / size, (y2 - y1) / size]
+
 
 def from_square(box, picture_size, size):
-    """The inverse, for a centred picture: (cx, cy, w, h) in [0, 1] -> (x1, y1, x2, y2) in pixels of the picture."""
-    (width, height), (cx, cy, bw, bh) = picture_size, (float(v) * size for v in box)
-    w, h, left, top = placement(width, height, size)
-    xs = [min(max((x - left) * width / w, 0), width) for x in (cx - bw / 2, cx + bw / 2)]
-    ys = [min(max((y - top) * height / h, 0), height) for y in (cy - bh / 2, cy + bh / 2)]
-    return xs[0], ys[0], xs[1], ys[1]
+    """Turn (cx, cy, w, h) in [0, 1] of the square into (x1, y1, x2, y2) in pixels of the picture.
+    This is the inverse of to_square for a picture that is centred in its square."""
+    width, height = picture_size
+    cx, cy, w, h = [float(v) * size for v in box]   # in pixels of the square
+    place = placement(width, height, size)
+
+    x1 = (cx - w / 2 - place.left) * width / place.width
+    y1 = (cy - h / 2 - place.top) * height / place.height
+    x2 = (cx + w / 2 - place.left) * width / place.width
+    y2 = (cy + h / 2 - place.top) * height / place.height
+    return clip(x1, 0, width), clip(y1, 0, height), clip(x2, 0, width), clip(y2, 0, height)
+
+
+# -------------------------------------------------------------------------------------------------
+# From a Sample to a batch: the text
 
 class Tokenizer:
-    """The text encoder's own, by a hub name or a folder, or WordPiece of the words of `shapes` and single letters. Calling it
-    gives at most max_tokens ids; of a longer text the end is cut, but not the token that ends it."""
-    def __init__(self, weights, name, max_tokens, vocabulary=None, flag="--text-weights"):
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")          # its threads do not survive DataLoader's fork
-        from transformers import AutoTokenizer, BertTokenizer
+    """Turns a text into a list of at most max_tokens token ids. A longer text loses words at its
+    end, but keeps the token that marks the end.
+
+    name: hub name or folder of a text encoder, whose own tokenizer is used; None means WordPiece
+        with the words of `shapes`, and single letters for all other words
+    vocabulary: number of tokens that the text encoder knows, if that is to be checked
+    flag: the command line's flag that sets `name`, for error messages
+    """
+
+    def __init__(self, max_tokens, name=None, vocabulary=None, flag="--text-weights"):
+        # The tokenizer's threads do not survive the fork of a DataLoader's workers.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.max_tokens = max_tokens
-        if weights == "pretrained":
-            try:
-                self.wordpiece = AutoTokenizer.from_pretrained(name)
-                if vocabulary and len(self.wordpiece) != vocabulary:       # transformers makes an empty one where files lack
-                    raise ValueError(f"of {len(self.wordpiece)} words, the text encoder has {vocabulary}; is tokenizer.json "
-                                     f"missing there, or vocab.txt, or vocab.json with merges.txt?")
-            except (OSError, ValueError) as error:
-                raise InputError(f"no tokenizer in {name} ({str(error).splitlines()[0]}): give a hub name or folder by {flag}, "
-                                 f"or take --weights random or --size tiny") from None
+        if name is None:
+            self.wordpiece = shapes_wordpiece()
         else:
-            said = " ".join([*COLOURS, *SHAPES, *NOUNS, *ORDINALS, "to from", *sum(SIZE_WORDS.values(), ()),
-                             *SIDES, *(p for _, furthest, beside in SIDES.values() for p in furthest + beside)])
-            letters = [chr(c) for c in range(33, 127) if not chr(c).isupper()]
-            pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + c for c in letters if c.isalnum()),
-                      *sorted(set(said.replace("{}", "").split()))]
-            self.wordpiece = BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)})
-        self.pad, self.mask = self.wordpiece.pad_token_id, self.wordpiece.mask_token_id
+            self.wordpiece = pretrained_wordpiece(name, vocabulary, flag)
+        self.pad = self.wordpiece.pad_token_id
+        self.mask = self.wordpiece.mask_token_id
 
     def __call__(self, text):
         return self.wordpiece(text, truncation=True, max_length=self.max_tokens)["input_ids"]
 
+
+def pretrained_wordpiece(name, vocabulary, flag):
+    """Return transformers' tokenizer by a hub name or folder."""
+    from transformers import AutoTokenizer   # importing transformers takes seconds
+    try:
+        wordpiece = AutoTokenizer.from_pretrained(name)
+        # Where its files are missing, transformers makes an empty tokenizer without a warning.
+        if vocabulary and len(wordpiece) != vocabulary:
+            raise ValueError(
+                f"it has {len(wordpiece)} tokens, but the text encoder has {vocabulary}; is "
+                f"tokenizer.json missing there, or vocab.txt, or vocab.json with merges.txt?")
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"no tokenizer in {name} fits ({reason}): give a hub name or folder by "
+                         f"{flag}, or take --weights random or --size tiny") from None
+    return wordpiece
+
+
+def shapes_wordpiece():
+    """Return a WordPiece tokenizer that needs no files: the words of `shapes`, and letters."""
+    from transformers import BertTokenizer   # importing transformers takes seconds
+    phrases = ["to", "from", *COLOURS, *SHAPES, *NOUNS, *ORDINALS, *SIDES]
+    for synonyms in SIZE_WORDS.values():
+        phrases.extend(synonyms)
+    for side in SIDES.values():
+        phrases.extend(side.superlatives)
+        phrases.extend(side.comparatives)
+    known_words = set(" ".join(phrases).replace("{}", "").split())
+
+    characters = [chr(code) for code in range(33, 127)]   # what ASCII can print
+    letters = [c for c in characters if not c.isupper()]
+    inner_letters = ["##" + c for c in letters if c.isalnum()]
+
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces += letters + inner_letters + sorted(known_words)
+    return BertTokenizer(vocab={piece: number for number, piece in enumerate(pieces)})
+
+
+# -------------------------------------------------------------------------------------------------
+# From a Sample to a batch: what the DataLoader uses
+
 def seeded(*key):
-    """A random.Random of its own for each key: what is drawn for a sample depends on nothing that was drawn before."""
-    return random.Random(" ".join(map(str, key)))
+    """Return a random generator of its own for each key. What is drawn for a sample then depends on
+    nothing that was drawn before."""
+    return random.Random(" ".join(str(part) for part in key))
+
+
+# [D32] TransVG scales the long side to one of 640, 608, ... 448 of 640 pixels.
+SCALES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+
+
+class Item(NamedTuple):
+    """One sample as GroundingDataset gives it."""
+    image: torch.Tensor     # (3, S, S) normalised
+    padding: torch.Tensor   # (S, S)    True where there is no picture
+    tokens: list            # token ids of the text
+    box: list               # [cx, cy, w, h] in [0, 1] of the square
+    index: int              # of the sample in the dataset
+
 
 class GroundingDataset(torch.utils.data.Dataset):
-    """Samples as tensors, decoded when asked for. size: the square's side in pixels. train: put the picture at a random place
-    of its square. transforms: and augment and scale it, as `augment` says; {"mirror": bool}. All is drawn from seed and index
-    alone, so that neither workers nor a resumed run change what is seen. [D32]"""
-    def __init__(self, samples, size, tokenizer, train=False, seed=0, pixels=PIXELS["detr"], transforms=None):
-        self.samples, self.size, self.tokenizer, self.train, self.seed = samples, size, tokenizer, train, seed
-        self.pixels, self.transforms = pixels, transforms if train else None
-        if gone := [path for path in {s.image for s in samples if isinstance(s.image, Path)} if not os.path.isfile(path)]:
-            raise InputError(f"{gone[0]}: no such picture, nor {len(gone) - 1} others; paths start from the .jsonl's folder or "
-                             f"--root; `python data.py DATASET --root DIR` tells what is there")
+    """Samples as tensors. A picture is decoded when its sample is asked for.
+
+    size: side of the padded square, in pixels
+    train: whether a picture is put at a random place of its square, instead of the centre
+    seed: an int, or a tuple such as (seed, epoch); all random choices depend on it and on the index
+        of the sample alone, so that they are the same with any number of workers and after a resume
+    augmented: whether, in training, `augment` and a random scale are applied, too
+    mirror: whether `augment` may use mirror images
+    """
+
+    def __init__(self, samples, size, tokenizer, pixels, train=False, seed=0, augmented=False,
+                 mirror=False):
+        self.samples = samples
+        self.size = size
+        self.tokenizer = tokenizer
+        self.pixels = pixels
+        self.train = train
+        self.seed = seed
+        self.augmented = augmented
+        self.mirror = mirror
+        check_pictures_exist(samples)
+        import torchvision.transforms.functional   # once, before the workers are forked
 
     def __len__(self):
         return len(self.samples)
 
-    def __getitem__(self, i):
-        image, text, box, _ = self.samples[i]
-        picture, rng, fill = load_picture(image), seeded(self.seed, i) if self.train else None, 1.0
-        if box[0] >= picture.width or box[1] >= picture.height or min(box[2:]) <= 0:
-            raise InputError(f"{image}: box {list(box)} of {text!r} lies outside the picture, which is {picture.width} x "
-                             f"{picture.height}")
-        if self.transforms:
-            picture, box, text = augment(picture, box, text, self.size, rng, **self.transforms)
-            fill = rng.choice((1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7))                 # 640, 608, ... 448 of 640
+    def __getitem__(self, index):
+        image, text, box, _ = self.samples[index]
+        picture = load_picture(image)
+        check_box_is_inside(image, text, box, picture)
+
+        rng = None
+        fill = 1.0
+        if self.train:
+            rng = seeded(self.seed, index)
+        if self.train and self.augmented:
+            picture, box, text = augment(picture, box, text, self.size, rng, self.mirror)
+            fill = rng.choice(SCALES)
+
         square, padding, place = letterbox(picture, self.size, rng, self.pixels, fill)
-        return square, padding, self.tokenizer(text), to_square(box, picture.size, place, self.size), i
+        target = to_square(box, picture.size, place, self.size)
+        return Item(square, padding, self.tokenizer(text), target, index)
+
+
+def check_pictures_exist(samples):
+    """Raise InputError if a picture's file is missing, before hours of training have passed."""
+    paths = {sample.image for sample in samples if isinstance(sample.image, Path)}
+    missing = sorted(path for path in paths if not os.path.isfile(path))
+    if missing:
+        raise InputError(f"{missing[0]}: no such picture ({len(missing):,} are missing in all); "
+                         f"picture paths start from the folder of the .jsonl file or from --root; "
+                         f"`python data.py DATASET --root DIR` reports what is there")
+
+
+def check_box_is_inside(image, text, box, picture):
+    """Raise InputError if no part of a box lies in its picture."""
+    x1, y1, x2, y2 = box
+    if x1 >= picture.width or y1 >= picture.height or x2 <= 0 or y2 <= 0:
+        raise InputError(f"{image}: box {list(box)} of {text!r} lies outside the picture, which is "
+                         f"{picture.width} x {picture.height} pixels")
+
 
 def collate(items, pad):
-    """Items -> {images (B, 3, S, S), image_padding (B, S, S), tokens (B, T), token_padding (B, T), boxes (B, 4), index (B,)},
-    T the longest text of the batch. pad: the tokenizer's padding id."""
-    images, padding, texts, boxes, index = zip(*items)
-    lengths = torch.tensor([len(text) for text in texts])
-    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True, padding_value=pad)
-    return dict(images=torch.stack(images), image_padding=torch.stack(padding), tokens=tokens,
-                token_padding=torch.arange(tokens.shape[1]) >= lengths[:, None],
-                boxes=torch.tensor(boxes, dtype=torch.float32), index=torch.tensor(index))
+    """Join a list of Item into a batch. pad: the tokenizer's id of padding.
 
-# --- Pictures --------------------------------------------------------------------------------------------------------
-TRUE, PREDICTED, WARM = (0, 130, 40), (220, 0, 90), (255, 140, 0)
+    Returns a dict of
+        images         (B, 3, S, S)   image_padding   (B, S, S)
+        tokens         (B, T)         token_padding   (B, T)
+        boxes          (B, 4)         index           (B,)
+    """
+    texts = [torch.tensor(item.tokens) for item in items]
+    tokens = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=pad)   # (B, T)
+    lengths = torch.tensor([len(text) for text in texts])                                  # (B,)
+    positions = torch.arange(tokens.shape[1])                                              # (T,)
+    return {
+        "images": torch.stack([item.image for item in items]),
+        "image_padding": torch.stack([item.padding for item in items]),
+        "tokens": tokens,
+        "token_padding": positions >= lengths[:, None],
+        "boxes": torch.tensor([item.box for item in items], dtype=torch.float32),
+        "index": torch.tensor([item.index for item in items]),
+    }
 
-def spread(samples, count=12):                          # some of the samples, from all over the list
-    return samples[::max(1, len(samples) // count)][:count]
+
+# -------------------------------------------------------------------------------------------------
+# Pictures of boxes
+
+TRUE = (0, 130, 40)         # colour of a true box
+PREDICTED = (220, 0, 90)    # colour of a predicted box
+WARM = (255, 140, 0)        # colour of attention
+CAPTION_HEIGHT = 36         # pixels below a picture, enough for two lines
+
+
+def spread(samples, count=12):
+    """Return `count` samples from all over a list, or all if there are fewer."""
+    step = max(1, len(samples) // count)
+    return samples[::step][:count]
+
 
 def draw(picture, caption, boxes, attention=None, side=256):
-    """A tile: the picture at `side` pixels, boxes [(box in its pixels, colour), ...], a caption below, and attention (Nv,) over
-    the letterboxed square, as warmth."""
+    """Return a tile: the picture in a white square, with boxes in it and a caption below.
+
+    boxes: list of ((x1, y1, x2, y2) in pixels of the picture, colour)
+    attention: (N_v,) over the vision tokens of the padded square, drawn as warmth
+    side: of the square, in pixels
+    """
     scale = side / max(picture.size)
     w, h, left, top = placement(*picture.size, side)
     view = picture.resize((w, h), Image.Resampling.BICUBIC)
     if attention is not None:
-        cells = attention.float().cpu().unflatten(0, (math.isqrt(len(attention)), -1))
-        heat = Image.fromarray(np.uint8(255 * cells / cells.max().clamp(min=1e-9)))
-        heat = heat.resize((side, side), Image.Resampling.BICUBIC).crop((left, top, left + w, top + h))
-        view = Image.composite(Image.new("RGB", view.size, WARM), view, heat.point(lambda v: v * 3 // 4))
+        view = add_warmth(view, attention, left, top, side)
+
     pen = ImageDraw.Draw(view)
     for box, colour in boxes:
-        x1, y1, x2, y2 = (v * scale for v in box)
+        x1, y1, x2, y2 = [v * scale for v in box]
+        # A box that is inside out is drawn as a line.
         pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=3)
-    tile = ImageOps.expand(view, (left, top, side - w - left, side - h - top + 36), "white")
-    lines = textwrap.fill(caption, (side - 8) // 7, max_lines=2, placeholder=" ...")         # a letter is about 7 pixels wide
+
+    right = side - w - left
+    bottom = side - h - top + CAPTION_HEIGHT
+    tile = ImageOps.expand(view, (left, top, right, bottom), "white")
+    letters = (side - 8) // 7   # per line, each about 7 pixels wide
+    lines = textwrap.fill(caption, letters, max_lines=2, placeholder=" ...")
     ImageDraw.Draw(tile).text((4, side + 2), lines, "black", ImageFont.load_default(13))
     return tile
 
-def contact_sheet(tiles, columns=4):                    # tiles of one size, side by side
-    return TF.to_pil_image(make_grid([TF.to_tensor(tile) for tile in tiles], columns, padding=8, pad_value=1.0))
 
-# --- The command line: look at a dataset before it is trained on -----------------------------------------------------
-# archive: its folder, or dataset: who has its pictures; as users reported it. None could be tried where this was written.
-REFER = "https://web.archive.org/web/{}/https://bvisionweb1.cs.unc.edu/licheng/referit/data"
-ADDRESSES = {"refcoco.zip": REFER.format(20220413011718), "refcoco+.zip": REFER.format(20220413011656),
-             "refcocog.zip": REFER.format(20220413012904), "train2014.zip": "http://images.cocodataset.org/zips",
-             "referit": "the drives that TransVG's and CLIP-VG's READMEs link", "flickr30k": "its authors, who have a form"}
+def add_warmth(view, attention, left, top, side):
+    """Colour a picture, which lies at (left, top) in a square, where the attention is high."""
+    grid = math.isqrt(len(attention))
+    cells = attention.float().cpu().unflatten(0, (grid, -1))           # (N_v,) -> (grid, grid)
+    levels = np.uint8(255 * cells / cells.max().clamp(min=1e-9))       # 0 to 255
+    heat = Image.fromarray(levels).resize((side, side), Image.Resampling.BICUBIC)
+    heat = heat.crop((left, top, left + view.width, top + view.height))
+    opacity = heat.point([level * 3 // 4 for level in range(256)])
+    warm = Image.new("RGB", view.size, WARM)
+    return Image.composite(warm, view, opacity)
 
-def fetch(address, path):
-    """Fetch the rest of a zip, of which a part may be there; all of it where the server cannot begin in the middle."""
-    had = path.stat().st_size if path.exists() else 0
-    with urllib.request.urlopen(urllib.request.Request(address, headers={"Range": f"bytes={had}-"}), timeout=60) as reply:
-        had = had if reply.status == 206 else 0
-        if not had and reply.peek(2)[:2] != b"PK":                                # say a page, or nothing; what is there stays
-            raise ValueError(f"what comes is no zip, it begins {reply.peek(40)[:40]}")
-        size = had + int(reply.headers["Content-Length"] or 0)
-        with tqdm.wrapattr(reply, "read", size, desc=path.name, initial=had) as rest, open(path, "ab" if had else "wb") as out:
-            out.writelines(iter(lambda: rest.read(1 << 20), b""))
-    if path.stat().st_size < size:
-        raise EOFError(f"{path.stat().st_size:,} of {size:,} bytes came")
+
+def contact_sheet(tiles, columns=4):
+    """Return one picture that shows tiles of equal size side by side."""
+    import torchvision.transforms.functional as TF
+    from torchvision.utils import make_grid
+    tensors = [TF.to_tensor(tile) for tile in tiles]
+    return TF.to_pil_image(make_grid(tensors, columns, padding=8, pad_value=1.0))
+
+
+# -------------------------------------------------------------------------------------------------
+# Download
+
+WEB_ARCHIVE = ("https://web.archive.org/web/{}/"
+               "https://bvisionweb1.cs.unc.edu/licheng/referit/data")
+
+# archive: address of its folder, as users reported it. The docstring above lists these addresses.
+ADDRESSES = {
+    "refcoco.zip": WEB_ARCHIVE.format(20220413011718),
+    "refcoco+.zip": WEB_ARCHIVE.format(20220413011656),
+    "refcocog.zip": WEB_ARCHIVE.format(20220413012904),
+    "train2014.zip": "http://images.cocodataset.org/zips",
+}
+
+# dataset that cannot be fetched: who has its pictures
+HOLDERS = {
+    "referit": "the shared drives that the READMEs of TransVG and CLIP-VG link",
+    "flickr30k": "its authors, who ask for a form",
+}
+
+
+def check_downloadable(dataset, root):
+    """Raise InputError if a dataset cannot be fetched, and say where its files are."""
+    one_of("dataset to --download", dataset, DATASETS)
+    info = DATASETS[dataset]
+    base = Path(root or "data")
+    if dataset in HOLDERS:
+        raise InputError(
+            f"{dataset} cannot be fetched: get its pictures from {HOLDERS[dataset]}, and put them "
+            f"into {base / info.pictures[0]}; get {info.transvg}_*.pth from the drive that TransVG "
+            f"shares, and put them into {base / info.transvg}")
+
+
+def download(dataset, root, mirror):
+    """Fetch what is missing of a dataset: REFER's annotations, unless there are annotations of any
+    format, and those of COCO's pictures that the annotations name.
+    mirror: address of a folder to fetch from; None means the ones in ADDRESSES."""
+    check_downloadable(dataset, root)
+    base = Path(root or "data")
+    refer = Path(DATASETS[dataset].refer)   # for example refcoco/refs(unc).p
+
+    try:
+        samples_by_split(dataset, root)
+    except InputError:   # the annotations are missing or damaged
+        wanted = {refer.name, "instances.json"}
+        unpack(f"{refer.parent}.zip", base / refer.parent, wanted, base, mirror)
+
+    pictures = set()
+    for samples in samples_by_split(dataset, root).values():
+        pictures.update(sample.image_id for sample in samples)
+    _, folder = find_files(dataset, root)
+    unpack("train2014.zip", folder, pictures, base, mirror)
+
 
 def unpack(name, folder, wanted, base, mirror):
-    """Unpack what is wanted and not there. Of a member only its last name and its content count: `..`, links lead nowhere."""
-    archive, address = base / name, f"{(mirror or ADDRESSES[name]).rstrip('/')}/{name}"
-    if not (missing := {file for file in wanted if not os.path.lexists(folder / file)}):
+    """Unpack the wanted files that `folder` lacks from an archive, which is fetched if need be.
+    name: of the archive, which is kept in the folder `base`."""
+    missing = {file for file in wanted if not os.path.lexists(folder / file)}
+    if not missing:
         return
+
+    archive = base / name
+    address = f"{(mirror or ADDRESSES[name]).rstrip('/')}/{name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not zipfile.is_zipfile(archive):
             fetch(address, archive)
-        with zipfile.ZipFile(archive) as file:
-            members = {last: member for member in file.infolist() if (last := member.filename.rpartition("/")[2]) in missing}
-            for last, member in tqdm(members.items(), f"unpacking {name}"):
-                save_whole(folder / last, lambda partial: partial.write_bytes(file.read(member)))     # read checks the sum
-    except Exception as error:                                                 # whatever a server or an archive may hold
-        raise InputError(f"{archive}, from {address}: {type(error).__name__}, {error}. The same command goes on where this "
-                         f"broke off; if that is no use, delete the archive, or have it from elsewhere by --mirror") from None
+        unpack_files(archive, folder, missing)
+    except Exception as error:   # a server or an archive may fail in any manner
+        raise InputError(
+            f"{archive}, from {address}: {type(error).__name__}, {error}. The same command goes on "
+            f"where this download broke off. If that does not help, delete the archive, or take it "
+            f"from another address by --mirror") from None
 
-def download(dataset, root, mirror):
-    """Fetch a dataset's annotations where there are none, REFER's, and of COCO's pictures those that they name."""
-    one_of("dataset to --download", dataset, DATASETS)
-    base, (refer, code, *_) = Path(root or "data"), DATASETS[dataset]
-    if not refer:
-        raise InputError(f"{dataset} cannot be fetched: get its pictures from {ADDRESSES[dataset]}, into "
-                         f"{base / PICTURES[dataset][0]}, and {code}_*.pth from TransVG's shared drive, into {base / code}")
-    try:
-        _by_split(dataset, root)
-    except InputError:
-        unpack(f"{Path(refer).parent}.zip", base / Path(refer).parent, {Path(refer).name, "instances.json"}, base, mirror)
-    pictures = {sample.image_id for samples in _by_split(dataset, root).values() for sample in samples}
-    unpack("train2014.zip", find_files(dataset, root)[1], pictures, base, mirror)
+
+def fetch(address, path):
+    """Fetch an archive. If a part of it is there already, fetch the rest."""
+    present = path.stat().st_size if path.exists() else 0
+    request = urllib.request.Request(address, headers={"Range": f"bytes={present}-"})
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        if reply.status != 206:   # 206 is "partial content"; otherwise the server sends the whole
+            present = 0
+        # An answer may be an error page, or empty. What is there must then stay as it is.
+        if present == 0 and reply.peek(2)[:2] != b"PK":
+            raise ValueError(f"the answer is no zip archive, it begins with {reply.peek(40)[:40]}")
+
+        size = present + int(reply.headers["Content-Length"] or 0)
+        mode = "ab" if present else "wb"
+        progress = tqdm.wrapattr(reply, "read", size, desc=path.name, initial=present)
+        with progress as source, open(path, mode) as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+
+    if path.stat().st_size < size:
+        raise EOFError(f"only {path.stat().st_size:,} of {size:,} bytes came")
+
+
+def unpack_files(archive, folder, names):
+    """Unpack files by their names. Only the last part of a member's path and its content are used,
+    so that neither `..` nor links in an archive lead out of the folder."""
+    with zipfile.ZipFile(archive) as file:
+        members = {}
+        for member in file.infolist():
+            name = member.filename.rpartition("/")[2]
+            if name in names:
+                members[name] = member
+
+        for name, member in tqdm(members.items(), f"unpacking {archive.name}"):
+            content = file.read(member)   # this also compares the checksum
+            write_atomically(folder / name, functools.partial(write_bytes, content=content))
+
+
+def write_bytes(path, content):
+    path.write_bytes(content)
+
+
+# -------------------------------------------------------------------------------------------------
+# The command line: look at a dataset before a model is trained on it
 
 def report(dataset, root, max_tokens):
-    """Print what each split holds beside the papers' counts; then how often there is what hurts in training, with examples."""
-    counts, found, pictures, sizes = DATASETS.get(dataset, [{}])[-1], {}, {}, {}
+    """Print the size of each split beside the papers' count. Then print each fault that harms
+    training, with its number of cases and an example."""
+    info = DATASETS.get(dataset)
+    faults = {}     # fault: list of cases
+    pictures = {}   # split: set of pictures
+    sizes = {}      # picture: (width, height), for those that could be opened
+
     print(f"{'split':12}{'images':>9}{'objects':>9}{'expressions':>13}{'the papers':>12}")
     for split in split_names(dataset, root):
-        samples, said = load_samples(dataset, split, root), counts.get(split)
-        pictures[split], objects = {s.image for s in samples}, len({(s.image, s.box) for s in samples})
-        paper = f"{said:12,}{'  differs' * (said != len(samples))}" if said else f"{'-':>12}"
-        print(f"{split:12}{len(pictures[split]):9,}{objects:9,}{len(samples):13,}{paper}")
-        for image in tqdm(pictures[split] - set(sizes), "opening each picture", leave=False):
-            try:
-                sizes[image] = load_picture(image).size
-            except InputError as error:
-                found.setdefault("pictures that are missing or broken", []).append(error)
-        for image, text, (x1, y1, x2, y2), _ in samples:
-            width, height = sizes.get(image, (math.inf, math.inf))
-            if min(x1, y1) < -1 or x2 > width + 1 or y2 > height + 1:
-                found.setdefault("boxes that reach out of the picture", []).append(f"{image}, {text!r}, {[x1, y1, x2, y2]}")
-            if x2 <= x1 or y2 <= y1:
-                found.setdefault("boxes without area", []).append(f"{image}, {text!r}, {[x1, y1, x2, y2]}")
-            if len(text.split()) > max_tokens - 2:
-                found.setdefault(f"expressions of more than {max_tokens} tokens, if a word is one", []).append(repr(text))
-    for a, b in itertools.combinations(pictures, 2):
-        if (both := pictures[a] & pictures[b]) and a != "val":              # a mixture's val is in its datasets' once more
-            found[f"pictures both in {a} and in {b}"] = list(both)
-    for fault, where in found.items():
-        print(f"{len(where):,} {fault}, such as {where[0]}")
+        samples = load_samples(dataset, split, root)
+        pictures[split] = {sample.image for sample in samples}
+        objects = {(sample.image, sample.box) for sample in samples}
+        expected = info.expressions.get(split) if info else None
+        print(f"{split:12}{len(pictures[split]):9,}{len(objects):9,}{len(samples):13,}"
+              f"{paper_column(expected, len(samples))}")
+
+        open_pictures(pictures[split], sizes, faults)
+        for sample in samples:
+            inspect(sample, sizes.get(sample.image), max_tokens, faults)
+
+    compare_splits(pictures, faults)
+    for fault, cases in faults.items():
+        print(f"{len(cases):,} {fault}, such as {cases[0]}")
+
+
+def paper_column(expected, counted):
+    """Return the last column of the report: the papers' count, and whether ours differs."""
+    if expected is None:
+        return f"{'-':>12}"
+    if expected != counted:
+        return f"{expected:12,}  differs"
+    return f"{expected:12,}"
+
+
+def add_case(faults, fault, case):
+    faults.setdefault(fault, []).append(case)
+
+
+def open_pictures(images, sizes, faults):
+    """Open each picture that is not in `sizes` yet, and note its size there or the fault."""
+    for image in tqdm(sorted(images - set(sizes)), "opening each picture", leave=False):
+        try:
+            sizes[image] = load_picture(image).size
+        except InputError as error:
+            add_case(faults, "pictures that are missing or broken", error)
+
+
+def inspect(sample, picture_size, max_tokens, faults):
+    """Note the faults of one sample. picture_size: None if the picture could not be opened."""
+    x1, y1, x2, y2 = sample.box
+    where = f"{sample.image}, {sample.text!r}, {[x1, y1, x2, y2]}"
+    width, height = picture_size or (math.inf, math.inf)
+
+    # Published boxes reach out of their pictures by less than a pixel now and then.
+    if min(x1, y1) < -1 or x2 > width + 1 or y2 > height + 1:
+        add_case(faults, "boxes that reach out of the picture", where)
+    if x2 <= x1 or y2 <= y1:
+        add_case(faults, "boxes without area", where)
+
+    # Two tokens mark the beginning and the end of a text. A rare word becomes several tokens.
+    if len(sample.text.split()) > max_tokens - 2:
+        fault = f"expressions of more than {max_tokens} tokens, if each word is one token"
+        add_case(faults, fault, repr(sample.text))
+
+
+def compare_splits(pictures, faults):
+    """Note the pictures that two splits share. pictures: {split: set of pictures}"""
+    for first, second in itertools.combinations(pictures, 2):
+        if first == "val":   # the val of joined datasets repeats the val of each dataset
+            continue
+        for picture in sorted(pictures[first] & pictures[second]):
+            add_case(faults, f"pictures both in {first} and in {second}", picture)
+
+
+def draw_splits(samples, count, folder):
+    """Draw `count` samples of each split, and write one file per split.
+    samples: {split: list of Sample}"""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, all_samples in samples.items():
+        tiles = []
+        for sample in spread(all_samples, count):
+            picture = load_picture(sample.image)
+            tiles.append(draw(picture, sample.text, [(sample.box, TRUE)]))
+        path = folder / f"{split.replace('/', '-')}.png"
+        contact_sheet(tiles).save(path)
+        print(path)
+
+
+def write_jsonl(samples, path):
+    """Write all splits as JSONL, with picture paths relative to the file's folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.path.realpath(path.parent)
+    lines = []
+    for split, split_samples in samples.items():
+        for sample in split_samples:
+            line = {"image": os.path.relpath(sample.image, folder), "text": sample.text,
+                    "box": sample.box, "split": split}
+            lines.append(json.dumps(line) + "\n")
+
+    def write(partial):
+        partial.write_text("".join(lines))
+
+    write_atomically(path, write)
+
+
+def build_parser():
+    """Return the parser. Its help ends with the formats, addresses and leaks of the docstring."""
+    start = __doc__.index("Formats of annotations")
+    end = __doc__.index("Where this file differs")
+    parser = argparse.ArgumentParser(
+        description="Print what a dataset holds and which faults it has. Options also draw,\n"
+                    "convert and download it.",
+        epilog=__doc__[start:end].rstrip(),
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=80))
+
+    add = parser.add_argument
+    add("dataset",
+        help=f"shapes, {', '.join(DATASETS)}, a FILE.jsonl, or several joined by commas")
+    add("--root",
+        help="folder of annotations and pictures (default: data; for a .jsonl file: its folder)")
+    add("--draw", type=int, default=0, metavar="N",
+        help="draw N samples of each split (default: 0)")
+    add("--save", type=Path, default=".", metavar="DIR",
+        help="write the drawings into this folder (default: the current one)")
+    add("--write", type=Path, metavar="FILE.jsonl",
+        help="write all splits to this file (default: write nothing)")
+    add("--download", action="store_true",
+        help="fetch what is missing, from the addresses below as users reported them (default: "
+             "fetch nothing)")
+    add("--mirror", metavar="ADDRESS",
+        help="fetch what is missing from this folder instead (default: the addresses below)")
+    add("--max-tokens", type=int, default=20, metavar="N",
+        help="count expressions of more than N tokens (default: 20)")
+    return parser
+
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="What a dataset holds, and what is wrong with it.")
-    add = parser.add_argument
-    add("dataset", help=f"{', '.join(DATASETS)}, shapes, a FILE.jsonl, or several joined by commas")
-    add("--root", help="folder of annotations and pictures (default: data; of a .jsonl its own)")
-    add("--draw", type=int, default=0, help="how many samples of each split to draw (default: none)")
-    add("--save", type=Path, default=".", help="folder for what is drawn (default: this one)")
-    add("--write", type=Path, help="FILE.jsonl to write all splits to (default: none)")
-    add("--download", action="store_true", help="fetch what is missing, from addresses as users reported them (default: no)")
-    add("--mirror", help="--download, from this address of a folder (default: ADDRESSES in data.py)")
-    add("--max-tokens", type=int, default=20, help="limit that expressions are held against (default: 20)")
-    asked = parser.parse_args(argv)
-    if asked.write and (asked.write.exists() or asked.dataset == "shapes"):
-        raise InputError(f"--write {asked.write}: is there already, or is of shapes, which has no files")
-    for dataset in sorted(asked.dataset.split(","), key=lambda d: d not in PICTURES) if asked.download or asked.mirror else ():
-        download(dataset, asked.root, asked.mirror)
-    report(asked.dataset, asked.root, asked.max_tokens)
-    samples = {split: load_samples(asked.dataset, split, asked.root) for split in split_names(asked.dataset, asked.root)}
-    for split, chosen in samples.items() if asked.draw > 0 else ():
-        asked.save.mkdir(parents=True, exist_ok=True)
-        sheet = asked.save / f"{split.replace('/', '-')}.png"
-        contact_sheet([draw(load_picture(s.image), s.text, [(s.box, TRUE)]) for s in spread(chosen, asked.draw)]).save(sheet)
-        print(sheet)
+    asked = build_parser().parse_args(argv)
+    dataset, root = asked.dataset, asked.root
+
+    if asked.write and asked.write.exists():
+        raise InputError(f"--write {asked.write}: the file is there already; choose another name")
+    if asked.write and dataset == "shapes":
+        raise InputError(f"--write {asked.write}: shapes has no picture files to refer to; choose "
+                         f"another dataset")
+
+    if asked.download or asked.mirror:
+        names = dataset.split(",")
+        for name in names:   # refuse before the first byte is fetched
+            check_downloadable(name, root)
+        for name in names:
+            download(name, root, asked.mirror)
+
+    report(dataset, root, asked.max_tokens)
+
+    samples = {split: load_samples(dataset, split, root) for split in split_names(dataset, root)}
+    if asked.draw > 0:
+        draw_splits(samples, asked.draw, asked.save)
     if asked.write:
-        asked.write.parent.mkdir(parents=True, exist_ok=True)
-        folder = os.path.realpath(asked.write.parent)
-        save_whole(asked.write, lambda partial: partial.write_text("".join(json.dumps(
-            {"image": os.path.relpath(s.image, folder), "text": s.text, "box": s.box, "split": split}) + "\n"
-            for split, chosen in samples.items() for s in chosen)))
+        write_jsonl(samples, asked.write)
+
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

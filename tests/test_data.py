@@ -1,4 +1,4 @@
-"""data.py: the meaning of every expression, the splits, the formats, the geometry."""
+"""data.py: the meaning of each expression, the splits, the formats, the geometry, the downloads."""
 import functools
 import http.server
 import json
@@ -17,294 +17,532 @@ import torch
 from PIL import Image
 
 import data
-import train
-from model import InputError
+from data import InputError
 
-SIZE_SYNONYMS = {"small": "small", "little": "small", "large": "large", "big": "large"}
+DETR = data.PIXELS["detr"]
+
+
+# -------------------------------------------------------------------------------------------------
+# shapes: an independent reader of its expressions
+
+SIZES = {"small": "small", "little": "small", "large": "large", "big": "large"}
+
+# side: the phrases about the object nearest to it, with the description as their group
+SUPERLATIVES = {
+    "left": r"leftmost (.+)|(.+) furthest to the left|(.+) on the left",
+    "right": r"rightmost (.+)|(.+) furthest to the right|(.+) on the right",
+    "top": r"topmost (.+)|highest (.+)|(.+) at the top",
+    "bottom": r"lowest (.+)|bottom (.+)|(.+) at the bottom",
+}
+COMPARATIVES = {"to the left of": "left", "left of": "left",
+                "to the right of": "right", "right of": "right",
+                "above": "top", "higher than": "top",
+                "below": "bottom", "under": "bottom"}
+ORDINALS = ("second", "third", "fourth")
+
+
+def distance(thing, side):
+    """How far an object's centre is from a side, up to a constant."""
+    if side == "left":
+        return thing.x
+    if side == "right":
+        return -thing.x
+    if side == "top":
+        return thing.y
+    return -thing.y
 
 
 def described(phrase, things):
-    """The things that fit "small red circle", "blue shape", ...; read word by word."""
+    """Return the objects that fit "small red circle" or "blue shape", read word by word."""
     for word in phrase.split():
         if word in ("red", "green", "blue", "yellow"):
-            things = [t for t in things if t.colour == word]
+            things = [thing for thing in things if thing.colour == word]
         elif word in ("circle", "square", "triangle"):
-            things = [t for t in things if t.shape == word]
-        elif word in SIZE_SYNONYMS:
-            things = [t for t in things if t.size == SIZE_SYNONYMS[word]]
+            things = [thing for thing in things if thing.shape == word]
+        elif word in SIZES:
+            things = [thing for thing in things if thing.size == SIZES[word]]
         else:
             assert word in ("shape", "object"), f"{word!r} in {phrase!r}"
     return things
 
 
 def meant(text, things):
-    """Every thing that an expression may mean, worked out from its words alone: what a reader would do."""
+    """Return every object that an expression may mean, from its words alone, as a reader would."""
     text = text.removeprefix("the ")
-    if match := re.fullmatch(r"(second|third|fourth) (.+) from the (left|right|top|bottom)", text):
-        rank, side = ("second", "third", "fourth").index(match[1]) + 1, match[3]
-        key = {"left": lambda t: t.x, "right": lambda t: -t.x, "top": lambda t: t.y, "bottom": lambda t: -t.y}[side]
-        ordered = sorted(described(match[2], things), key=key)
-        return [t for t in ordered if len(ordered) > rank and key(t) == key(ordered[rank])]
-    if match := re.fullmatch(r"(.+?) (to the left of|left of|to the right of|right of|above|higher than|below|under) the (.+)", text):
-        anchor, = described(match[3], things)                       # the thing it is told by must be clear too
-        ahead = {"left": lambda t: t.x < anchor.x, "right": lambda t: t.x > anchor.x, "above": lambda t: t.y < anchor.y,
-                 "higher": lambda t: t.y < anchor.y, "below": lambda t: t.y > anchor.y, "under": lambda t: t.y > anchor.y}
-        return [t for t in described(match[1], things)
-                if t != anchor and ahead[match[2].removeprefix("to the ").split()[0]](t)]
-    for pattern, key in ((r"leftmost (.+)|(.+) furthest to the left|(.+) on the left", lambda t: t.x),
-                         (r"rightmost (.+)|(.+) furthest to the right|(.+) on the right", lambda t: -t.x),
-                         (r"topmost (.+)|highest (.+)|(.+) at the top", lambda t: t.y),
-                         (r"lowest (.+)|bottom (.+)|(.+) at the bottom", lambda t: -t.y)):
-        if match := re.fullmatch(pattern, text):
-            candidates = described(next(g for g in match.groups() if g), things)
-            first = min(map(key, candidates))
-            return [t for t in candidates if key(t) == first]
+
+    match = re.fullmatch(r"(second|third|fourth) (.+) from the (left|right|top|bottom)", text)
+    if match:
+        rank = ORDINALS.index(match[1]) + 1
+        return at_rank(rank, described(match[2], things), match[3])
+
+    match = re.fullmatch(rf"(.+?) ({'|'.join(COMPARATIVES)}) the (.+)", text)
+    if match:
+        anchor, = described(match[3], things)   # exactly one object must fit the anchor's words
+        side = COMPARATIVES[match[2]]
+        return [thing for thing in described(match[1], things)
+                if thing != anchor and distance(thing, side) < distance(anchor, side)]
+
+    for side, pattern in SUPERLATIVES.items():
+        match = re.fullmatch(pattern, text)
+        if match:
+            phrase, = [group for group in match.groups() if group]
+            return at_rank(0, described(phrase, things), side)
     return described(text, things)
 
 
+def at_rank(rank, candidates, side):
+    """Return the candidates that share the given rank, counted from a side."""
+    if rank >= len(candidates):
+        return []
+    distances = sorted(distance(thing, side) for thing in candidates)
+    return [thing for thing in candidates if distance(thing, side) == distances[rank]]
+
+
+def float_box(thing):
+    return tuple(float(v) for v in thing.box)
+
+
+# -------------------------------------------------------------------------------------------------
+# shapes
+
 @pytest.fixture(scope="module")
 def samples():
-    return {split: data.load_samples("shapes", split) for split in ("train", "val", "testA", "testB")}
+    return {split: data.load_samples("shapes", split) for split in data.SHAPES_SPLITS}
 
 
 def test_every_expression_means_its_object_and_no_other(samples):
+    """Each expression of each split fits exactly one object, and the sample's box is its box."""
     checked = 0
     for split in samples:
         for sample in samples[split]:
-            _, things, _ = data.scene(sample.image)
-            assert [tuple(map(float, t.box)) for t in meant(sample.text, things)] == [sample.box], (sample, things)
+            things = data.scene(sample.image).things
+            boxes = [float_box(thing) for thing in meant(sample.text, things)]
+            assert boxes == [sample.box], (sample, things)
             checked += 1
     assert checked == 24_000 + 3 * 1200
 
 
-def test_expressions_are_varied_and_colour_alone_does_not_solve_them(samples):
-    texts = [s.text for s in samples["train"]]
-    share = lambda pattern: sum(bool(re.search(pattern, t)) for t in texts) / len(texts)
-    for pattern in ("red|green|blue|yellow", "circle|square|triangle", "small|little|large|big", "left|right|most|top|bottom",
-                    " of the | above | below | under | higher than ", "second|third"):
-        assert share(pattern) > 0.02, pattern
-    assert len(set(texts)) > 3000
+@pytest.mark.parametrize("pattern", [
+    "red|green|blue|yellow", "circle|square|triangle", "small|little|large|big",
+    "left|right|most|top|bottom", " of the | above | below | under | higher than ",
+    "second|third"])
+def test_every_kind_of_word_occurs_in_expressions(samples, pattern):
+    """More than 2 % of the training expressions contain words of each kind."""
+    texts = [sample.text for sample in samples["train"]]
+    share = np.mean([re.search(pattern, text) is not None for text in texts])
+    assert share > 0.02
+
+
+def test_expressions_are_varied(samples):
+    """The training expressions include more than 3000 different texts."""
+    assert len({sample.text for sample in samples["train"]}) > 3000
+
+
+def test_colour_alone_does_not_solve_the_task(samples):
+    """Guessing among all objects of the first colour that is named is right in less than 65 %."""
     right = 0.0
     for sample in samples["val"]:
-        _, things, _ = data.scene(sample.image)
+        guesses = data.scene(sample.image).things
         colours = re.findall("red|green|blue|yellow", sample.text)
-        guesses = [t for t in things if t.colour == colours[0]] if colours else things
-        right += sum(tuple(map(float, t.box)) == sample.box for t in guesses) / len(guesses)
-    assert right / len(samples["val"]) < 0.65             # the best that one who hears only the first colour can do
+        if colours:
+            guesses = [thing for thing in guesses if thing.colour == colours[0]]
+        hits = [float_box(thing) == sample.box for thing in guesses]
+        right += sum(hits) / len(guesses)
+    assert right / len(samples["val"]) < 0.65
 
 
-def test_splits_are_disjoint_and_differ_as_they_say(samples):
-    def content(number):                                    # a picture, in whatever order its things are listed
-        height, things, _ = data.scene(number)
-        return height, tuple(sorted(things))
-    content = {split: {content(s.image) for s in samples[split]} for split in samples}
-    names = list(content)
-    for i, a in enumerate(names):
-        for b in names[i + 1:]:
-            assert not content[a] & content[b]
-    residues = [set(r) for *_, r in data.SHAPES_SPLITS.values()]
-    assert sum(map(len, residues)) == len(set().union(*residues))       # by construction: a checksum has one split
-    things = {split: [len(data.scene(s.image)[1]) for s in samples[split]] for split in samples}
-    assert max(things["testA"]) < min(things["testB"])                  # few distractors, many distractors
+def scene_content(number):
+    """A scene's picture, whatever the order in which its objects are listed."""
+    height, things, _ = data.scene(number)
+    return height, tuple(sorted(things))
+
+
+def test_no_scene_is_in_two_splits(samples):
+    """No two splits share a picture, and no two splits share a residue of the checksum."""
+    contents = {}
+    for split in samples:
+        contents[split] = {scene_content(sample.image) for sample in samples[split]}
+    names = list(contents)
+    for i, first in enumerate(names):
+        for second in names[i + 1:]:
+            assert not contents[first] & contents[second]
+
+    residues = [residue for split in data.SHAPES_SPLITS.values() for residue in split.residues]
+    assert len(residues) == len(set(residues))
+
+
+def test_testa_has_few_distractors_and_testb_has_many(samples):
+    """Each picture of testA has fewer objects than each picture of testB."""
+    counts = {}
+    for split in ("testA", "testB"):
+        counts[split] = [len(data.scene(sample.image).things) for sample in samples[split]]
+    assert max(counts["testA"]) < min(counts["testB"])
 
 
 def test_scenes_are_functions_of_their_number():
-    first = data.scene(5), np.asarray(data.render(5))
+    """A scene and its picture do not depend on the cache or on Python's global random state."""
+    first_scene = data.scene(5)
+    first_picture = np.asarray(data.render(5))
     data.scene.cache_clear()
     random.seed(99)
-    assert data.scene(5) == first[0] and np.array_equal(np.asarray(data.render(5)), first[1])
+    assert data.scene(5) == first_scene
+    assert np.array_equal(np.asarray(data.render(5)), first_picture)
 
 
 def test_pictures_show_what_the_scene_says():
-    """The colour of the paint at a thing's centre is the thing's, and outside of all boxes there is only ground."""
+    """Each object is painted in its colour and fills its box, and outside of all boxes there is
+    only background."""
     for number in range(100):
-        _, things, _ = data.scene(number)
-        pixels = np.asarray(data.render(number)).astype(int)
+        things = data.scene(number).things
+        pixels = np.asarray(data.render(number)).astype(int)   # (height, width, 3)
         outside = np.ones(pixels.shape[:2], bool)
-        for t in things:
-            nearest = min(data.COLOURS, key=lambda c: np.abs(pixels[t.y, t.x] - data.COLOURS[c]).sum())
-            assert nearest == t.colour
-            x1, y1, x2, y2 = t.box
-            assert x1 >= 0 and y1 >= 0 and x2 < pixels.shape[1] and y2 < pixels.shape[0]
+        for thing in things:
+            paint = pixels[thing.y, thing.x]
+            errors = {name: np.abs(paint - rgb).sum() for name, rgb in data.COLOURS.items()}
+            assert min(errors, key=errors.get) == thing.colour
+
+            x1, y1, x2, y2 = thing.box
+            assert x1 >= 0 and y1 >= 0
+            assert x2 < pixels.shape[1] and y2 < pixels.shape[0]
             outside[y1:y2 + 1, x1:x2 + 1] = False
-            ink = np.argwhere((pixels == pixels[t.y, t.x]).all(-1) & ~outside)
-            ink = ink[(abs(ink - [t.y, t.x]) <= t.r).all(1)]                          # this thing's paint: the box is tight
-            assert np.abs(np.concatenate([ink.min(0)[::-1], ink.max(0)[::-1]]) - t.box).max() <= 1
+
+            # The box is tight around this object's paint.
+            painted = np.argwhere((pixels == paint).all(-1) & ~outside)           # (pixels, 2)
+            near = np.abs(painted - [thing.y, thing.x]) <= thing.r
+            painted = painted[near.all(1)]
+            top, left = painted.min(0)
+            bottom, right = painted.max(0)
+            assert np.abs(np.array([left, top, right, bottom]) - thing.box).max() <= 1
         assert pixels[outside].min() > 200
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Geometry
 
 @pytest.mark.parametrize("size", [(128, 96), (60, 128), (100, 100), (1, 50), (640, 427)])
 @pytest.mark.parametrize("seed", [None, 3])
 def test_letterbox_keeps_the_picture_and_its_box(size, seed):
-    rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
-    image, padding, place = data.letterbox(picture, 64, random.Random(seed) if seed else None)
+    """The square holds the scaled picture, zeros elsewhere, and the box at the same part of it."""
+    width, height = size
+    noise = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    rng = random.Random(seed) if seed else None
+    image, padding, place = data.letterbox(picture, 64, rng)
     w, h, left, top = place
-    assert max(w, h) == 64 and (~padding).sum() == w * h
-    assert image[:, padding].abs().max() == 0 if padding.any() else True
-    resized = np.asarray(picture.resize((w, h), Image.Resampling.BILINEAR)) / 255
-    back = image[:, top:top + h, left:left + w].permute(1, 2, 0).numpy() * np.array(data.PIXELS["detr"][1]) + data.PIXELS["detr"][0]
-    assert np.abs(back - resized).max() < 1e-5
-    box = (0.1 * size[0], 0.2 * size[1], 0.7 * size[0], 0.9 * size[1])
-    cx, cy, bw, bh = data.to_square(box, picture.size, place, 64)
-    assert (cx - bw / 2) * 64 == pytest.approx(left + 0.1 * w) and (cy + bh / 2) * 64 == pytest.approx(top + 0.9 * h)
+
+    assert max(w, h) == 64
+    assert (~padding).sum() == w * h
+    if padding.any():
+        assert image[:, padding].abs().max() == 0
+
+    scaled = np.asarray(picture.resize((w, h), Image.Resampling.BILINEAR)) / 255
+    shown = image[:, top:top + h, left:left + w].permute(1, 2, 0).numpy()   # (h, w, 3)
+    assert np.abs(shown * np.array(DETR.std) + DETR.mean - scaled).max() < 1e-5
+
+    box = (0.1 * width, 0.2 * height, 0.7 * width, 0.9 * height)
+    cx, cy, box_w, box_h = data.to_square(box, picture.size, place, 64)
+    assert (cx - box_w / 2) * 64 == pytest.approx(left + 0.1 * w)
+    assert (cy + box_h / 2) * 64 == pytest.approx(top + 0.9 * h)
     if seed is None:
-        assert data.from_square((cx, cy, bw, bh), picture.size, 64) == pytest.approx(box, abs=1e-6)
+        back = data.from_square((cx, cy, box_w, box_h), picture.size, 64)
+        assert back == pytest.approx(box, abs=1e-6)
 
 
-def test_training_puts_pictures_at_different_places_the_same_way_each_time(samples):
-    tokenizer = data.Tokenizer("shapes", None, 20)
-    def tops(seed, train=True):
-        dataset = data.GroundingDataset(samples["val"][:30], 64, tokenizer, train, seed)
-        return [int((~dataset[i][1]).float().amax(1).argmax()) for i in range(30)]
-    assert tops(1) == tops(1) != tops(2)
-    assert tops(1, train=False) == tops(2, train=False)
+def first_rows(samples, seed, train):
+    """The first row of each square that shows a part of the picture."""
+    dataset = data.GroundingDataset(samples, 64, data.Tokenizer(20), DETR, train, seed)
+    rows = []
+    for i in range(len(samples)):
+        shown = (~dataset[i].padding).float().amax(1)   # (64,): 1 where a row shows the picture
+        rows.append(int(shown.argmax()))
+    return rows
+
+
+def test_training_puts_pictures_at_random_places_that_the_seed_decides(samples):
+    """Places depend on the seed in training, and on nothing in evaluation."""
+    first = samples["val"][:30]
+    assert first_rows(first, 1, train=True) == first_rows(first, 1, train=True)
+    assert first_rows(first, 1, train=True) != first_rows(first, 2, train=True)
+    assert first_rows(first, 1, train=False) == first_rows(first, 2, train=False)
 
 
 def test_a_batch_pads_texts_to_its_longest(samples):
-    tokenizer = data.Tokenizer("shapes", None, 20)
-    dataset = data.GroundingDataset(samples["val"], 64, tokenizer)
+    """A batch is as wide as its longest text, and token_padding is True behind each shorter one."""
+    tokenizer = data.Tokenizer(20)
+    dataset = data.GroundingDataset(samples["val"], 64, tokenizer, DETR)
     batch = data.collate([dataset[i] for i in range(5)], tokenizer.pad)
-    lengths = [len(tokenizer(s.text)) for s in samples["val"][:5]]
-    assert batch["tokens"].shape == (5, max(lengths)) and (~batch["token_padding"]).sum(1).tolist() == lengths
+    lengths = [len(tokenizer(sample.text)) for sample in samples["val"][:5]]
+    assert batch["tokens"].shape == (5, max(lengths))
+    assert (~batch["token_padding"]).sum(1).tolist() == lengths
     assert (batch["tokens"][batch["token_padding"]] == tokenizer.pad).all()
-    assert batch["images"].shape == (5, 3, 64, 64) and batch["boxes"].shape == (5, 4)
+    assert batch["images"].shape == (5, 3, 64, 64)
+    assert batch["boxes"].shape == (5, 4)
 
+
+# -------------------------------------------------------------------------------------------------
+# Tokenizers
 
 def test_tokenizer_reads_shapes_word_by_word_and_anything_else_in_pieces(samples):
-    tokenizer = data.Tokenizer("shapes", None, 12)
-    assert len(tokenizer.wordpiece) <= 256                                   # the tiny text encoder's vocabulary
+    """A word of `shapes` is one token, other ASCII words are letters, and long texts keep [SEP]."""
+    tokenizer = data.Tokenizer(12)
+    assert len(tokenizer.wordpiece) <= 256   # the vocabulary of the tiny text encoder
     for sample in samples["val"]:
         assert len(tokenizer(sample.text)) == min(12, len(sample.text.split()) + 2)
+
     long = tokenizer("a zebra crossing, seen from the left and from the right and from above")
-    assert len(long) == 12 and long[-1] == tokenizer.wordpiece.sep_token_id
+    assert len(long) == 12
+    assert long[-1] == tokenizer.wordpiece.sep_token_id
     assert tokenizer.wordpiece.unk_token_id not in tokenizer("Zebra no. 7?")
     assert tokenizer.wordpiece.unk_token_id in tokenizer("猫")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("encoder, flag", [("clip", "--clip-weights"), ("bert", "--text-weights")])
+def test_a_folder_with_weights_but_without_the_tokenizers_files_is_an_error(
+        tmp_path, encoder, flag):
+    """For such a folder transformers makes an empty vocabulary, which would hide every word."""
+    import transformers
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "intermediate_size": 16}
+    if encoder == "clip":
+        text_config = {**small, "vocab_size": 60, "eos_token_id": 59, "bos_token_id": 58}
+        config = transformers.CLIPConfig(text_config=text_config, vision_config=small)
+        model = transformers.CLIPModel(config)
+    else:
+        model = transformers.BertModel(transformers.BertConfig(**small))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=flag):
+        data.Tokenizer(20, str(tmp_path), 49408, flag)
+
+
+def test_clips_tokenizer_lowers_and_keeps_its_ends(tmp_path):
+    """CLIP's tokenizer ignores case and begins and ends each text with one token, cut or not."""
+    from transformers import CLIPTokenizer
+    letters = list("redcupth")
+    pieces = ["<|startoftext|>", "<|endoftext|>", *letters]
+    pieces += [letter + "</w>" for letter in letters]
+    pieces += ["re", "red</w>"]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nr e\nre d</w>\n")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    saved = CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    saved.save_pretrained(tmp_path)
+
+    tokenizer = data.Tokenizer(5, str(tmp_path), len(pieces), "--clip-weights")
+    assert tokenizer("RED cup") == tokenizer("red cup")
+    assert len(tokenizer("red cup red cup")) == 5
+    for text in ("red", "red cup red cup"):
+        ids = tokenizer(text)
+        assert (ids[0], ids[-1]) == (0, 1)
+        assert ids.count(1) == 1
+    assert tokenizer("red") == [0, pieces.index("red</w>"), 1]
+
+
+# -------------------------------------------------------------------------------------------------
 # JSONL
-
-def write(path, *lines):
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), encoding="utf-8")
-    return str(path)
-
 
 GOOD = {"image": "a.png", "text": "the red cup", "box": [1, 2.5, 30, 20], "split": "train"}
 
 
+def write(path, *lines):
+    """Write a .jsonl file; a line is an object or the text of the line itself."""
+    texts = []
+    for line in lines:
+        if not isinstance(line, str):
+            line = json.dumps(line)
+        texts.append(line + "\n")
+    path.write_text("".join(texts), encoding="utf-8")
+    return str(path)
+
+
 def test_jsonl_is_read(tmp_path):
-    path = write(tmp_path / "my.jsonl", GOOD, "", {**GOOD, "split": "val", "text": "die rote Tasse ü"})
+    """Empty lines are skipped, and paths start from the file's folder or from root."""
+    path = write(tmp_path / "my.jsonl", GOOD, "",
+                 {**GOOD, "split": "val", "text": "die rote Tasse ü"})
     assert data.split_names(path) == ["train", "val"]
-    assert data.load_samples(path, "train") == [data.Sample(tmp_path / "a.png", "the red cup", (1.0, 2.5, 30.0, 20.0), "a.png")]
+    expected = data.Sample(tmp_path / "a.png", "the red cup", (1.0, 2.5, 30.0, 20.0), "a.png")
+    assert data.load_samples(path, "train") == [expected]
+
     (tmp_path / "elsewhere").mkdir()
-    assert data.load_samples(path, "val", tmp_path / "elsewhere")[0].image == tmp_path / "elsewhere" / "a.png"
+    sample, = data.load_samples(path, "val", tmp_path / "elsewhere")
+    assert sample.image == tmp_path / "elsewhere" / "a.png"
 
 
 def test_jsonl_of_other_editors_is_read(tmp_path):
-    """A byte order mark, Windows line ends, and a line separator of Unicode inside a text, which ends no line of JSONL."""
+    """A byte order mark, Windows line ends, and Unicode's line separator inside a text are read;
+    Latin-1 is an error."""
     line = json.dumps({**GOOD, "text": "a\u2028b"}, ensure_ascii=False)
-    (tmp_path / "w.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{line}\r\n{line}\r\n".encode())
-    assert [s.text for s in data.load_samples(tmp_path / "w.jsonl", "train")] == ["a\u2028b"] * 2
-    (tmp_path / "latin.jsonl").write_bytes(line.encode() + b"\n" + '{"text": "ü"}'.encode("latin-1"))
+    content = b"\xef\xbb\xbf" + f"{line}\r\n{line}\r\n".encode()
+    (tmp_path / "w.jsonl").write_bytes(content)
+    texts = [sample.text for sample in data.load_samples(tmp_path / "w.jsonl", "train")]
+    assert texts == ["a\u2028b", "a\u2028b"]
+
+    latin = '{"text": "ü"}'.encode("latin-1")
+    (tmp_path / "latin.jsonl").write_bytes(line.encode() + b"\n" + latin)
     with pytest.raises(InputError, match="latin.jsonl, line 2"):
         data.load_samples(tmp_path / "latin.jsonl", "train")
 
 
-@pytest.mark.parametrize("line, word", [
-    ("{not json", "not JSON"), ("[1, 2]", "lacks image, text, box, split"), ({**GOOD, "box": None}, "four numbers"),
-    ({**GOOD, "box": [1, 2, 3]}, "four numbers"), ({**GOOD, "box": [5, 5, 5, 9]}, "no area"),
-    ({**GOOD, "box": [9, 5, 5, 9]}, "no area"), ('{"image": "a", "text": "b", "split": "train", "box": [1, 2, NaN, 4]}', "four numbers"),
-    ('{"image": "a", "text": "b", "split": "train", "box": [1, 2, 1%s, 4]}' % (400 * "0"), "four numbers"), ("[" * 100_000, "not JSON"),
-    ({**GOOD, "text": "  "}, "not empty"), ({k: v for k, v in GOOD.items() if k != "text"}, "lacks text"),
-    ({"image": "a.png"}, "lacks text, box, split")])
-def test_a_bad_line_is_named(tmp_path, line, word):
+NO_TEXT = {"image": "a.png", "box": [1, 2.5, 30, 20], "split": "train"}
+WITH_BOX = '{"image": "a", "text": "b", "split": "train", "box": [1, 2, %s, 4]}'
+
+
+@pytest.mark.parametrize("line, words", [
+    ("{not json", "not JSON"),
+    ("[" * 100_000, "not JSON"),
+    ("[1, 2]", "lacks image, text, box, split"),
+    ({"image": "a.png"}, "lacks text, box, split"),
+    (NO_TEXT, "lacks text"),
+    ({**GOOD, "box": None}, "four numbers"),
+    ({**GOOD, "box": [1, 2, 3]}, "four numbers"),
+    (WITH_BOX % "NaN", "four numbers"),
+    (WITH_BOX % ("1" + 400 * "0"), "four numbers"),
+    ({**GOOD, "box": [5, 5, 5, 9]}, "no area"),
+    ({**GOOD, "box": [9, 5, 5, 9]}, "no area"),
+    ({**GOOD, "text": "  "}, "not empty"),
+    ({**GOOD, "text": "a \ud83d cup"}, "broken Unicode")])
+def test_a_bad_line_is_named(tmp_path, line, words):
+    """The error names the file, the line and what is wrong with the line."""
     path = write(tmp_path / "my.jsonl", GOOD, line)
     with pytest.raises(InputError) as error:
         data.load_samples(path, "train")
-    assert "my.jsonl, line 2" in str(error.value) and word in str(error.value)
+    assert "my.jsonl, line 2" in str(error.value)
+    assert words in str(error.value)
 
 
 @pytest.mark.parametrize("dataset, split, root, words", [
-    ("nothing", "train", None, ("nothing", "shapes", ".jsonl")), ("shapes", "test", None, ("test", "train, val, testA, testB")),
+    ("nothing", "train", None, ("nothing", "shapes", ".jsonl")),
+    ("shapes", "test", None, ("test", "train, val, testA, testB")),
     ("gone.jsonl", "train", None, ("gone.jsonl", "no such file", '"box"')),
-    ("my.jsonl", "train", "nowhere", ("nowhere", "no such folder")), ("my.jsonl", "test", None, ("test", "train")),
+    ("my.jsonl", "train", "nowhere", ("nowhere", "no such folder")),
+    ("my.jsonl", "test", None, ("test", "train")),
     ("empty.jsonl", "train", None, ("empty.jsonl", "no line"))])
-def test_unknown_datasets_splits_and_folders_are_named(tmp_path, monkeypatch, dataset, split, root, words):
+def test_unknown_datasets_splits_and_folders_are_named(
+        tmp_path, monkeypatch, dataset, split, root, words):
+    """The error names what is unknown, and what could be chosen."""
     monkeypatch.chdir(tmp_path)
-    data._by_split.cache_clear()
+    data.read_splits.cache_clear()
     write(tmp_path / "my.jsonl", GOOD)
     write(tmp_path / "empty.jsonl")
     with pytest.raises(InputError) as error:
         data.load_samples(dataset, split, root)
-    assert all(word in str(error.value) for word in words), error.value
+    for word in words:
+        assert word in str(error.value)
 
 
-def test_pictures_that_are_missing_broken_or_too_small_for_their_box_are_named(tmp_path):
+def test_a_jsonl_may_have_a_comma_in_its_name(tmp_path):
+    """A comma joins datasets only if there is no file of the whole name."""
+    path = write(tmp_path / "a,b.jsonl", GOOD)
+    assert len(data.load_samples(path, "train")) == 1
+
+
+# -------------------------------------------------------------------------------------------------
+# Errors
+
+def one_item(path, box=(1.0, 2.0, 30.0, 20.0)):
+    sample = data.Sample(path, "a", box, path.name)
+    return data.GroundingDataset([sample], 64, data.Tokenizer(20), DETR)[0]
+
+
+@pytest.mark.parametrize("name, words", [
+    ("broken.jpg", "decoded"), ("text.jpg", "decoded"),
+    ("gone.jpg", "no such picture .1 are missing")])
+def test_pictures_that_are_missing_or_broken_are_named(tmp_path, name, words):
+    """The error names the picture's file."""
     Image.new("L", (40, 30), 128).save(tmp_path / "grey.png")
     (tmp_path / "broken.jpg").write_bytes((tmp_path / "grey.png").read_bytes()[:60])
     (tmp_path / "text.jpg").write_text("hello")
-    tokenizer = data.Tokenizer("random", None, 20)
-    def item(name, box=(1.0, 2.0, 30.0, 20.0)):
-        return data.GroundingDataset([data.Sample(tmp_path / name, "a", box, name)], 64, tokenizer)[0]
-    assert item("grey.png")[0].shape == (3, 64, 64)
-    for name, word in (("broken.jpg", "decoded"), ("text.jpg", "decoded"), ("gone.jpg", "no such picture, nor 0 others")):
-        with pytest.raises(InputError, match=word) as error:
-            item(name)
-        assert name in str(error.value)
+    with pytest.raises(InputError, match=words) as error:
+        one_item(tmp_path / name)
+    assert name in str(error.value)
+
+
+def test_a_box_outside_of_its_picture_is_an_error_and_is_cut_off_at_the_edge(tmp_path):
+    """A box wholly outside is an error; a box that reaches out is cut off at the edge."""
+    Image.new("L", (40, 30), 128).save(tmp_path / "grey.png")
+    assert one_item(tmp_path / "grey.png").image.shape == (3, 64, 64)
     with pytest.raises(InputError, match="outside the picture, which is 40 x 30"):
-        item("grey.png", (50.0, 2.0, 90.0, 20.0))
-    assert item("grey.png", (20.0, 10.0, 90.0, 90.0))[3] == pytest.approx([0.75, 0.625, 0.5, 0.5], abs=0.01)
+        one_item(tmp_path / "grey.png", (50.0, 2.0, 90.0, 20.0))
+
+    # The picture is 64 x 48 in the square. The cut box is its lower right part, 32 x 32.
+    item = one_item(tmp_path / "grey.png", (20.0, 10.0, 90.0, 90.0))
+    assert item.box == pytest.approx([0.75, 0.625, 0.5, 0.5], abs=0.01)
 
 
 def test_an_error_in_a_loading_process_is_still_one_line(tmp_path, capsys):
+    """run_command prints the message of an InputError that a DataLoader's worker raised."""
     (tmp_path / "broken.jpg").write_text("hello")
-    dataset = data.GroundingDataset([data.Sample(tmp_path / "broken.jpg", "a", (0, 0, 1, 1), 0)], 64, len)
-    with pytest.raises(SystemExit):
-        train.run(lambda: list(torch.utils.data.DataLoader(dataset, num_workers=1)))
-    said = capsys.readouterr().err.strip()
-    assert said.startswith("error: ") and "broken.jpg" in said and "\n" not in said
+    sample = data.Sample(tmp_path / "broken.jpg", "a", (0, 0, 1, 1), 0)
+    dataset = data.GroundingDataset([sample], 64, len, DETR)
+
+    def load():
+        list(torch.utils.data.DataLoader(dataset, num_workers=1))
+
+    with pytest.raises(SystemExit) as exit:
+        data.run_command(load)
+    assert exit.value.code == 2
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("error: ") and "broken.jpg" in message
+    assert "\n" not in message
 
 
-def test_a_folder_with_weights_but_without_the_tokenizers_files_is_an_error(tmp_path):
-    """transformers makes an empty vocabulary there, and every text would be its length and no more."""
-    import transformers
-    both = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    transformers.CLIPModel(transformers.CLIPConfig(text_config={**both, "vocab_size": 60, "eos_token_id": 59, "bos_token_id": 58},
-                                                   vision_config=both)).save_pretrained(tmp_path / "clip")
-    transformers.BertModel(transformers.BertConfig(**both)).save_pretrained(tmp_path / "bert")
-    for name, flag in (("clip", "--clip-weights"), ("bert", "--text-weights")):
-        with pytest.raises(InputError, match=flag):
-            data.Tokenizer("pretrained", str(tmp_path / name), 20, 49408, flag)
+def test_a_crash_while_writing_leaves_the_old_file(tmp_path):
+    """write_atomically replaces a file only after the new one is whole."""
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def crash(partial):
+        partial.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        data.write_atomically(path, crash)
+    assert path.read_text() == "old"
+    data.write_atomically(path, lambda partial: partial.write_text("new"))
+    assert path.read_text() == "new"
 
 
-def test_clips_tokenizer_lowers_and_keeps_its_ends(tmp_path):
-    from transformers import CLIPTokenizer
-    pieces = ["<|startoftext|>", "<|endoftext|>", *"redcupth", *(c + "</w>" for c in "redcupth"), "re", "red</w>"]
-    (tmp_path / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\nr e\nre d</w>\n")
-    CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")).save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
-    tokenizer = data.Tokenizer("pretrained", str(tmp_path), 5, len(pieces), "--clip-weights")
-    assert tokenizer("RED cup") == tokenizer("red cup") and len(tokenizer("red cup red cup")) == 5
-    for text in ("red", "red cup red cup"):
-        ids = tokenizer(text)
-        assert (ids[0], ids[-1]) == (0, 1) and ids.count(1) == 1
-    assert tokenizer("red") == [0, pieces.index("red</w>"), 1]
+def test_data_can_be_copied_alone():
+    """data.py imports nothing of the project, and no transformers before it needs a tokenizer."""
+    imports = []
+    for line in Path(data.__file__).read_text(encoding="utf-8").splitlines():
+        match = re.match(r"(?:import|from) (\w+)", line)
+        if match:
+            imports.append(match[1])
+    project = {path.stem for path in Path(data.__file__).parent.glob("*.py")}
+    assert "model" in project and "torch" in imports
+    assert not project & set(imports)
+    assert "transformers" not in imports
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The formats that people have
+# -------------------------------------------------------------------------------------------------
+# The published formats: the same annotations, written as each of them
 
-PICTURES = {7: (120, 90), 8: (90, 120), 9: (100, 100)}                       # COCO's id: width, height
-ANNOTATIONS = {70: (7, [3.25, 4.5, 30.75, 40.0]), 71: (7, [50.0, 10.0, 20.0, 20.5]), 80: (8, [0.0, 0.0, 45.5, 60.25]),
-               90: (9, [10, 20, 30, 40])}                                    # annotation: picture, x, y, w, h
-REFS = [(70, "train", ["the bright cup", "cup on the left"]), (71, "train", ["right plate"]), (80, "val", ["tall man"]),
-        (90, "testA", ["a woman", "woman in blue"])]
-ROWS = [(split, ANNOTATIONS[thing][0], text, ANNOTATIONS[thing][1]) for thing, split, texts in REFS for text in texts]
+PICTURES = {7: (120, 90), 8: (90, 120), 9: (100, 100)}   # COCO's picture id: (width, height)
+ANNOTATIONS = {   # annotation id: (picture id, [x, y, w, h])
+    70: (7, [3.25, 4.5, 30.75, 40.0]),
+    71: (7, [50.0, 10.0, 20.0, 20.5]),
+    80: (8, [0.0, 0.0, 45.5, 60.25]),
+    90: (9, [10, 20, 30, 40]),
+}
+REFS = [   # (annotation id, split, texts)
+    (70, "train", ["the bright cup", "cup on the left"]),
+    (71, "train", ["right plate"]),
+    (80, "val", ["tall man"]),
+    (90, "testA", ["a woman", "woman in blue"]),
+]
+SPLITS = ("train", "val", "testA")
+
+
+def rows_of(split):
+    """Return (picture id, text, [x, y, w, h]) of each expression of a split."""
+    rows = []
+    for annotation, ref_split, texts in REFS:
+        picture, box = ANNOTATIONS[annotation]
+        if ref_split == split:
+            for text in texts:
+                rows.append((picture, text, box))
+    return rows
 
 
 def coco(picture):
@@ -318,24 +556,44 @@ def pictures(folder):
 
 
 def as_refer(root, name="refcoco", by="unc", refs=REFS):
-    """As REFER's authors wrote it: protocol 2, and a file_name that is not the picture's."""
+    """Write REFER's format as its authors do: protocol 2, and a file_name that is not the
+    picture's."""
+    content = []
+    for number, (annotation, split, texts) in enumerate(refs):
+        picture, _ = ANNOTATIONS[annotation]
+        sentences = []
+        for i, text in enumerate(texts):
+            sentences.append({"sent": text, "raw": text.upper(), "tokens": text.split(),
+                              "sent_id": i})
+        content.append({
+            "ref_id": number, "ann_id": annotation, "image_id": picture, "split": split,
+            "category_id": 1, "file_name": coco(picture).replace(".jpg", f"_{annotation}.jpg"),
+            "sent_ids": list(range(len(texts))), "sentences": sentences})
+
+    images = []
+    for number, (width, height) in PICTURES.items():
+        images.append({"id": number, "file_name": coco(number), "width": width, "height": height})
+    annotations = []
+    for number, (picture, box) in ANNOTATIONS.items():
+        annotations.append({"id": number, "image_id": picture, "bbox": box, "category_id": 1})
+
     (root / name).mkdir(parents=True, exist_ok=True)
-    content = [{"ref_id": number, "ann_id": thing, "image_id": ANNOTATIONS[thing][0], "split": split, "category_id": 1,
-                "file_name": coco(ANNOTATIONS[thing][0]).replace(".jpg", f"_{thing}.jpg"), "sent_ids": list(range(len(texts))),
-                "sentences": [{"sent": text, "raw": text.upper(), "tokens": text.split(), "sent_id": i} for i, text in enumerate(texts)]}
-               for number, (thing, split, texts) in enumerate(refs)]
     (root / name / f"refs({by}).p").write_bytes(pickle.dumps(content, protocol=2))
-    (root / name / "instances.json").write_text(json.dumps({
-        "images": [{"id": number, "file_name": coco(number), "width": w, "height": h} for number, (w, h) in PICTURES.items()],
-        "annotations": [{"id": thing, "image_id": picture, "bbox": box, "category_id": 1} for thing, (picture, box) in ANNOTATIONS.items()]}))
+    instances = {"images": images, "annotations": annotations}
+    (root / name / "instances.json").write_text(json.dumps(instances))
 
 
 def as_transvg(root, code="unc", size=None, item=list):
+    """Write TransVG's format. item: the type of the boxes."""
     (root / code).mkdir(parents=True)
-    for split in ("train", "val", "testA"):
-        torch.save([(coco(picture), size, item(box), text, []) for part, picture, text, box in ROWS if part == split],
-                   root / code / f"{code}_{split}.pth")
-    torch.save([(coco(7), size, item([1, 2, 3, 4]), "in both", [])], root / code / f"{code}_trainval.pth")      # theirs has it too
+    for split in SPLITS:
+        rows = []
+        for picture, text, box in rows_of(split):
+            rows.append((coco(picture), size, item(box), text, []))
+        torch.save(rows, root / code / f"{code}_{split}.pth")
+    # TransVG has a file of train and val together, too, which must not be read.
+    both = [(coco(7), size, item([1, 2, 3, 4]), "in both", [])]
+    torch.save(both, root / code / f"{code}_trainval.pth")
 
 
 def as_hivg(root):
@@ -343,71 +601,121 @@ def as_hivg(root):
 
 
 def as_mdetr(root):
+    """Write MDETR's format: each expression has an "image" of its own."""
     root.mkdir(parents=True, exist_ok=True)
-    for split in ("train", "val", "testA"):
-        rows = [(number, row) for number, row in enumerate(ROWS) if row[0] == split]
-        (root / f"finetune_refcoco_{split}.json").write_text(json.dumps({
-            "images": [{"file_name": coco(picture), "id": number, "original_id": picture, "caption": text, "dataset_name": "refcoco",
-                        "tokens_negative": [[0, len(text)]]} for number, (_, picture, text, _) in rows],
-            "annotations": [{"image_id": number, "id": 100 + number, "bbox": box, "original_id": 5, "area": 1.0, "iscrowd": 0,
-                             "category_id": 1, "tokens_positive": [[0, 3]]} for number, (_, _, _, box) in rows]}))
+    number = 0
+    for split in SPLITS:
+        images = []
+        annotations = []
+        for picture, text, box in rows_of(split):
+            images.append({"file_name": coco(picture), "id": number, "original_id": picture,
+                           "caption": text, "dataset_name": "refcoco",
+                           "tokens_negative": [[0, len(text)]]})
+            annotations.append({"image_id": number, "id": 100 + number, "bbox": box,
+                                "original_id": 5, "area": 1.0, "iscrowd": 0, "category_id": 1,
+                                "tokens_positive": [[0, 3]]})
+            number += 1
+        content = {"images": images, "annotations": annotations}
+        (root / f"finetune_refcoco_{split}.json").write_text(json.dumps(content))
 
 
-EXPECTED = {split: [data.Sample(None, text, (float(x), float(y), float(x + w), float(y + h)), coco(picture))
-                    for part, picture, text, (x, y, w, h) in ROWS if part == split] for split in ("train", "val", "testA")}
+def expected_samples(split, folder):
+    samples = []
+    for picture, text, (x, y, w, h) in rows_of(split):
+        box = (float(x), float(y), float(x + w), float(y + h))
+        samples.append(data.Sample(folder / coco(picture), text, box, coco(picture)))
+    return samples
 
+
+def texts_of(dataset, split, root=None):
+    return [sample.text for sample in data.load_samples(dataset, split, root)]
+
+
+def boxes_of(dataset, split, root=None):
+    return [sample.box for sample in data.load_samples(dataset, split, root)]
+
+
+# -------------------------------------------------------------------------------------------------
+# The published formats
 
 @pytest.mark.parametrize("write_format", [as_refer, as_transvg, as_hivg, as_mdetr])
-@pytest.mark.parametrize("place", ["images/train2014", "train2014", "other/images/mscoco/images/train2014"])
+@pytest.mark.parametrize("place", [
+    "images/train2014", "train2014", "other/images/mscoco/images/train2014"])
 def test_every_format_of_a_dataset_gives_the_same_samples(tmp_path, write_format, place):
+    """The same annotations in any format give the same samples, with boxes as float corners."""
     write_format(tmp_path)
     pictures(tmp_path / place)
-    assert set(data.split_names("refcoco", tmp_path)) == set(EXPECTED)
-    for split, samples in EXPECTED.items():
-        found = data.load_samples("refcoco", split, tmp_path)
-        assert found == [sample._replace(image=tmp_path / place / sample.image_id) for sample in samples]
-        assert all(sample.image.is_file() and type(v) is float for sample in found for v in sample.box)
-    assert found[0].box == (10, 20, 40, 60) and data.load_samples("refcoco", "train", tmp_path)[0].box == (3.25, 4.5, 34, 44.5)
+    assert set(data.split_names("refcoco", tmp_path)) == set(SPLITS)
+    for split in SPLITS:
+        samples = data.load_samples("refcoco", split, tmp_path)
+        assert samples == expected_samples(split, tmp_path / place)
+        for sample in samples:
+            assert sample.image.is_file()
+            assert all(type(v) is float for v in sample.box)
+    assert boxes_of("refcoco", "testA", tmp_path)[-1] == (10, 20, 40, 60)
+    assert boxes_of("refcoco", "train", tmp_path)[0] == (3.25, 4.5, 34, 44.5)
 
 
 def test_annotations_and_pictures_may_lie_one_folder_below_and_apart(tmp_path):
+    """Annotations one folder below root go with pictures in root."""
     as_refer(tmp_path / "annotations")
     pictures(tmp_path / "images/train2014")
-    assert data.load_samples("refcoco", "val", tmp_path)[0].image == tmp_path / "images/train2014" / coco(8)
+    sample, = data.load_samples("refcoco", "val", tmp_path)
+    assert sample.image == tmp_path / "images/train2014" / coco(8)
+
+
+def test_pictures_may_lie_in_a_folder_of_their_own(tmp_path):
+    """COCO's pictures may lie one folder below root, beside the annotations of all datasets."""
+    as_refer(tmp_path / "annotations")
+    pictures(tmp_path / "coco/train2014")
+    _, folder = data.find_files("refcoco", str(tmp_path))
+    assert folder == tmp_path / "coco/train2014"
 
 
 def test_what_is_written_as_jsonl_reads_the_same(tmp_path, capsys):
+    """--write gives a file with the same samples, and overwrites no file."""
     as_refer(tmp_path)
-    pictures(tmp_path / "images/train2014")
+    folder = tmp_path / "images/train2014"
+    pictures(folder)
     target = tmp_path / "out" / "all.jsonl"
     target.parent.mkdir()
     data.main(["refcoco", "--root", str(tmp_path), "--write", str(target)])
-    for split, samples in EXPECTED.items():
+    for split in SPLITS:
         again = data.load_samples(target, split)
-        assert [(s.image.resolve(), s.text, s.box) for s in again] == [
-            (tmp_path / "images/train2014" / s.image_id, s.text, s.box) for s in samples]
-    with pytest.raises(InputError, match="all.jsonl: is there already"):
+        expected = expected_samples(split, folder)
+        assert [sample.image.resolve() for sample in again] == [sample.image for sample in expected]
+        assert [sample.text for sample in again] == [sample.text for sample in expected]
+        assert [sample.box for sample in again] == [sample.box for sample in expected]
+    with pytest.raises(InputError, match="all.jsonl: .*is there already"):
         data.main(["refcoco", "--root", str(tmp_path), "--write", str(target)])
 
 
 @pytest.mark.parametrize("item", [list, np.array, tuple, torch.tensor])
 def test_referit_and_flickr_boxes_are_corners(tmp_path, item):
-    for code in ("referit", "flickr"):
-        (tmp_path / code).mkdir()
-        row = ("12.jpg", "referit", item([10.5, 20.0, 30.0, 40.0]), "a dog", [])
-        torch.save([row if code == "referit" else (row[0], row[2], row[3])], tmp_path / code / f"{code}_test.pth")
-    for dataset, folder in (("referit", "referit/images"), ("flickr30k", "Flickr30k/flickr30k-images")):
-        assert data.load_samples(dataset, "test", tmp_path) == [
-            data.Sample(tmp_path / folder / "12.jpg", "a dog", (10.5, 20.0, 30.0, 40.0), "12.jpg")]
+    """In TransVG's files of these two datasets a box is x1, y1, x2, y2 already."""
+    box = item([10.5, 20.0, 30.0, 40.0])
+    (tmp_path / "referit").mkdir()
+    (tmp_path / "flickr").mkdir()
+    torch.save([("12.jpg", "referit", box, "a dog", [])], tmp_path / "referit/referit_test.pth")
+    torch.save([("12.jpg", box, "a dog")], tmp_path / "flickr/flickr_test.pth")
+
+    folders = {"referit": "referit/images", "flickr30k": "Flickr30k/flickr30k-images"}
+    for dataset, folder in folders.items():
+        sample, = data.load_samples(dataset, "test", tmp_path)
+        assert sample == data.Sample(tmp_path / folder / "12.jpg", "a dog",
+                                     (10.5, 20.0, 30.0, 40.0), "12.jpg")
 
 
 @pytest.mark.parametrize("item", [np.array, tuple, torch.tensor])
-def test_an_index_may_hold_its_boxes_as_any_kind_of_four_numbers(tmp_path, item):
+def test_transvgs_boxes_may_be_any_kind_of_four_numbers(tmp_path, item):
+    """Boxes as arrays, tuples and tensors read as boxes that are lists."""
     as_transvg(tmp_path, item=item)
-    assert [s.box for s in data.load_samples("refcoco", "train", tmp_path)] == [s.box for s in EXPECTED["train"]]
+    expected = [sample.box for sample in expected_samples("train", tmp_path)]
+    assert boxes_of("refcoco", "train", tmp_path) == expected
 
 
-def test_an_index_that_numpy_1_wrote_is_read(tmp_path):
+def test_a_file_that_numpy_1_wrote_is_read(tmp_path):
+    """NumPy 1 pickles arrays under the module name numpy.core, NumPy 2 under numpy._core."""
     as_transvg(tmp_path, item=np.array)
     path = tmp_path / "unc/unc_val.pth"
     with zipfile.ZipFile(path) as archive:
@@ -416,10 +724,13 @@ def test_an_index_that_numpy_1_wrote_is_read(tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         for name, value in content.items():
             archive.writestr(name, value.replace(b"numpy._core", b"numpy.core"))
-    assert [s.box for s in data.load_samples("refcoco", "val", tmp_path)] == [s.box for s in EXPECTED["val"]]
+    expected = [sample.box for sample in expected_samples("val", tmp_path)]
+    assert boxes_of("refcoco", "val", tmp_path) == expected
 
 
 class Command:
+    """An object whose pickle runs a shell command when it is loaded."""
+
     def __init__(self, target):
         self.target = target
 
@@ -428,286 +739,523 @@ class Command:
 
 
 def test_a_pickle_that_would_run_a_command_is_refused(tmp_path):
+    """Both readers of pickles raise an error instead of running what the pickle asks for."""
+    hostile = [Command(tmp_path / "ran")]
     as_refer(tmp_path / "a")
-    (tmp_path / "a/refcoco/refs(unc).p").write_bytes(pickle.dumps([Command(tmp_path / "ran")], protocol=2))
+    refs = tmp_path / "a/refcoco/refs(unc).p"
+    refs.write_bytes(pickle.dumps(hostile, protocol=2))
     (tmp_path / "b/unc").mkdir(parents=True)
-    torch.save([Command(tmp_path / "ran")], tmp_path / "b/unc/unc_train.pth")
+    torch.save(hostile, tmp_path / "b/unc/unc_train.pth")
+
     for root, name in (("a", "refs(unc).p"), ("b", "unc_train.pth")):
         with pytest.raises(InputError, match=re.escape(name)):
             data.split_names("refcoco", tmp_path / root)
     assert not (tmp_path / "ran").exists()
-    pickle.loads((tmp_path / "a/refcoco/refs(unc).p").read_bytes())           # and the test's pickle does what it says
+
+    pickle.loads(refs.read_bytes())   # Python's own unpickler does run the command
     assert (tmp_path / "ran").exists()
 
 
 def test_damaged_annotations_are_named(tmp_path):
-    def fails(*said):
-        data._by_split.cache_clear()
+    """Whatever is wrong in the annotations, the error names the file and the fault."""
+    instances_path = tmp_path / "refcoco/instances.json"
+    refs_path = tmp_path / "refcoco/refs(unc).p"
+
+    def fails(*words):
+        data.read_splits.cache_clear()
         with pytest.raises(InputError) as error:
             data.split_names("refcoco", tmp_path)
-        assert all(word in str(error.value) for word in said), error.value
-    fails("refcoco/refs(unc).p", "unc/unc_*.pth", "finetune_refcoco_*.json", "images/train2014", "README")        # what would be found
+        for word in words:
+            assert word in str(error.value)
+
+    # Without annotations, the error says what was looked for, and where to get it.
+    fails("refcoco/refs(unc).p", "unc/unc_*.pth", "finetune_refcoco_*.json", "images/train2014",
+          "data.py --help")
+
     as_refer(tmp_path, refs=[(70, "train", ["a"]), (71, "train", [" "])])
     fails("refs(unc).p, ref 1", "not empty")
+
+    # A box without area is no error in a published dataset. Training leaves it out.
     as_refer(tmp_path, refs=[(70, "train", ["a"])])
-    instances = json.loads((tmp_path / "refcoco/instances.json").read_text())
+    instances = json.loads(instances_path.read_text())
     instances["annotations"][0]["bbox"] = [3, 4, 0, 5]
-    (tmp_path / "refcoco/instances.json").write_text(json.dumps(instances))
-    assert len(data.load_samples("refcoco", "train", tmp_path)) == 1                 # without area, which training leaves out
+    instances_path.write_text(json.dumps(instances))
+    assert len(data.load_samples("refcoco", "train", tmp_path)) == 1
+
     del instances["annotations"][0]
-    (tmp_path / "refcoco/instances.json").write_text(json.dumps(instances))
+    instances_path.write_text(json.dumps(instances))
     fails("refs(unc).p", "KeyError: 70")
-    (tmp_path / "refcoco/instances.json").write_text("{")
+    instances_path.write_text("{")
     fails("refs(unc).p", "JSONDecodeError")
-    (tmp_path / "refcoco/instances.json").unlink()
+    instances_path.unlink()
     fails("instances.json")
-    (tmp_path / "refcoco/refs(unc).p").write_bytes(b"\x80\x02]q\x00")
+    refs_path.write_bytes(b"\x80\x02]q\x00")
     fails("refs(unc).p", "EOFError")
 
 
+# -------------------------------------------------------------------------------------------------
+# Several datasets joined by commas
+
 def test_mixed_training_sees_no_picture_of_any_val_or_test(tmp_path, capsys):
-    as_refer(tmp_path)                                                                         # train 7, val 8, testA 9
-    as_refer(tmp_path, "refcoco+", refs=[(90, "train", ["x", "y"]), (71, "val", ["z"]), (80, "train", ["v"])])
+    """A picture in val or test of any dataset is left out of the joint train, and counted."""
+    as_refer(tmp_path)   # picture 7 in train, 8 in val, 9 in testA
+    as_refer(tmp_path, "refcoco+",
+             refs=[(90, "train", ["x", "y"]), (71, "val", ["z"]), (80, "train", ["v"])])
     as_refer(tmp_path, "refcocog", "umd", refs=[(80, "test", ["w"])])
+
     names = "refcoco,refcoco+,refcocog-umd"
-    assert data.split_names(names, tmp_path) == ["val", "refcoco/val", "refcoco/testA", "refcoco+/val", "refcocog-umd/test"]
-    with pytest.raises(InputError, match="'train': choose one of val"):   # 7 is in refcoco+'s val, 9 in refcoco's testA, 8 in its val
+    assert data.split_names(names, tmp_path) == [
+        "val", "refcoco/val", "refcoco/testA", "refcoco+/val", "refcocog-umd/test"]
+    # Picture 7 is in refcoco+'s val, 9 in refcoco's testA, and 8 in refcoco's val.
+    with pytest.raises(InputError, match="'train': choose one of val"):
         data.load_samples(names, "train", tmp_path)
     assert "6 of 6 expressions left out" in capsys.readouterr().out
-    assert [s.text for s in data.load_samples(names, "val", tmp_path)] == ["tall man", "z"]
-    assert [s.text for s in data.load_samples("refcoco,refcocog-umd", "train", tmp_path)] == [s.text for s in EXPECTED["train"]]
+    assert texts_of(names, "val", tmp_path) == ["tall man", "z"]
+
+    train = [text for _, text, _ in rows_of("train")]
+    assert texts_of("refcoco,refcocog-umd", "train", tmp_path) == train
+
+
+def test_shapes_cannot_be_joined_with_other_datasets(tmp_path):
+    """The error names shapes."""
+    as_refer(tmp_path)
     with pytest.raises(InputError, match="shapes"):
         data.split_names("refcoco,shapes", tmp_path)
-    for name, refs in (("refcoco", REFS), ("refcoco+", [(70, "val", ["z"]), (90, "train", ["y"])])):      # each with pictures of its own
-        as_refer(tmp_path / "apart" / name, name, refs=refs)
-        pictures(tmp_path / "apart" / name / "train2014")
-    assert data.split_names("refcoco,refcoco+", tmp_path / "apart")[0] == "val"                              # told by their names
-    capsys.readouterr()
+
+
+def test_pictures_of_published_datasets_are_recognised_by_their_names(tmp_path):
+    """Copies of COCO's pictures in two folders are the same pictures."""
+    as_refer(tmp_path / "refcoco")
+    pictures(tmp_path / "refcoco/train2014")
+    as_refer(tmp_path / "refcoco+", "refcoco+", refs=[(70, "val", ["z"]), (90, "train", ["y"])])
+    pictures(tmp_path / "refcoco+/train2014")
+    assert "train" not in data.split_names("refcoco,refcoco+", tmp_path)
+    assert data.split_names("refcoco,refcoco+", tmp_path)[0] == "val"
+
+
+def test_the_report_of_a_mixture_does_not_compare_val_with_the_datasets_own_val(tmp_path, capsys):
+    """The joint val repeats the datasets' val splits, which is no fault."""
+    as_refer(tmp_path)
+    as_refer(tmp_path, "refcocog", "umd", refs=[(80, "test", ["w"])])
     pictures(tmp_path / "images/train2014")
     data.main(["refcoco,refcocog-umd", "--root", str(tmp_path)])
-    assert "both in" not in capsys.readouterr().out.replace("both in refcoco/val and in refcocog-umd/test", "")
+    printed = capsys.readouterr().out
+    assert re.findall("both in .*, such", printed) in (
+        [], ["both in refcoco/val and in refcocog-umd/test, such"])
 
 
-def test_ones_own_pictures_are_told_by_their_paths_and_not_by_their_names(tmp_path):
-    for name, others in (("a", ("train", "val")), ("b", ("val", "train"))):          # four pictures; of one name in different splits
-        lines = [{**GOOD, "image": f"{other}/1.png", "split": split} for split, other in zip(("train", "val"), others)]
-        (tmp_path / name).mkdir()
-        write(tmp_path / name / "my.jsonl", *lines)
-    assert len(data.load_samples(f"{tmp_path}/a/my.jsonl,{tmp_path}/b/my.jsonl", "train")) == 2
-    write(tmp_path / "c.jsonl", {**GOOD, "image": "a/train/1.png", "split": "val"})
-    assert [s.image for s in data.load_samples(f"{tmp_path}/a/my.jsonl,{tmp_path}/b/my.jsonl,{tmp_path}/c.jsonl", "train")] == [
-        tmp_path / "b/val/1.png"]
+def own_file(path, **images):
+    """Write a .jsonl file with one line per split, from split=image."""
+    path.parent.mkdir(exist_ok=True)
+    lines = [{**GOOD, "image": image, "split": split} for split, image in images.items()]
+    return write(path, *lines)
+
+
+def test_ones_own_pictures_are_recognised_by_their_paths_and_not_by_their_names(tmp_path):
+    """Two files may use one name for different pictures, but one path is one picture."""
+    a = own_file(tmp_path / "a/my.jsonl", train="train/1.png", val="val/1.png")
+    b = own_file(tmp_path / "b/my.jsonl", train="val/1.png", val="train/1.png")
+    assert len(data.load_samples(f"{a},{b}", "train")) == 2
+
+    c = own_file(tmp_path / "c.jsonl", val="a/train/1.png")
+    sample, = data.load_samples(f"{a},{b},{c}", "train")
+    assert sample.image == tmp_path / "b/val/1.png"
+    assert texts_of(a, "train") == ["the red cup"]
+
+
+def test_a_file_of_ones_own_may_name_cocos_pictures(tmp_path):
+    """A COCO picture in the test split of one's own file is left out of the joint train."""
     as_refer(tmp_path)
-    pictures(tmp_path / "images/train2014")                                              # COCO's, named in a file of one's own
-    write(tmp_path / "mine.jsonl", {**GOOD, "image": f"images/train2014/{coco(7)}", "split": "test"})
+    pictures(tmp_path / "images/train2014")
+    mine = own_file(tmp_path / "mine.jsonl", test=f"images/train2014/{coco(7)}")
     with pytest.raises(InputError, match="'train': choose one of val"):
-        data.load_samples(f"refcoco,{tmp_path}/mine.jsonl", "train", tmp_path)
-    assert [s.text for s in data.load_samples(f"{tmp_path}/a/my.jsonl", "train")] == ["the red cup"]
+        data.load_samples(f"refcoco,{mine}", "train", tmp_path)
 
 
-def test_a_jsonl_may_have_a_comma_in_its_name_but_no_half_character_in_its_text(tmp_path):
-    assert len(data.load_samples(write(tmp_path / "a,b.jsonl", GOOD), "train")) == 1
-    with pytest.raises(InputError, match="line 1: .*broken Unicode"):
-        data.load_samples(write(tmp_path / "c.jsonl", {**GOOD, "text": "a \ud83d cup"}), "train")
+# -------------------------------------------------------------------------------------------------
+# Leaks
 
+OFFICIAL = "detr-r50-e632da11.pth"
+
+
+@pytest.mark.parametrize("dataset, detr_file, leaky", [
+    ("refcoco", OFFICIAL, True),
+    ("refcoco", f"folder/{OFFICIAL}", True),
+    ("refcoco", "facebook/detr-resnet-50", True),
+    ("refcoco", "folder/detr-r50-referit.pth", True),
+    ("refcoco+", "folder/detr-r50-unc.pth", False),
+    ("refcocog-umd", "folder/detr-r50-unc.pth", True),
+    ("refcocog-umd", "folder/detr-r50-gref.pth", False),
+    ("referit", OFFICIAL, False),
+    ("flickr30k", OFFICIAL, False),
+    ("refcoco", "mine.pth", None),
+    ("my.jsonl", OFFICIAL, None),
+    ("refcoco,refcocog-umd", "detr-r50-unc.pth", True),
+    ("my.jsonl,refcoco", OFFICIAL, True),
+    ("referit,flickr30k", OFFICIAL, False),
+    ("referit,my.jsonl", OFFICIAL, None)])
+def test_leaky_pretraining_follows_from_the_file_and_the_dataset(dataset, detr_file, leaky):
+    """True if any dataset leaks, None if something is unknown, False otherwise."""
+    assert data.leaky_pretraining(dataset, detr_file) is leaky
+
+
+# -------------------------------------------------------------------------------------------------
+# The report and the drawings
 
 def test_the_command_line_counts_and_names_what_is_wrong(tmp_path, capsys):
+    """The report has a line per split, and a line per fault with its count and an example."""
     as_refer(tmp_path, refs=[*REFS, (71, "testB", ["one two three four"])])
     pictures(tmp_path / "images/train2014")
-    instances = json.loads((tmp_path / "refcoco/instances.json").read_text())
-    instances["annotations"][2]["bbox"][2] = 95.0                                      # of picture 8, which is 90 wide
-    instances["annotations"][3]["bbox"][2] = 0                                         # of both expressions in testA
-    (tmp_path / "refcoco/instances.json").write_text(json.dumps(instances))
+    instances_path = tmp_path / "refcoco/instances.json"
+    instances = json.loads(instances_path.read_text())
+    instances["annotations"][2]["bbox"][2] = 95.0   # picture 8 is 90 pixels wide
+    instances["annotations"][3]["bbox"][2] = 0      # this is the box of two expressions in testA
+    instances_path.write_text(json.dumps(instances))
     (tmp_path / "images/train2014" / coco(9)).write_bytes(b"\xff\xd8 broken")
+
     data.main(["refcoco", "--root", str(tmp_path), "--max-tokens", "5", "--save", str(tmp_path)])
-    said = capsys.readouterr().out
-    assert re.search(r"^train +1 +2 +3 +120,624  differs$", said, re.M) and re.search(r"^testA +1 +1 +2 +5,657  differs$", said, re.M)
-    assert re.search(rf"^1 pictures that are missing or broken, such as .*{coco(9)}", said, re.M)
-    assert re.search(rf"^1 boxes that reach out of the picture, such as .*{coco(8)}.*'tall man'", said, re.M)
-    assert "2 expressions of more than 5 tokens, if a word is one, such as 'cup on the left'" in said
-    assert "2 boxes without area, such as" in said and "1 pictures both in train and in testB" in said and "both in train and in val" not in said
+    printed = capsys.readouterr().out
+
+    def has_line(pattern):
+        return re.search(f"^{pattern}", printed, re.MULTILINE)
+
+    assert has_line("train +1 +2 +3 +120,624  differs$")
+    assert has_line("testA +1 +1 +2 +5,657  differs$")
+    assert has_line(f"1 pictures that are missing or broken, such as .*{coco(9)}")
+    assert has_line(f"1 boxes that reach out of the picture, such as .*{coco(8)}.*'tall man'")
+    assert has_line("2 expressions of more than 5 tokens, if each word is one token, such as "
+                    "'cup on the left'")
+    assert has_line("2 boxes without area, such as")
+    assert has_line("1 pictures both in train and in testB")
+    assert "both in train and in val" not in printed
 
 
 def test_draw_shows_the_box_where_it_is(tmp_path, capsys):
+    """--draw writes a sheet per split, with the true box at its place in the scaled picture."""
     as_refer(tmp_path)
     pictures(tmp_path / "images/train2014")
     data.main(["refcoco", "--root", str(tmp_path), "--draw", "16", "--save", str(tmp_path)])
+    names = {path.name for path in tmp_path.glob("*.png")}
+    assert names == {"train.png", "val.png", "testA.png"}
+
+    # Picture 8 is 90 x 120 pixels. In its tile it is 192 x 256 pixels, with its left edge at 32.
     sheet = np.asarray(Image.open(tmp_path / "val.png").convert("RGB"))
-    ys, xs = np.nonzero((sheet == data.TRUE).all(-1))                       # picture 8, 90 x 120, at 256 pixels: 192 x 256
+    ys, xs = np.nonzero((sheet == data.TRUE).all(-1))
     assert (xs.min(), ys.min()) == pytest.approx((32, 0), abs=2)
-    assert (xs.max(), ys.max()) == pytest.approx((32 + 45.5 * 256 / 120, 60.25 * 256 / 120), abs=3)
-    assert {path.name for path in tmp_path.glob("*.png")} == {"train.png", "val.png", "testA.png"}
-    data.draw(Image.new("RGB", (40, 30)), "inside out", [((30, 10, 20, 25), data.TRUE)])               # is drawn as a line
+    right = 32 + 45.5 * 256 / 120
+    bottom = 60.25 * 256 / 120
+    assert (xs.max(), ys.max()) == pytest.approx((right, bottom), abs=3)
 
 
-def test_attention_is_drawn_where_it_looks():
-    for width, height, cell in ((200, 100, (3, 6)), (100, 200, (6, 3))):          # row, column of 8 x 8 over the padded square
-        attention = torch.zeros(8, 8)
-        attention[cell] = 1.0
-        tile = np.asarray(data.draw(Image.new("RGB", (width, height), (90, 90, 90)), "", [], attention.flatten()), int)[:256]
-        warm = tile[..., 0] - tile[..., 2] > 60                                           # orange, over grey or white
-        ys, xs = np.nonzero(warm)
-        assert (ys.mean(), xs.mean()) == pytest.approx(((cell[0] + 0.5) * 32, (cell[1] + 0.5) * 32), abs=3)
+def test_a_box_that_is_inside_out_is_drawn_as_a_line():
+    """PIL refuses such rectangles, and a prediction may be one."""
+    data.draw(Image.new("RGB", (40, 30)), "inside out", [((30, 10, 20, 25), data.TRUE)])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures of any kind, and transforms
+@pytest.mark.parametrize("size, cell", [((200, 100), (3, 6)), ((100, 200), (6, 3))])
+def test_attention_is_drawn_where_it_looks(size, cell):
+    """Attention to one cell of 8 x 8 over the square makes warmth at the centre of this cell."""
+    row, column = cell
+    attention = torch.zeros(8, 8)
+    attention[row, column] = 1.0
+    grey = Image.new("RGB", size, (90, 90, 90))
+    tile = np.asarray(data.draw(grey, "", [], attention.flatten()), int)[:256]
+    warm = tile[..., 0] - tile[..., 2] > 60   # orange, over grey or white
+    ys, xs = np.nonzero(warm)
+    centre = ((row + 0.5) * 32, (column + 0.5) * 32)
+    assert (ys.mean(), xs.mean()) == pytest.approx(centre, abs=3)
 
-def test_pictures_of_every_mode_become_rgb(tmp_path):
-    rgb = Image.new("RGB", (8, 6), (200, 100, 50))
-    for mode in ("1", "L", "P", "CMYK", "RGBA", "LA", "YCbCr", "F"):
-        name = tmp_path / f"{mode}.{'tif' if mode in ('CMYK', 'YCbCr', 'F') else 'png'}"
-        (rgb.quantize() if mode == "P" else rgb.convert(mode)).save(name)
-        picture = data.load_picture(name)
-        assert picture.mode == "RGB" and picture.size == (8, 6)
-        if mode in ("P", "CMYK", "RGBA", "YCbCr"):
-            assert np.abs(np.asarray(picture, int) - (200, 100, 50)).max() < 40, mode
-    clear = Image.new("RGBA", (8, 6), (0, 0, 0, 0))                                   # transparent: white, not what lies under it
-    clear.putpixel((0, 0), (200, 100, 50, 255))
-    clear.save(tmp_path / "clear.png")
-    assert [data.load_picture(tmp_path / "clear.png").getpixel(p) for p in ((0, 0), (1, 1))] == [(200, 100, 50), (255, 255, 255)]
+
+# -------------------------------------------------------------------------------------------------
+# Pictures of any mode
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "RGBA", "LA", "YCbCr", "F"])
+def test_pictures_of_every_mode_become_rgb(tmp_path, mode):
+    """Each mode of PIL is read as RGB, with its colour where it has one."""
+    colour = (200, 100, 50)
+    picture = Image.new("RGB", (8, 6), colour)
+    picture = picture.quantize() if mode == "P" else picture.convert(mode)
+    path = tmp_path / ("a.tif" if mode in ("CMYK", "YCbCr", "F") else "a.png")
+    picture.save(path)
+
+    read = data.load_picture(path)
+    assert read.mode == "RGB"
+    assert read.size == (8, 6)
+    if mode in ("P", "CMYK", "RGBA", "YCbCr"):
+        assert np.abs(np.asarray(read, int) - colour).max() < 40
+
+
+def test_transparent_parts_become_white(tmp_path):
+    """The colour below a transparent pixel does not show."""
+    picture = Image.new("RGBA", (8, 6), (0, 0, 0, 0))
+    picture.putpixel((0, 0), (200, 100, 50, 255))
+    picture.save(tmp_path / "clear.png")
+    read = data.load_picture(tmp_path / "clear.png")
+    assert read.getpixel((0, 0)) == (200, 100, 50)
+    assert read.getpixel((1, 1)) == (255, 255, 255)
 
 
 def test_sixteen_bits_are_scaled_and_not_cut_off(tmp_path):
+    """30000 of 65535 is 117 of 255."""
     Image.fromarray(np.array([[0, 30000, 65535]], np.uint16)).save(tmp_path / "deep.png")
-    assert [data.load_picture(tmp_path / "deep.png").getpixel((x, 0))[0] for x in range(3)] == [0, 117, 255]
+    read = data.load_picture(tmp_path / "deep.png")
+    assert [read.getpixel((x, 0))[0] for x in range(3)] == [0, 117, 255]
 
 
 def test_only_ones_own_picture_is_turned_as_exif_says(tmp_path):
+    """Boxes of datasets refer to the stored pixels, so only `upright` turns a picture."""
     exif = Image.Exif()
-    exif[0x0112] = 6                                                                   # to be turned by 90 degrees
+    exif[0x0112] = 6   # to be turned by 90 degrees
     Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
     assert data.load_picture(tmp_path / "a.jpg").size == (40, 20)
     assert data.load_picture(tmp_path / "a.jpg", upright=True).size == (20, 40)
 
 
+# -------------------------------------------------------------------------------------------------
+# Augmentation
+
 def test_ten_thousand_random_boxes_survive_the_transforms():
-    """The box's centre stays in the picture; so do its corners, or the crop's edges take their place; no area becomes zero."""
-    rng, cropped, kept = random.Random(0), 0, []
-    for number in range(10_000):
-        width, height = rng.randint(20, 200), rng.randint(20, 200)
-        x, y = rng.uniform(0, width - 1), rng.uniform(0, height - 1)
+    """After augment a box keeps its size, its centre in the picture, half of what can be seen of
+    each side, and an area above zero."""
+    rng = random.Random(0)
+    cropped = 0
+    kept = []
+    for _ in range(10_000):
+        width = rng.randint(20, 200)
+        height = rng.randint(20, 200)
+        x = rng.uniform(0, width - 1)
+        y = rng.uniform(0, height - 1)
         box = (x, y, rng.uniform(x + 0.5, width), rng.uniform(y + 0.5, height))
         size = rng.choice((64, 224, 640))
-        picture, (x1, y1, x2, y2), text = data.augment(Image.new("L", (width, height)).convert("RGB"), box, "a cup", size, rng, False)
-        assert text == "a cup" and (x2 - x1, y2 - y1) == pytest.approx((box[2] - box[0], box[3] - box[1]))
-        assert 0 < (x1 + x2) / 2 < picture.width and 0 < (y1 + y2) / 2 < picture.height
-        cropped += picture.size != (width, height)
+
+        whole = Image.new("RGB", (width, height))
+        picture, (x1, y1, x2, y2), text = data.augment(whole, box, "a cup", size, rng, False)
+        assert text == "a cup"
+        assert (x2 - x1, y2 - y1) == pytest.approx((box[2] - box[0], box[3] - box[1]))
+        assert 0 < (x1 + x2) / 2 < picture.width
+        assert 0 < (y1 + y2) / 2 < picture.height
+        if picture.size != (width, height):
+            cropped += 1
+
         place = data.placement(*picture.size, size, rng, 0.7)
         _, _, w, h = data.to_square((x1, y1, x2, y2), picture.size, place, size)
         assert w > 0 and h > 0
-        seen = min(x2, picture.width) - max(x1, 0), min(y2, picture.height) - max(y1, 0)
-        assert all(part >= 0.5 * min(side, edge) for part, side, edge in zip(seen, (x2 - x1, y2 - y1), picture.size))
-        kept.append(seen[0] * seen[1] / ((x2 - x1) * (y2 - y1)))
-    assert 3000 < cropped < 5000                                     # one half, less those that fit whole
-    assert np.mean(np.array(kept) < 0.5) < 0.06, np.mean(np.array(kept) < 0.5)      # of boxes as large as these; of COCO's fewer
+
+        seen_w = min(x2, picture.width) - max(x1, 0)
+        seen_h = min(y2, picture.height) - max(y1, 0)
+        assert seen_w >= 0.5 * min(x2 - x1, picture.width)
+        assert seen_h >= 0.5 * min(y2 - y1, picture.height)
+        kept.append(seen_w * seen_h / ((x2 - x1) * (y2 - y1)))
+
+    assert 3000 < cropped < 5000   # one half, less the crops that are as large as the picture
+    lost = np.mean(np.array(kept) < 0.5)
+    assert lost < 0.06, lost       # boxes as large as these; COCO's are smaller and lose less
 
 
 def test_crops_are_of_transvgs_sizes():
-    """Short side 400, 500 or 600 of 640, then a crop of 384 to 600 a side; so of a square picture 64 % to 100 % of a side."""
-    rng, sides = random.Random(1), []
+    """A crop has 384 to 600 pixels per side of a picture whose short side is 400, 500 or 600."""
+    rng = random.Random(1)
+    square = Image.new("RGB", (640, 640))
+    sides = []
     for _ in range(500):
-        picture, _ = data.crop(Image.new("RGB", (640, 640)), (319, 319, 321, 321), 640, rng)
-        sides += picture.size
-    assert min(sides) == pytest.approx(384 / 600 * 640, abs=8) and max(sides) == 640
-    wide = [data.crop(Image.new("RGB", (2000, 640)), (999, 319, 1001, 321), 640, rng)[0].width for _ in range(300)]
-    assert 850 < max(w for w in wide if w < 2000) <= 600 * 640 / 400 and min(wide) == pytest.approx(384 * 640 / 600, abs=20)
+        picture, _ = data.crop(square, (319, 319, 321, 321), 640, rng)
+        sides.extend(picture.size)
+    assert min(sides) == pytest.approx(384 / 600 * 640, abs=8)
+    assert max(sides) == 640
+
+    wide = Image.new("RGB", (2000, 640))
+    widths = []
+    for _ in range(300):
+        picture, _ = data.crop(wide, (999, 319, 1001, 321), 640, rng)
+        widths.append(picture.width)
+    cropped = [width for width in widths if width < 2000]
+    assert 850 < max(cropped) <= 600 * 640 / 400
+    assert min(cropped) == pytest.approx(384 * 640 / 600, abs=20)
 
 
 @pytest.mark.parametrize("split", ["val", "testB"])
 def test_the_box_still_covers_its_object_by_colour(split):
-    """Every pixel of a thing's colour that its box held before is in it after, where there are any left; and nothing else's."""
-    rng, mirrored, seen = random.Random(2), 0, 0
-    for number in range(data.SHAPES_SPLITS[split][0], data.SHAPES_SPLITS[split][0] + 150):
+    """After a mirror image and a crop, the box is tight around the pixels of its object."""
+    rng = random.Random(2)
+    mirrored = 0
+    seen = 0
+    first = data.SHAPES_SPLITS[split].first
+    for number in range(first, first + 150):
         height, things, _ = data.scene(number)
+        colours = [thing.colour for thing in things]
         for thing in things:
-            if [t.colour for t in things].count(thing.colour) > 1:
+            if colours.count(thing.colour) > 1:
                 continue
-            flat = Image.new("RGB", (data.WIDTH, height), "white")                    # of this one thing, in one pure colour
-            flat.paste((0, 0, 255), tuple(int(v) for v in thing.box))
+            flat = Image.new("RGB", (data.WIDTH, height), "white")   # shows this object alone
+            flat.paste((0, 0, 255), thing.box)
             picture, box, text = data.augment(flat, thing.box, "the left one", 64, rng, True)
-            mirrored += text == "the right one"
+            if text == "the right one":
+                mirrored += 1
             picture, box, _ = data.augment(picture, box, "cup", 64, rng, True)
+
             pixels = np.asarray(picture, int)
-            ys, xs = np.nonzero(pixels[..., 2] > pixels[..., 0] + 5)
-            assert len(xs)
-            inside = [max(box[0], 0), max(box[1], 0), min(box[2], picture.width), min(box[3], picture.height)]
-            assert [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] == pytest.approx(inside, abs=1.01)
+            ys, xs = np.nonzero(pixels[..., 2] > pixels[..., 0] + 5)   # still blue
+            x1, y1, x2, y2 = box
+            inside = [max(x1, 0), max(y1, 0), min(x2, picture.width), min(y2, picture.height)]
+            blue = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+            assert blue == pytest.approx(inside, abs=1.01)
             seen += 1
-    assert seen > 100 and 0.35 < mirrored / seen < 0.65
+    assert seen > 100
+    assert 0.35 < mirrored / seen < 0.65
 
 
 class MirrorAlone:
-    """Says no to the crop, no to the colours, and yes to the mirror image."""
+    """A random generator that refuses the crop and the colours, and takes the mirror image."""
+
     def __init__(self):
-        self.random = iter((0.9, 0.9, 0.0)).__next__
+        self.draws = [0.9, 0.9, 0.0]
+
+    def random(self):
+        return self.draws.pop(0)
+
+
+BOX = (10, 20, 30, 40)   # in a picture of 100 x 60 pixels
 
 
 @pytest.mark.parametrize("before, after", [
-    ("man on the Left", "man on the right"), ("leftmost cup", "rightmost cup"), ("right-hand lamp", "left-hand lamp"),
-    ("bright red copyright sign", "bright red copyright sign"), ("left of the right dog", "right of the left dog"),
-    ("upright piano", "upright piano"), ("lefthand door", "righthand door")])
+    ("man on the Left", "man on the right"),
+    ("leftmost cup", "rightmost cup"),
+    ("right-hand lamp", "left-hand lamp"),
+    ("bright red copyright sign", "bright red copyright sign"),
+    ("left of the right dog", "right of the left dog"),
+    ("upright piano", "upright piano"),
+    ("lefthand door", "righthand door")])
 def test_a_mirror_image_swaps_left_and_right_by_whole_words(before, after):
+    """Picture, box and text are mirrored together, if mirror images are allowed."""
+    red = (255, 0, 0)
     picture = Image.new("RGB", (100, 60), "white")
-    picture.paste((255, 0, 0), (0, 0, 50, 60))                                          # red on the left
-    mirror, box, text = data.augment(picture, (10, 20, 30, 40), before, 64, MirrorAlone(), True)
-    assert text == after and box == (70, 20, 90, 40)
-    assert mirror.getpixel((90, 5)) == (255, 0, 0) and mirror.getpixel((10, 5)) == (255, 255, 255)
-    assert data.augment(picture, (10, 20, 30, 40), before, 64, MirrorAlone(), False) == (picture, (10, 20, 30, 40), before)
+    picture.paste(red, (0, 0, 50, 60))   # the left half is red
+
+    mirror, box, text = data.augment(picture, BOX, before, 64, MirrorAlone(), True)
+    assert text == after
+    assert box == (70, 20, 90, 40)
+    assert mirror.getpixel((90, 5)) == red
+    assert mirror.getpixel((10, 5)) == (255, 255, 255)
+
+    unchanged = data.augment(picture, BOX, before, 64, MirrorAlone(), False)
+    assert unchanged == (picture, BOX, before)
 
 
-@pytest.mark.parametrize("text", ["second man", "2nd dog", "number 23", "the last one", "lft guy", "guy at 3 o'clock", "west side"])
+@pytest.mark.parametrize("text", [
+    "second man", "2nd dog", "number 23", "the last one", "lft guy", "guy at 3 o'clock",
+    "west side"])
 def test_what_a_mirror_image_would_make_false_is_not_mirrored(text):
-    picture, box, said = data.augment(Image.new("RGB", (100, 60)), (10, 20, 30, 40), text, 64, MirrorAlone(), True)
-    assert (said, box) == (text, (10, 20, 30, 40))
+    """Ordinals, digits and abbreviations of sides forbid the mirror image."""
+    picture = Image.new("RGB", (100, 60))
+    _, box, same = data.augment(picture, BOX, text, 64, MirrorAlone(), True)
+    assert same == text
+    assert box == BOX
 
 
-@pytest.mark.parametrize("text", ["man on the left", "top cup", "the middle one", "LOWER right", "in the center", "bottommost", "left-hand one"])
+def sizes_after_augment(text):
+    """The sizes that a picture of 100 x 60 pixels has after augment, over 20 seeds."""
+    sizes = set()
+    for seed in range(20):
+        whole = Image.new("RGB", (100, 60))
+        picture, _, _ = data.augment(whole, BOX, text, 64, random.Random(seed), True)
+        sizes.add(picture.size)
+    return sizes
+
+
+@pytest.mark.parametrize("text", [
+    "man on the left", "top cup", "the middle one", "LOWER right", "in the center", "bottommost",
+    "left-hand one"])
 def test_a_picture_whose_words_are_about_place_is_not_cropped(text):
-    assert all(data.augment(Image.new("RGB", (100, 60)), (10, 20, 30, 40), text, 64, random.Random(i), True)[0].size == (100, 60)
-               for i in range(20))
-    assert any(data.augment(Image.new("RGB", (100, 60)), (10, 20, 30, 40), "bright topping", 64, random.Random(i), True)[0].size != (100, 60)
-               for i in range(20))
+    """A crop moves the edges and the middle, so that words about them would become false."""
+    assert sizes_after_augment(text) == {(100, 60)}
+    assert len(sizes_after_augment("bright topping")) > 1
 
 
 def test_colours_change_in_four_of_five_pictures():
-    picture, changed = Image.new("RGB", (30, 20), (200, 100, 50)), []
+    """Brightness, contrast and saturation change with chance 0.8, both up and down."""
+    colour = (200, 100, 50)
+    picture = Image.new("RGB", (30, 20), colour)
+    changed = []
     for seed in range(300):
-        changed.append(data.augment(picture, (1, 2, 9, 9), "left", 64, random.Random(seed), False)[0].getpixel((0, 0)))
-    assert np.mean([pixel != (200, 100, 50) for pixel in changed]) == pytest.approx(0.8, abs=0.06)
-    assert min(sum(pixel) for pixel in changed) < 250 and max(sum(pixel) for pixel in changed) > 420
+        rng = random.Random(seed)
+        result, _, _ = data.augment(picture, (1, 2, 9, 9), "left", 64, rng, False)
+        changed.append(result.getpixel((0, 0)))
+    share = np.mean([pixel != colour for pixel in changed])
+    assert share == pytest.approx(0.8, abs=0.06)
+    brightness = [sum(pixel) for pixel in changed]
+    assert min(brightness) < 250   # the colour itself has 350
+    assert max(brightness) > 420
 
 
-def test_transforms_are_of_training_alone_and_the_same_each_time(tmp_path):
+@pytest.fixture
+def noise_samples(tmp_path):
     Image.effect_noise((200, 150), 80).save(tmp_path / "a.png")
-    samples = [data.Sample(tmp_path / "a.png", "the cup", (20.0, 30.0, 90.0, 100.0), "a.png")] * 120
-    def items(seed, train, transforms):
-        return list(data.GroundingDataset(samples, 64, len, train, seed, transforms=transforms))
-    def same(a, b):
-        return [torch.equal(x[0], y[0]) and x[3] == y[3] for x, y in zip(a, b)]
-    first = items(0, True, {"mirror": True})
-    assert all(same(first, items(0, True, {"mirror": True}))) and not any(same(first, items(1, True, {"mirror": True})))
-    assert all(same(items(0, False, {"mirror": True}), items(0, False, None)))
-    widths = {int((~padding).any(0).sum()) for _, padding, *_ in first}
-    assert {round(64 * scale) for scale in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)} <= widths      # of whole pictures, and of crops
+    sample = data.Sample(tmp_path / "a.png", "the cup", (20.0, 30.0, 90.0, 100.0), "a.png")
+    return [sample] * 120
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Download: from this machine, by a server that does what servers do
+def make_items(samples, **options):
+    dataset = data.GroundingDataset(samples, 64, len, DETR, **options)
+    return [dataset[i] for i in range(len(samples))]
+
+
+def equal_items(first, second):
+    """For each pair of items: whether the images and the boxes are the same."""
+    return [torch.equal(a.image, b.image) and a.box == b.box for a, b in zip(first, second)]
+
+
+def test_augmentation_is_the_same_each_time_for_a_seed(noise_samples):
+    """The same seed gives the same items, and another seed changes every item."""
+    options = {"train": True, "augmented": True, "mirror": True}
+    first = make_items(noise_samples, seed=0, **options)
+    assert all(equal_items(first, make_items(noise_samples, seed=0, **options)))
+    assert not any(equal_items(first, make_items(noise_samples, seed=1, **options)))
+
+
+def test_augmentation_is_for_training_alone(noise_samples):
+    """Without `train`, the other options change nothing."""
+    plain = make_items(noise_samples)
+    assert all(equal_items(plain, make_items(noise_samples, augmented=True, mirror=True)))
+
+
+def test_augmentation_scales_the_picture(noise_samples):
+    """Each of TransVG's scales occurs, from 0.7 to 1 of the square's side."""
+    items = make_items(noise_samples, train=True, augmented=True, mirror=True)
+    widths = {int((~item.padding).any(0).sum()) for item in items}
+    expected = {round(64 * scale) for scale in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)}
+    assert expected <= widths   # crops have other widths, too
+
+
+# -------------------------------------------------------------------------------------------------
+# Download, from a server on this machine
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves a folder, from the middle of a file where it is asked to. limit: bytes of an answer after which it breaks off.
-    page: what it says, with status 200, whatever it is asked for. asked: (file, first byte) of each request."""
-    folder, limit, ranges, page, asked = None, None, True, None, []
+    """Serves the files of a folder, and misbehaves as the fields below say."""
+    folder = None    # where the files are
+    limit = None     # number of bytes after which an answer breaks off
+    ranges = True    # whether the server can begin in the middle of a file
+    page = None      # this answer comes, with status 200, whatever is asked for
+    asked = []       # (file, first byte) of each request
 
     def do_GET(self):
         path = Path(self.folder) / self.path.removeprefix("/files/")
-        start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-")) if self.ranges and self.page is None else 0
+        partial = self.ranges and self.page is None
+        start = 0
+        if partial:
+            start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
         self.asked.append((path.name, start))
-        if not path.is_file() or start and start >= path.stat().st_size:
-            return self.send_error(416 if path.is_file() else 404)
-        content = path.read_bytes()[start:] if self.page is None else self.page
-        self.send_response(206 if self.ranges and self.page is None else 200)
+
+        if not path.is_file():
+            self.send_error(404)
+            return
+        if start > 0 and start >= path.stat().st_size:
+            self.send_error(416)   # the range cannot be satisfied
+            return
+
+        content = self.page
+        if content is None:
+            content = path.read_bytes()[start:]
+        self.send_response(206 if partial else 200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content[:self.limit])
@@ -718,184 +1266,271 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def mirror(tmp_path, monkeypatch):
-    """An address that serves tmp_path / "served" with refcoco.zip and train2014.zip as the real ones are laid out."""
-    as_refer(tmp_path / "original")
-    pictures(tmp_path / "original/train2014")
+    """The address of a server with refcoco.zip and train2014.zip, laid out as the real ones are."""
+    original = tmp_path / "original"
+    as_refer(original)
+    pictures(original / "train2014")
     served = tmp_path / "served"
     served.mkdir()
     with zipfile.ZipFile(served / "refcoco.zip", "w") as archive:
         for name in ("refs(unc).p", "instances.json"):
-            archive.write(tmp_path / "original/refcoco" / name, f"refcoco/{name}")
+            archive.write(original / "refcoco" / name, f"refcoco/{name}")
         archive.writestr("__MACOSX/refcoco/._instances.json", "not for us")
     with zipfile.ZipFile(served / "train2014.zip", "w") as archive:
         for number in PICTURES:
-            archive.write(tmp_path / "original/train2014" / coco(number), f"train2014/{coco(number)}")
-        archive.writestr(f"train2014/{coco(11)}", "a picture that no expression is about")
-    for name, value in (("folder", served), ("limit", None), ("ranges", True), ("page", None), ("asked", [])):
-        monkeypatch.setattr(Server, name, value)
+            archive.write(original / "train2014" / coco(number), f"train2014/{coco(number)}")
+        archive.writestr(f"train2014/{coco(11)}", "no expression is about this picture")
+
+    monkeypatch.setattr(Server, "folder", served)
+    monkeypatch.setattr(Server, "limit", None)
+    monkeypatch.setattr(Server, "ranges", True)
+    monkeypatch.setattr(Server, "page", None)
+    monkeypatch.setattr(Server, "asked", [])
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=functools.partial(server.serve_forever, poll_interval=0.01), daemon=True).start()
+    serve = functools.partial(server.serve_forever, poll_interval=0.01)
+    threading.Thread(target=serve, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/files/"
     server.shutdown()
     server.server_close()
 
 
 def fetch_all(tmp_path, mirror, dataset="refcoco"):
-    data._by_split.cache_clear()
+    data.read_splits.cache_clear()
     data.main([dataset, "--root", str(tmp_path / "new"), "--download", "--mirror", mirror])
 
 
 def files(folder):
+    """The relative paths of all files in a folder and below."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
 
 
+ANNOTATION_FILES = {"refcoco/refs(unc).p", "refcoco/instances.json"}
+ARCHIVES = {"refcoco.zip", "train2014.zip"}
+PLACED = {f"images/train2014/{coco(number)}" for number in PICTURES}
+
+
 def test_download_brings_annotations_and_the_pictures_that_they_name(tmp_path, mirror, capsys):
+    """An empty folder gets the archives, the annotations and the pictures with expressions."""
     fetch_all(tmp_path, mirror)
-    assert re.search(r"^train +1 +2 +3", capsys.readouterr().out, re.M)
-    placed = {f"images/train2014/{coco(number)}" for number in PICTURES}
-    assert files(tmp_path / "new") == {"refcoco.zip", "train2014.zip", "refcoco/refs(unc).p", "refcoco/instances.json", *placed}
-    new = tmp_path / "new/images/train2014"
-    assert (new / coco(8)).read_bytes() == (tmp_path / "original/train2014" / coco(8)).read_bytes()
-    for gone in ("refcoco.zip", "train2014.zip"):
-        (tmp_path / "new" / gone).rename(tmp_path / gone)
+    assert re.search("^train +1 +2 +3", capsys.readouterr().out, re.MULTILINE)
+    assert files(tmp_path / "new") == ARCHIVES | ANNOTATION_FILES | PLACED
+    picture = f"train2014/{coco(8)}"
+    fetched = (tmp_path / "new/images" / picture).read_bytes()
+    assert fetched == (tmp_path / "original" / picture).read_bytes()
+
+
+def test_download_fetches_nothing_that_is_there(tmp_path, mirror):
+    """Once all files are there, the archives are not fetched again, even if they were deleted."""
+    fetch_all(tmp_path, mirror)
+    for name in ARCHIVES:
+        (tmp_path / "new" / name).unlink()
     Server.asked.clear()
     fetch_all(tmp_path, mirror)
-    assert Server.asked == []                                                    # all is there: nothing is fetched again
-    (tmp_path / "train2014.zip").rename(tmp_path / "new/train2014.zip")
-    (new / coco(8)).unlink()
-    (new / coco(7)).write_text("mine")
-    fetch_all(tmp_path, mirror)                                                   # from the archive that was kept
-    assert Server.asked == [] and (new / coco(8)).exists() and (new / coco(7)).read_text() == "mine"
-    assert f"1 pictures that are missing or broken, such as {new / coco(7)}" in capsys.readouterr().out
+    assert Server.asked == []
+
+
+def test_download_unpacks_from_a_kept_archive_and_overwrites_nothing(tmp_path, mirror, capsys):
+    """A picture that is missing comes from the kept archive; a picture that is there stays."""
+    fetch_all(tmp_path, mirror)
+    Server.asked.clear()
+    folder = tmp_path / "new/images/train2014"
+    (folder / coco(8)).unlink()
+    (folder / coco(7)).write_text("mine")
+    fetch_all(tmp_path, mirror)
+    assert Server.asked == []
+    assert (folder / coco(8)).exists()
+    assert (folder / coco(7)).read_text() == "mine"
+    fault = f"1 pictures that are missing or broken, such as {folder / coco(7)}"
+    assert fault in capsys.readouterr().out
+
+
+def test_nothing_is_fetched_if_one_of_the_datasets_cannot_be(tmp_path, mirror):
+    """The error comes before the first request."""
+    for other, words in (("referit", "referit cannot be fetched"), ("gone", "'gone': choose one")):
+        with pytest.raises(InputError, match=words):
+            fetch_all(tmp_path, mirror, f"refcoco,{other}")
+    assert Server.asked == []
 
 
 def test_pictures_are_fetched_once_and_for_annotations_of_any_format(tmp_path, mirror):
-    with pytest.raises(InputError, match="referit cannot be fetched"):                  # said before anything is fetched
-        fetch_all(tmp_path, mirror, "refcoco,referit")
-    assert Server.asked == []
+    """With MDETR's annotations only the pictures are fetched, and the next dataset reuses them."""
     as_mdetr(tmp_path / "new/mdetr")
     fetch_all(tmp_path, mirror)
-    assert Server.asked == [("train2014.zip", 0)] and len(files(tmp_path / "new/images/train2014")) == 3
+    assert Server.asked == [("train2014.zip", 0)]
+    assert len(files(tmp_path / "new/images/train2014")) == 3
     as_refer(tmp_path / "new", "refcocog", "google", refs=[(71, "train", ["x"])])
     fetch_all(tmp_path, mirror, "refcoco,refcocog-google")
     assert len(Server.asked) == 1
 
 
-def test_pictures_are_found_in_a_folder_of_their_own(tmp_path):
-    """One below --root, as annotations may be: COCO is there once for all datasets."""
-    as_refer(tmp_path / "annotations")
-    pictures(tmp_path / "coco/train2014")
-    assert data.find_files("refcoco", str(tmp_path))[1] == tmp_path / "coco/train2014"
-
-
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_download_that_broke_off_goes_on(tmp_path, mirror, monkeypatch, ranges):
+    """The next call asks for the rest, or for the whole where the server cannot send the rest."""
     monkeypatch.setattr(Server, "ranges", ranges)
     monkeypatch.setattr(Server, "limit", 300)
-    with pytest.raises(InputError, match="refcoco.zip, from http.*300 of [0-9,]+ bytes came.*The same command goes on"):
+    message = "refcoco.zip, from http.*300 of [0-9,]+ bytes came.*The same command goes on"
+    with pytest.raises(InputError, match=message):
         fetch_all(tmp_path, mirror)
-    assert files(tmp_path / "new") == {"refcoco.zip"} and (tmp_path / "new/refcoco.zip").stat().st_size == 300
+    archive = tmp_path / "new/refcoco.zip"
+    assert files(tmp_path / "new") == {"refcoco.zip"}
+    assert archive.stat().st_size == 300
+
     monkeypatch.setattr(Server, "limit", None)
     fetch_all(tmp_path, mirror)
     assert Server.asked[1] == ("refcoco.zip", 300 if ranges else 0)
-    assert (tmp_path / "new/refcoco.zip").read_bytes() == (tmp_path / "served/refcoco.zip").read_bytes()
+    assert archive.read_bytes() == (tmp_path / "served/refcoco.zip").read_bytes()
     assert len(files(tmp_path / "new/images/train2014")) == 3
 
 
-def test_a_page_in_place_of_an_archive_is_named_and_not_kept(tmp_path, mirror, monkeypatch):
-    for limit in (None, 300):                                              # with nothing there, and with a part there
-        monkeypatch.setattr(Server, "limit", limit)
-        if limit:
-            with pytest.raises(InputError, match="bytes came"):
-                fetch_all(tmp_path, mirror)
-        monkeypatch.setattr(Server, "page", b"<html>Sorry</html>")
-        with pytest.raises(InputError, match="refcoco.zip, from http.*no zip.*<html>Sorry.*--mirror"):
-            fetch_all(tmp_path, mirror)
-        assert files(tmp_path / "new") == ({"refcoco.zip"} if limit else set())
-        monkeypatch.setattr(Server, "page", b"")                                               # nor is an empty answer a zip
-        with pytest.raises(InputError, match="no zip"):
-            fetch_all(tmp_path, mirror)
-        assert not limit or (tmp_path / "new/refcoco.zip").stat().st_size == limit
-        monkeypatch.setattr(Server, "page", None)
+@pytest.mark.parametrize("page, words", [
+    (b"<html>Sorry</html>", "refcoco.zip, from http.*no zip.*<html>Sorry.*--mirror"),
+    (b"", "no zip")])
+def test_a_page_in_place_of_an_archive_is_named_and_not_kept(
+        tmp_path, mirror, monkeypatch, page, words):
+    """A web page or an empty answer neither starts an archive nor changes a part of one."""
+    monkeypatch.setattr(Server, "page", page)
+    with pytest.raises(InputError, match=words):
+        fetch_all(tmp_path, mirror)
+    assert files(tmp_path / "new") == set()
+
+    monkeypatch.setattr(Server, "page", None)
+    monkeypatch.setattr(Server, "limit", 300)
+    with pytest.raises(InputError, match="bytes came"):
+        fetch_all(tmp_path, mirror)
+    monkeypatch.setattr(Server, "page", page)
+    with pytest.raises(InputError, match=words):
+        fetch_all(tmp_path, mirror)
+    assert files(tmp_path / "new") == {"refcoco.zip"}
+    assert (tmp_path / "new/refcoco.zip").stat().st_size == 300
+
+    monkeypatch.setattr(Server, "page", None)
     monkeypatch.setattr(Server, "limit", None)
     fetch_all(tmp_path, mirror)
     assert Server.asked[-2:] == [("refcoco.zip", 300), ("train2014.zip", 0)]
 
 
 def test_a_server_or_file_that_is_not_there_is_named(tmp_path, mirror):
+    """The error names the archive, the address and the reason."""
     (tmp_path / "served/train2014.zip").unlink()
     with pytest.raises(InputError, match="train2014.zip.*404.*--mirror"):
         fetch_all(tmp_path, mirror)
-    with pytest.raises(InputError, match="train2014.zip, from http://127.0.0.1:1/train2014.zip.*refused"):
+    message = "train2014.zip, from http://127.0.0.1:1/train2014.zip.*refused"
+    with pytest.raises(InputError, match=message):
         fetch_all(tmp_path, "http://127.0.0.1:1")
     with pytest.raises(InputError, match="nowhere/train2014.zip.*unknown url type"):
         fetch_all(tmp_path, "nowhere")
 
 
-def test_a_whole_archive_that_is_damaged_says_what_to_delete(tmp_path, mirror):
+def test_an_archive_with_a_damaged_end_says_what_to_delete(tmp_path, mirror):
+    """The archive is as long as the server's, so the server has nothing to add (status 416)."""
     whole = (tmp_path / "served/train2014.zip").read_bytes()
     (tmp_path / "new").mkdir()
-    (tmp_path / "new/train2014.zip").write_bytes(whole[:-30] + bytes(30))               # its end: the server has no more, 416
+    (tmp_path / "new/train2014.zip").write_bytes(whole[:-30] + bytes(30))
     with pytest.raises(InputError, match="new/train2014.zip.*416.*delete the archive"):
         fetch_all(tmp_path, mirror)
-    assert Server.asked[1:] == [("train2014.zip", len(whole))]                                            # and once is enough
-    place = whole.index(b"\xff\xd8\xff") + 40
-    (tmp_path / "new/train2014.zip").write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1:])
-    with pytest.raises(InputError, match="new/train2014.zip.*CRC.*delete the archive"):                  # a picture's content
+    assert Server.asked[1:] == [("train2014.zip", len(whole))]   # one request is enough
+
+
+def test_an_archive_with_a_damaged_picture_says_what_to_delete(tmp_path, mirror):
+    """The picture's checksum shows the damage, and no part of the picture is kept."""
+    whole = bytearray((tmp_path / "served/train2014.zip").read_bytes())
+    place = whole.index(b"\xff\xd8\xff") + 40   # inside the first JPEG
+    whole[place] ^= 255
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/train2014.zip").write_bytes(whole)
+    with pytest.raises(InputError, match="new/train2014.zip.*CRC.*delete the archive"):
         fetch_all(tmp_path, mirror)
-    assert not any("COCO" in name for name in files(tmp_path / "new"))                             # nor a part of the picture
+    assert not any("COCO" in name for name in files(tmp_path / "new"))
+
     (tmp_path / "new/train2014.zip").unlink()
     fetch_all(tmp_path, mirror)
     assert len(files(tmp_path / "new/images/train2014")) == 3
 
 
 def test_a_killed_run_leaves_no_half_picture(tmp_path, mirror, monkeypatch):
+    """A file that was being unpacked when the run was killed does not appear under its name."""
     def killed(path, content):
-        open(path, "wb").write(content[:50])
+        with open(path, "wb") as file:
+            file.write(content[:50])
         raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", killed)
         with pytest.raises(KeyboardInterrupt):
             fetch_all(tmp_path, mirror)
-    assert not {"refs(unc).p", "instances.json"} & {path.name for path in (tmp_path / "new/refcoco").iterdir()}
+    assert not ANNOTATION_FILES & files(tmp_path / "new")
     fetch_all(tmp_path, mirror)
-    assert data.load_picture(tmp_path / "new/images/train2014" / coco(8)).size == PICTURES[8]
+    picture = data.load_picture(tmp_path / "new/images/train2014" / coco(8))
+    assert picture.size == PICTURES[8]
 
 
 def test_a_hostile_archive_leads_nowhere(tmp_path, mirror, capsys):
+    """Paths with .., absolute paths, links and folders in an archive write no file elsewhere."""
+    original = tmp_path / "original/train2014"
     with zipfile.ZipFile(tmp_path / "served/train2014.zip", "w") as archive:
-        archive.writestr(f"../../../{coco(7)}", (tmp_path / "original/train2014" / coco(7)).read_bytes())
-        archive.writestr(f"{tmp_path}/{coco(9)}", (tmp_path / "original/train2014" / coco(9)).read_bytes())
+        archive.writestr(f"../../../{coco(7)}", (original / coco(7)).read_bytes())
+        archive.writestr(f"{tmp_path}/{coco(9)}", (original / coco(9)).read_bytes())
         archive.writestr(f"{tmp_path}/escaped.jpg", "x")
         link = zipfile.ZipInfo(f"train2014/{coco(8)}")
-        link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+        link.create_system = 3   # Unix
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
         archive.writestr(link, str(tmp_path / "secret"))
-        archive.writestr(f"train2014/{coco(8)}/", "")                                                # a folder of that name
+        archive.writestr(f"train2014/{coco(8)}/", "")   # a folder of the same name
+
     before = files(tmp_path)
     fetch_all(tmp_path, mirror)
-    placed = {f"new/images/train2014/{coco(number)}" for number in PICTURES}
-    assert files(tmp_path) - before == {"new/refcoco.zip", "new/train2014.zip", "new/refcoco/refs(unc).p", "new/refcoco/instances.json",
-                                        *placed}
-    assert not any((tmp_path / name).is_symlink() for name in placed)
-    assert f"1 pictures that are missing or broken, such as {tmp_path}/new/images/train2014/{coco(8)}" in capsys.readouterr().out
-    assert (tmp_path / "new/images/train2014" / coco(8)).read_text() == str(tmp_path / "secret")           # the link's content
+    added = files(tmp_path) - before
+    assert added == {f"new/{name}" for name in ARCHIVES | ANNOTATION_FILES | PLACED}
+    for name in PLACED:
+        assert not (tmp_path / "new" / name).is_symlink()
+
+    # The link became a file that holds the link's content, which is no picture.
+    linked = tmp_path / "new/images/train2014" / coco(8)
+    assert linked.read_text() == str(tmp_path / "secret")
+    fault = f"1 pictures that are missing or broken, such as {linked}"
+    assert fault in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dataset, words", [
     ("referit", ("TransVG", "CLIP-VG", "drives", "/referit/images", "referit_*.pth")),
-    ("flickr30k", ("authors", "form", "TransVG", "/Flickr30k/flickr30k-images", "flickr_*.pth", "/flickr")),
-    ("shapes", ("'shapes'", "choose one of refcoco, ")), ("my.jsonl", ("'my.jsonl'", "choose one of refcoco, ")),
+    ("flickr30k", ("authors", "form", "TransVG", "/Flickr30k/flickr30k-images", "flickr_*.pth",
+                   "/flickr")),
+    ("shapes", ("'shapes'", "choose one of refcoco, ")),
+    ("my.jsonl", ("'my.jsonl'", "choose one of refcoco, ")),
     ("train2014", ("'train2014'", "choose one of refcoco, "))])
-def test_what_cannot_be_fetched_is_told(tmp_path, dataset, words):
+def test_a_dataset_that_cannot_be_fetched_says_where_its_files_are(tmp_path, dataset, words):
+    """The error says who has the files and where to put them, or what can be fetched."""
     with pytest.raises(InputError) as error:
         data.main([dataset, "--root", str(tmp_path), "--download"])
-    assert all(word in str(error.value) for word in words), error.value
+    for word in words:
+        assert word in str(error.value)
 
 
-def test_addresses_are_the_readmes(capsys):
-    readme = (Path(data.__file__).parent / "README.md").read_text(encoding="utf-8")
-    assert all(f"`{folder}/{name}`" in readme for name, folder in data.ADDRESSES.items() if name.endswith(".zip"))
-    assert {f"{data.Path(refer).parent}.zip" for refer, *_ in data.DATASETS.values() if refer} < set(data.ADDRESSES)
+def test_every_published_dataset_has_an_address_or_a_holder():
+    """REFER's datasets have an archive in ADDRESSES; the others have somebody in HOLDERS."""
+    for dataset, info in data.DATASETS.items():
+        if info.refer:
+            assert f"{Path(info.refer).parent}.zip" in data.ADDRESSES
+        else:
+            assert dataset in data.HOLDERS
+    assert "train2014.zip" in data.ADDRESSES
+
+
+def test_help_shows_formats_addresses_and_leaks_in_80_columns(capsys):
+    """The help holds every address, every folder and the leaks, and no line over 80 columns."""
     with pytest.raises(SystemExit):
         data.main(["--help"])
-    assert "as users reported" in " ".join(capsys.readouterr().out.split())
+    text = capsys.readouterr().out
+    assert max(len(line) for line in text.splitlines()) <= 80
+
+    joined = "".join(text.split())   # long addresses continue on the next line
+    for name, folder in data.ADDRESSES.items():
+        assert f"{folder}/{name}" in joined
+    for info in data.DATASETS.values():
+        for name in (*info.pictures, info.refer, f"{info.transvg}/"):
+            assert name is None or name in joined
+    plain = " ".join(text.split())
+    assert "as users reported" in plain
+    assert "None of them could be tried" in plain
+    for name in data.UNSEEN:
+        assert f"{name}.pth" in plain
