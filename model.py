@@ -1,391 +1,1293 @@
-"""The encoders, the grounding models of both papers on top of them, and where their weights come from.
+"""The encoders, the grounding models of both papers, and the weights that they start from.
 
-    TransformerLayer              the one layer that every encoder here is a stack of, with its two ports
-    VisionEncoder, TextEncoder    DETR's encoder and BERT                                 M²IST Section III-A a, b
-    ClipVision, ClipText          CLIP's towers                                           HiVG Section 3.1
-    GroundingEncoder              [REG], text and image tokens, the box head              both
-    DetrBert, ClipGrounding       encoders and grounding encoder, with what a method plugs in
-    import_weights, build_model   other people's checkpoints, checked key by key; all of it by method and size
+The file reads from the smallest part to the largest:
 
-Shapes: B batch, T text tokens, Nv vision tokens, N tokens of whichever, C a width. Padding masks are bool, True = padding;
-layers count from 1; boxes are (cx, cy, w, h) in [0, 1]. Symbols (paper = here), M²IST: z_0 = images, f_v, f_l = Encoded.x,
-C_p = dim of the GroundingEncoder; HiVG: f_v^i, f_l^i = Encoded.states[i - 1], W_mvp = vision_projection, H_g = dim.
+    TransformerLayer             the one layer of every encoder here, with its two ports
+    VisionEncoder, TextEncoder   DETR's encoder and BERT                 M²IST Section III-A a, b
+    ClipVision, ClipText         CLIP's two towers                       HiVG Section 3.1
+    GroundingEncoder             [REG], text and image tokens, box head  M²IST III-A c, HiVG 3.1
+    DetrBert, ClipGrounding      the two grounding models: encoders, a method's modules, grounding
+    SIZES, METHODS, Option       what can be built, each size, method and option declared once
+    build_model                  a model from the names of a method and a size
+    import_weights               other people's checkpoints, checked key by key
+    DETR_TABLE, ...              the tables of other people's names
+
+Shapes
+    B batch    T text tokens    Nv vision tokens    N tokens of either kind    C a width
+Conventions
+    Padding masks are bool and True means padding. Layers count from 1, as in the papers.
+    Boxes are (cx, cy, w, h) in [0, 1] of the padded square picture.
+Symbols     paper                            here
+    M²IST   z_0, the picture                 images
+            f_v, f_l, encoded tokens         Encoded.x
+            C_p, width of the V-L encoder    GroundingEncoder's dim
+    HiVG    f_v^i, f_l^i, layer i's output   Encoded.states[i - 1]
+            W_mvp                            vision_projection
+            H_g                              GroundingEncoder's dim
+
+Where this file differs from a paper or its released code ("code"):
+
+[D7] frozen encoders of M²IST
+    paper   the encoders are frozen
+    code    dropout stays on in the frozen encoders
+    here    frozen encoders run in eval mode
+    why     a frozen feature should not be noisy
+
+[D8] BERT
+    paper   BERT as published
+    code    has no token-type embedding, and adds a second residual in six layers
+    here    BERT as published
+    why     a pretrained encoder should be the one that was pretrained
+
+[D10] parameters of full fine-tuning
+    paper   151M
+    code    does not contain full fine-tuning
+    here    140.8M: ResNet-50, DETR's encoder and BERT without its pooler
+    why     151M cannot be derived from the architecture; batch norm's statistics stay frozen
+
+[D11] parameters of M²IST
+    paper   3.19M
+    code    counts the shared projection twice, and two norms for each VEA and LEA
+    here    2,975,232, where each tensor counts once
+    why     the paper's way of counting gives 3,185,664, so the architecture is the same
+
+[D16] layers of the bridges, and text layers that they see
+    paper   vision layers 4, 8, 12 (L: 6, 12, 18, 24); text layers 1-12
+    code    1, 4, 8, 12 (L: 5, 11, 17, 23); text layers 12, or 6 and 12, or all, by dataset
+    here    as the paper; --bridge-layers and --text-layers change them
+    why     the paper first
+
+[D23] parameters of HiVG
+    paper   206M in all, 41M of them updated (L: 468M, 52M)
+    code    213-237M and 64-87M, with the parts that it never uses
+    here    211,027,461 and 40,768,512 (L: 561,573,381 and 99,618,816)
+    why     206M leaves out the perceiver, projections, positions and the MLP of Eq. (12); four
+            bridges that see twelve text layers are alone more than the 52M of L
+
+[D25] linears that LoRA adapts in CLIP
+    paper   Q, K, V "and the fully connected matrix in the update layer", Appendix B
+    code    q, k, v and out of CLIP and of the bridges
+    here    q, k, v and out of CLIP
+    why     the last stage's share of CLIP is then the paper's (L 1.98%; B 2.56%, paper 2.58%);
+            bridges are trained whole
+
+[D28] projection of the vision features
+    paper   one W_mvp, Eq. (1)
+    code    a second linear after it; the first starts as copies of CLIP's projection
+    here    one linear with a random start
+    why     two linears in a row are one linear
+
+[D29] box head
+    paper   three linears with a ReLU each
+    code    no ReLU after the last linear; a sigmoid
+    here    as the code
+    why     with a last ReLU no coordinate could lie between 0 and 1/2
+
+[D30] padded patches of CLIP's vision tower
+    paper   says nothing
+    code    the grounding encoder masks a patch if more than half of it is padding
+    here    it masks a patch if all of it is padding
+    why     an object at the edge of the picture should be seen
+
+[D31] start of CLIP's vision tower
+    paper   is first adapted by LoRA to detection on COCO, without the test pictures
+    code    starts from the file of that training, which is not released
+    here    plain CLIP
+    why     no boxes of another task are needed; the paper's figures rest on that file
+
+[D34] LoRA in the text tower
+    paper   the text encoder is one layer group; the trained share of CLIP grows evenly by stage
+    code    the text pairs are trained in every stage
+    here    a fresh text pair in every stage
+    why     by Eq. (6) one group would have one stage; the shares of the earlier stages are
+            therefore larger than the paper's
+
+[D39] layers and widths of the methods that M²IST is compared with
+    paper   C_d = 128 and the same base model; no layers, LoRA rank or ports are given
+    code    contains none of these methods
+    here    all at the layers of M³ISA, s = 0.1; C_i = 256 where a part is shared; LoRA on q and v
+            with r = alpha = 96; MRS-Adapter one for each layer (its source: one for all layers)
+    why     the paper's 1.58M of MRS-Adapter is 6 + 6 layers exactly and its 2.37M of LoRA nearly
+            (2.36M); its other counts cannot be derived
 """
 import argparse
+import functools
 import math
-import os
 import re
-import sys
-import zlib
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
 from safetensors.torch import load_file
+from torch import Tensor
 
+import data
 import hilora
-from adapters import ADAPTERS, BRIDGE_WEIGHTS, AdapterNetworks, CrossModalBridge, attend, quick_gelu
+from adapters import (ADAPTERS, BRIDGE_WEIGHTS, AdapterNetworks, CrossModalBridge, attend,
+                      quick_gelu)
+from data import InputError, one_of
 from losses import RegionText
 
-class InputError(ValueError):
-    """Something the user gave is wrong; the message names it and the way out. The command lines print it and exit 2."""
+# ---------------------------------------------------------------------------------------------
+# One layer for every encoder
 
-def run(main):
-    """Run a command line: what is wrong with the input or a file is one line on stderr and exit status 2, never a traceback."""
-    try:
-        main()
-    except (InputError, OSError) as error:      # a DataLoader's worker sends a whole traceback, whose last line is ours
-        print(f"error: {str(error).rsplit('InputError: ', 1)[-1].strip()}", file=sys.stderr)
-        sys.exit(2)
+ACTIVATIONS = {
+    "relu": F.relu,              # DETR and both grounding encoders
+    "gelu": F.gelu,              # BERT
+    "quick_gelu": quick_gelu}    # CLIP
 
-def save_whole(path, write):
-    """Call write(a path beside `path`), then rename: killed at any time, what stood at `path` before still stands."""
-    partial = Path(f"{path}.{os.getpid()}.partial")
-    write(partial)
-    partial.replace(path)
-
-# --- One layer for every encoder -------------------------------------------------------------------------------------
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "quick_gelu": quick_gelu}        # DETR and grounding encoders, BERT, CLIP
 
 class TransformerLayer(nn.Module):
-    """Self-attention and a feed-forward, each added to the residual stream x.
+    """Self-attention and a feed-forward network, each added to the residual stream x.
 
-        post-norm (DETR, BERT):  x = norm1(x + a),  a = attention(x);          x = norm2(x + g),  g = ffn(x)
-        pre-norm (CLIP):         x = x + a,         a = attention(norm1(x));   x = x + g,         g = ffn(norm2(x))
+        post-norm (DETR, BERT)    x = norm1(x + a)    a = attention(x)
+                                  x = norm2(x + g)    g = ffn(x)
+        pre-norm  (CLIP)          x = x + a           a = attention(norm1(x))
+                                  x = x + g           g = ffn(norm2(x))
 
-    Its two ports are where a and g appear, before the residual. A side network reads them from what forward returns; an
-    inserted module writes them: `plugs["attention"]` or `plugs["ffn"]` turns a sublayer's output into another, called as
-    plug(output, x, context) with the residual stream x that entered the sublayer and the layer's context.
-    x, position: (B, N, C). padding: (B, N), not with causal. Returns x, a, g, each (B, N, C)."""
-    def __init__(self, dim, heads, hidden, activation="relu", pre_norm=False, dropout=0.0, ffn_dropout=0.0, eps=1e-5,
-                 causal=False):
+    The two ports of a layer are the places where a and g appear, before they are added to x.
+    A side network reads the ports: `forward` returns a and g beside x. An inserted module writes
+    a port: `plugs["attention"]` or `plugs["ffn"]`, where there is one, is called as
+    plug(output, x, context) with the sublayer's output, the residual stream x that entered the
+    sublayer, and the context of the layer; what the module returns replaces the output.
+    """
+
+    def __init__(self, dim, heads, hidden, activation="relu", pre_norm=False, dropout=0.0,
+                 ffn_dropout=0.0, eps=1e-5, causal=False):
         super().__init__()
-        self.heads, self.activation, self.pre_norm, self.causal = heads, ACTIVATIONS[activation], pre_norm, causal
-        self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))     # apart, so that LoRA finds them
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps), nn.LayerNorm(dim, eps)
-        self.dropout, self.ffn_dropout = nn.Dropout(dropout), nn.Dropout(ffn_dropout)
+        self.heads = heads
+        self.activation = ACTIVATIONS[activation]
+        self.pre_norm = pre_norm
+        self.causal = causal
+        # q, k, v and out are four linears, not one packed matrix, so that LoRA finds each of them.
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, dim)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.norm1 = nn.LayerNorm(dim, eps)
+        self.norm2 = nn.LayerNorm(dim, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.ffn_dropout = nn.Dropout(ffn_dropout)
         self.plugs = nn.ModuleDict()
+        # M²IST Section IV-B a: Xavier for the V-L encoder. Loaded weights replace it elsewhere.
         for linear in (self.q, self.k, self.v, self.out, self.fc1, self.fc2):
-            nn.init.xavier_uniform_(linear.weight)      # Section IV-B a: Xavier for the V-L encoder
+            nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
     def forward(self, x, padding=None, position=None, context=None):
+        """x, position: (B, N, C). padding: (B, N), not together with causal. context: anything
+        that the layer's inserted modules need. Returns x, a, g, each (B, N, C)."""
         h = self.norm1(x) if self.pre_norm else x
-        a = self.port("attention", self.attention(h, padding, position), x, context)
-        x = x + self.dropout(a) if self.pre_norm else self.norm1(x + self.dropout(a))
-        h = self.norm2(x) if self.pre_norm else x
-        g = self.port("ffn", self.fc2(self.ffn_dropout(self.activation(self.fc1(h)))), x, context)
-        return (x + self.dropout(g) if self.pre_norm else self.norm2(x + self.dropout(g))), a, g
+        a = self.attention(h, padding, position)
+        a = self.port("attention", a, x, context)
+        x = x + self.dropout(a)
+        if not self.pre_norm:
+            x = self.norm1(x)
 
-    def port(self, name, out, x, context):
-        return self.plugs[name](out, x, context) if name in self.plugs else out
+        h = self.norm2(x) if self.pre_norm else x
+        g = self.fc2(self.ffn_dropout(self.activation(self.fc1(h))))
+        g = self.port("ffn", g, x, context)
+        x = x + self.dropout(g)
+        if not self.pre_norm:
+            x = self.norm2(x)
+        return x, a, g
+
+    def port(self, name, output, x, context):
+        """The output of a sublayer, rewritten by the module at this port if there is one."""
+        if name in self.plugs:
+            output = self.plugs[name](output, x, context)
+        return output
 
     def attention(self, h, padding, position):
-        placed = h if position is None else h + position      # of queries and keys, never of values
+        placed = h if position is None else h + position    # for queries and keys, never for values
         dropout = self.dropout.p if self.training else 0.0
-        return self.out(attend(self.q(placed), self.k(placed), self.v(h), self.heads, padding, dropout, self.causal))
+        attended = attend(self.q(placed), self.k(placed), self.v(h), self.heads, padding, dropout,
+                          self.causal)
+        return self.out(attended)
 
     def attention_map(self, x, padding, position):
-        """(B, N): how much the first token, [REG], looks at each token, the mean over the heads; for pictures."""
-        placed = (self.norm1(x) if self.pre_norm else x) + position
-        q, k = (linear(placed).unflatten(-1, (self.heads, -1)).transpose(1, 2) for linear in (self.q, self.k))
-        scores = q[:, :, :1] @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-        return scores.masked_fill(padding[:, None, None, :], float("-inf")).softmax(-1).mean(1)[:, 0]
+        """How much the first token, [REG], looks at each token: (B, N), the mean over the heads.
+        This is for pictures only; the fused attention of `attention` does not return it."""
+        h = self.norm1(x) if self.pre_norm else x
+        placed = h + position
+        q = self.q(placed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k = self.k(placed).unflatten(-1, (self.heads, -1)).transpose(1, 2)    # (B, heads, N, C')
+        scores = q[:, :, :1] @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])   # (B, heads, 1, N)
+        scores = scores.masked_fill(padding[:, None, None, :], float("-inf"))
+        return scores.softmax(-1).mean(1)[:, 0]
 
-# --- The encoders ----------------------------------------------------------------------------------------------------
-# An encoded image or text: x (B, N, C), padding (B, N); x0 (B, N, C), what entered the layers; ports, [{"attention": a_1,
-# "ffn": g_1}, ...], and states, [x_1, ...], what left each layer, shallow first; of CLIP the embedding (B, C) that it compares.
-Encoded = namedtuple("Encoded", "x padding x0 ports states embedding", defaults=(None, (), (), None))
+
+# ---------------------------------------------------------------------------------------------
+# The encoders
+
+class Encoded(NamedTuple):
+    """An encoded picture or text."""
+    x: Tensor                  # (B, N, C)  output tokens
+    padding: Tensor            # (B, N)     True where a token is padding
+    x0: Tensor = None          # (B, N, C)  tokens as they entered layer 1; s_0 of a side network
+    ports: list = ()           # for each layer {"attention": a_l, "ffn": g_l}, before the residual
+    states: list = ()          # for each layer x_l, its output; HiVG's f^l
+    embedding: Tensor = None   # (B, C)     what CLIP compares: one vector a picture or text
+
 
 def stack(layers, *shape, **options):
     return nn.ModuleList(TransformerLayer(*shape, **options) for _ in range(layers))
 
+
 def run_layers(layers, x, padding=None, position=None, context=None):
-    x0, ports, states = x, [], []
+    """Send tokens x (B, N, C) through layers and keep all that somebody may read -> Encoded."""
+    x0 = x
+    ports = []
+    states = []
     for layer in layers:
         x, a, g = layer(x, padding, position, context)
         ports.append({"attention": a, "ffn": g})
         states.append(x)
     return Encoded(x, padding, x0, ports, states)
 
+
 def resnet50_body():
-    """torchvision's ResNet-50 up to layer4: (B, 3, H, W) -> (B, 2048, H/32, W/32). Batch norm is frozen: buffers only."""
-    net = torchvision.models.resnet50(weights=None, norm_layer=torchvision.ops.FrozenBatchNorm2d)
-    return nn.Sequential(OrderedDict((n, m) for n, m in net.named_children() if n not in ("avgpool", "fc")))
+    """torchvision's ResNet-50 up to layer4: (B, 3, H, W) -> (B, 2048, H/32, W/32).
+    As in DETR its batch norms are frozen: their statistics and scales are buffers."""
+    from torchvision.models import resnet50    # importing torchvision takes a second
+    from torchvision.ops import FrozenBatchNorm2d as frozen_norm
+    net = resnet50(weights=None, norm_layer=frozen_norm)
+    body = OrderedDict()
+    for name, module in net.named_children():
+        if name not in ("avgpool", "fc"):
+            body[name] = module
+    return nn.Sequential(body)
+
 
 class SmallStem(nn.Module):
-    """The tiny size's stand-in for a ResNet: (B, 3, H, W) -> (B, width, H/8, W/8). The coordinates, in [-1, 1], are two
-    more channels: a ResNet learns from its zero padding where a feature lies; two convolutions cannot."""
+    """The tiny size's stand-in for a ResNet: (B, 3, H, W) -> (B, width, H/8, W/8).
+    Two extra channels hold the coordinates, in [-1, 1]. A ResNet learns from its zero padding where
+    a feature lies; two convolutions cannot."""
+
     def __init__(self, width):
         super().__init__()
         self.patches = nn.Conv2d(3, width, 4, stride=4)
         self.mix = nn.Conv2d(width + 2, width, 3, stride=2, padding=1)
 
     def forward(self, images):
-        x = F.relu(self.patches(images))
-        rows, columns = (torch.linspace(-1, 1, n, device=x.device, dtype=x.dtype) for n in x.shape[-2:])
-        where = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).expand(len(x), -1, -1, -1)
-        return F.relu(self.mix(torch.cat([x, where], dim=1)))
+        x = F.relu(self.patches(images))                                      # (B, width, H/4, W/4)
+        rows = torch.linspace(-1, 1, x.shape[-2], device=x.device, dtype=x.dtype)
+        columns = torch.linspace(-1, 1, x.shape[-1], device=x.device, dtype=x.dtype)
+        grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))      # (2, H/4, W/4)
+        grid = grid.expand(len(x), -1, -1, -1)
+        return F.relu(self.mix(torch.cat([x, grid], dim=1)))
+
 
 def sine_position(padding, dim):
-    """DETR's 2-D sine positions (Carion et al., ECCV 2020): padding (B, H, W) -> (B, H*W, dim), half of dim for y, half
-    for x. Counted over what is not padding and scaled to [0, 2π], so a picture's place in its square makes no difference."""
+    """DETR's two-dimensional sine positions (Carion et al., ECCV 2020).
+    padding: (B, H, W) -> (B, H*W, dim), where half of dim is for y and half for x. Positions count
+    the cells that are not padding and are scaled to [0, 2π], so that the place of a picture in its
+    square makes no difference."""
     real = ~padding
-    y, x = real.cumsum(1, dtype=torch.float32), real.cumsum(2, dtype=torch.float32)             # (B, H, W), from 1
-    y, x = y / (y[:, -1:, :] + 1e-6) * 2 * math.pi, x / (x[:, :, -1:] + 1e-6) * 2 * math.pi
-    frequency = 10000 ** (2 * torch.arange(dim // 4, device=padding.device) / (dim // 2))       # (dim / 4,)
-    angles = y[..., None] / frequency, x[..., None] / frequency                                 # (B, H, W, dim / 4)
-    halves = [torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2) for angle in angles]  # sin, cos in turn
+    y = real.cumsum(1, dtype=torch.float32)                                   # (B, H, W), from 1
+    x = real.cumsum(2, dtype=torch.float32)
+    y = y / (y[:, -1:, :] + 1e-6) * 2 * math.pi
+    x = x / (x[:, :, -1:] + 1e-6) * 2 * math.pi
+    exponent = 2 * torch.arange(dim // 4, device=padding.device) / (dim // 2)
+    frequency = 10000 ** exponent                                             # (dim / 4,)
+    halves = []
+    for coordinate in (y, x):
+        angle = coordinate[..., None] / frequency                             # (B, H, W, dim / 4)
+        waves = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)   # sine, cosine in turn
+        halves.append(waves)
     return torch.cat(halves, dim=-1).flatten(1, 2)
 
+
 class VisionEncoder(nn.Module):
-    """DETR's encoder, M²IST Section III-A a. images (B, 3, S, S), padding (B, S, S) -> Encoded of Nv tokens."""
+    """DETR's backbone and encoder, M²IST Section III-A a.
+    images (B, 3, S, S), padding (B, S, S) -> Encoded with Nv tokens."""
+
     def __init__(self, backbone, channels, dim, heads, hidden, layers, dropout):
         super().__init__()
-        self.backbone, self.projection = backbone, nn.Conv2d(channels, dim, 1)
-        self.layers = stack(layers, dim, heads, hidden, "relu", dropout=dropout, ffn_dropout=dropout)
+        self.backbone = backbone
+        self.projection = nn.Conv2d(channels, dim, 1)
+        self.layers = stack(layers, dim, heads, hidden, "relu", dropout=dropout,
+                            ffn_dropout=dropout)
 
     def forward(self, images, padding):
-        z = self.projection(self.backbone(images))                                    # z', (B, C_v, H, W)
-        padding = F.interpolate(padding[:, None].float(), size=z.shape[-2:])[:, 0].bool()     # nearest; (B, H, W)
+        z = self.projection(self.backbone(images))                            # z' (B, C_v, H, W)
+        small = F.interpolate(padding[:, None].float(), size=z.shape[-2:])    # nearest
+        padding = small[:, 0].bool()                                          # (B, H, W)
         position = sine_position(padding, z.shape[1]).to(z.dtype)
-        return run_layers(self.layers, z.flatten(2).transpose(1, 2), padding.flatten(1), position)
+        tokens = z.flatten(2).transpose(1, 2)                                 # (B, Nv, C_v)
+        return run_layers(self.layers, tokens, padding.flatten(1), position)
+
 
 class TextEncoder(nn.Module):
-    """BERT without its pooler, M²IST Section III-A b. tokens, padding: (B, T) -> Encoded of T tokens. Post-norm, GELU.
-    Every token is of type 0, whose embedding BERT adds all the same; [D8] the released code has lost it."""
+    """BERT without its pooler, M²IST Section III-A b: post-norm, GELU.
+    tokens, padding: (B, T) -> Encoded with T tokens."""
+
     def __init__(self, vocabulary, positions, dim, heads, hidden, layers, dropout):
         super().__init__()
-        self.word, self.position, self.token_type = (nn.Embedding(count, dim) for count in (vocabulary, positions, 2))
-        self.norm, self.dropout = nn.LayerNorm(dim, eps=1e-12), nn.Dropout(dropout)
+        self.word = nn.Embedding(vocabulary, dim)
+        self.position = nn.Embedding(positions, dim)
+        self.token_type = nn.Embedding(2, dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-12)
+        self.dropout = nn.Dropout(dropout)
         self.layers = stack(layers, dim, heads, hidden, "gelu", dropout=dropout, eps=1e-12)
 
     def forward(self, tokens, padding):
+        # [D8] One text has tokens of type 0 only, and BERT adds that type's embedding to each.
         x = self.word(tokens) + self.position.weight[:tokens.shape[1]] + self.token_type.weight[0]
         return run_layers(self.layers, self.dropout(self.norm(x)), padding)
 
+
 class ClipVision(nn.Module):
-    """CLIP's ViT, HiVG Section 3.1. images (B, 3, S, S), padding (B, S, S) -> Encoded of 1 + Nv tokens, [CLS] first.
-    context: what the bridges in its layers, if any, are given. As in CLIP every patch is looked at, padded ones too."""
+    """CLIP's vision transformer, HiVG Section 3.1.
+    images (B, 3, S, S), padding (B, S, S) -> Encoded with 1 + Nv tokens, [CLS] first. context: what
+    the bridges in the layers need, if there are any. As in CLIP, attention looks at every patch,
+    padded patches too; the padding mask is for the grounding encoder."""
+
     def __init__(self, image_size, patch, dim, heads, hidden, layers, embedding):
         super().__init__()
         self.patches = nn.Conv2d(3, dim, patch, stride=patch, bias=False)
         self.cls = nn.Parameter(dim ** -0.5 * torch.randn(dim))
-        # What is not loaded from CLIP starts from 2-D sines: where a patch lies must be in the tokens' values.
-        sines = sine_position(torch.zeros(1, image_size // patch, image_size // patch, dtype=torch.bool), dim)[0]
-        self.position = nn.Parameter(F.pad(sines, (0, 0, 1, 0)))
-        self.pre_norm, self.norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        # A tower that is not loaded from CLIP starts from two-dimensional sines, because the place
+        # of a patch must show in its token's values.
+        side = image_size // patch
+        sines = sine_position(torch.zeros(1, side, side, dtype=torch.bool), dim)[0]
+        self.position = nn.Parameter(F.pad(sines, (0, 0, 1, 0)))              # (1 + Nv, dim)
+        self.pre_norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim)
         self.layers = stack(layers, dim, heads, hidden, "quick_gelu", pre_norm=True)
         self.projection = nn.Linear(dim, embedding, bias=False)
 
     def forward(self, images, padding, context=None):
-        x = torch.cat([self.cls.expand(len(images), 1, -1), self.patches(images).flatten(2).transpose(1, 2)], dim=1)
-        # [D30] A patch is padding if no pixel of it is of the picture; [CLS] never is.
+        patches = self.patches(images).flatten(2).transpose(1, 2)             # (B, Nv, C)
+        cls = self.cls.expand(len(images), 1, -1)
+        x = torch.cat([cls, patches], dim=1)                                  # (B, 1 + Nv, C)
+        # [D30] A patch is padding if no pixel of it belongs to the picture. [CLS] never is padding.
         real = F.max_pool2d((~padding)[:, None].float(), self.patches.stride).flatten(1).bool()
-        found = run_layers(self.layers, self.pre_norm(x + self.position), context=context)
-        return found._replace(padding=F.pad(~real, (1, 0)), embedding=self.embed(found.x[:, 0]))
+        padding = F.pad(~real, (1, 0))                                        # (B, 1 + Nv)
+        encoded = run_layers(self.layers, self.pre_norm(x + self.position), context=context)
+        return encoded._replace(padding=padding, embedding=self.embed(encoded.x[:, 0]))
 
-    def embed(self, x):                                     # (..., dim) -> (..., embedding): what CLIP makes of [CLS]
+    def embed(self, x):
+        """CLIP's final norm and projection, made for [CLS]: (..., dim) -> (..., embedding)."""
         return self.projection(self.norm(x))
 
+
 class ClipText(nn.Module):
-    """CLIP's text tower, HiVG Section 3.1. tokens, padding (B, T) -> Encoded, x after the final norm and the projection.
-    Causal: no token sees what follows it, so padding, which is last, is seen by none."""
+    """CLIP's text tower, HiVG Section 3.1.
+    tokens, padding: (B, T) -> Encoded, with x after the final norm and the projection. Attention is
+    causal, so no token sees what follows it; padding comes last, so no token sees padding."""
+
     def __init__(self, vocabulary, positions, dim, heads, hidden, layers, embedding):
         super().__init__()
         self.word = nn.Embedding(vocabulary, dim)
         self.position = nn.Parameter(0.25 * torch.randn(positions, dim))
-        nn.init.normal_(self.word.weight, std=0.5)         # words and places are told apart before they are learned
+        # A tower that is not loaded from CLIP can tell words and places apart from its start.
+        nn.init.normal_(self.word.weight, std=0.5)
         self.layers = stack(layers, dim, heads, hidden, "quick_gelu", pre_norm=True, causal=True)
-        self.norm, self.projection = nn.LayerNorm(dim), nn.Linear(dim, embedding, bias=False)
+        self.norm = nn.LayerNorm(dim)
+        self.projection = nn.Linear(dim, embedding, bias=False)
 
     def forward(self, tokens, padding):
-        found = run_layers(self.layers, self.word(tokens) + self.position[:tokens.shape[1]])
-        x, eos = self.projection(self.norm(found.x)), (~padding).sum(1) - 1                  # [EOS] ends its text
-        return found._replace(x=x, padding=padding, embedding=x[torch.arange(len(x), device=x.device), eos])
+        x = self.word(tokens) + self.position[:tokens.shape[1]]
+        encoded = run_layers(self.layers, x)
+        x = self.projection(self.norm(encoded.x))                             # (B, T, embedding)
+        eos = (~padding).sum(1) - 1                                           # [EOS] ends its text
+        embedding = x[torch.arange(len(x), device=x.device), eos]             # (B, embedding)
+        return encoded._replace(x=x, padding=padding, embedding=embedding)
+
 
 class Clip(nn.Module):
-    """Both towers and the temperature, as pretrained together."""
+    """Both towers and the temperature, as they were pretrained together."""
+
     def __init__(self, vision, text):
         super().__init__()
-        self.vision, self.text = vision, text
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))      # where CLIP's pretraining starts it
+        self.vision = vision
+        self.text = text
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))    # CLIP's own start
 
-# --- Grounding -------------------------------------------------------------------------------------------------------
-# What is found: boxes (B, 4) as (cx, cy, w, h) in [0, 1]; attention (B, Nv), how [REG] looks at the image, where asked for;
-# what HiVG's constraints compare: scores and padding (B, Nv), in training; text, image (B, C) and temperature, CLIP's.
-Grounding = namedtuple("Grounding", "boxes attention scores padding text image temperature", defaults=[None] * 6)
+
+# ---------------------------------------------------------------------------------------------
+# The grounding encoder
+
+class Grounding(NamedTuple):
+    """What a grounding model returns. The last five fields are for HiVG's constraints."""
+    boxes: Tensor                # (B, 4)   (cx, cy, w, h) in [0, 1]
+    attention: Tensor = None     # (B, Nv)  how [REG] looks at the picture, where asked for
+    scores: Tensor = None        # (B, Nv)  HiVG Eq. (12) before its sigmoid, in training only
+    padding: Tensor = None       # (B, Nv)  True where a cell of the picture is padding
+    text: Tensor = None          # (B, C)   CLIP's embedding of the text
+    image: Tensor = None         # (B, C)   CLIP's embedding of the picture
+    temperature: Tensor = None   # ()       τ of HiVG Eqs. (9) and (10)
+
+
+class Sequence(NamedTuple):
+    """The input of the grounding encoder."""
+    x: Tensor            # (B, 1 + T + Nv, C)
+    padding: Tensor      # (B, 1 + T + Nv)
+    position: Tensor     # (1 + T + Nv, C)
+    cells: slice         # where in the sequence the cells of the picture are
+
 
 class GroundingEncoder(nn.Module):
-    """The V-L encoder of M²IST (Section III-A c), the grounding encoder of HiVG (Section 3.1), and the box head.
-    vision, text: Encoded, of widths vision_dim and text_dim, text of at most max_tokens tokens -> Grounding. The sequence
-    is [REG], text, vision, or with `clip` [REG], [CLS], vision, text, HiVG Eq. (2), with learned positions in the queries
-    and keys of every layer. region_hidden: width of the MLP of HiVG Eq. (12), if there is to be one."""
-    def __init__(self, vision_dim, text_dim, vision_tokens, max_tokens, dim, heads, hidden, layers, dropout,
-                 pre_norm=False, position_std=1.0, clip=False, region_hidden=None):
+    """The V-L encoder of M²IST (Section III-A c), the grounding encoder of HiVG (Section 3.1), and
+    the box head of both.
+
+    vision, text: Encoded, with widths vision_dim and text_dim and at most max_tokens text tokens.
+    Returns a Grounding. With `clip` the vision tokens begin with [CLS] and come before the text, as
+    in HiVG Eq. (2). region_hidden: the width of the MLP of HiVG Eq. (12), needed with region_text.
+    """
+
+    def __init__(self, vision_dim, text_dim, vision_tokens, max_tokens, dim, heads, hidden, layers,
+                 dropout, pre_norm=False, position_std=1.0, clip=False, region_text=False,
+                 region_hidden=None):
         super().__init__()
-        self.max_tokens, self.clip = max_tokens, clip
-        self.vision_projection = nn.Linear(vision_dim, dim)          # W_mvp of HiVG Eq. (1) [D28]
+        self.max_tokens = max_tokens
+        self.clip = clip
+        self.vision_projection = nn.Linear(vision_dim, dim)    # W_mvp of HiVG Eq. (1) [D28]
         self.text_projection = nn.Linear(text_dim, dim)
         self.reg = nn.Parameter(torch.randn(1, dim))
-        self.position = nn.Parameter(position_std * torch.randn(1 + max_tokens + vision_tokens, dim))
+        tokens = 1 + max_tokens + vision_tokens
+        self.position = nn.Parameter(position_std * torch.randn(tokens, dim))
         self.layers = stack(layers, dim, heads, hidden, "relu", pre_norm, dropout, dropout)
-        self.norm = nn.LayerNorm(dim) if pre_norm else nn.Identity()       # post-norm layers end in one of their own
-        self.head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 4))  # [D29]
-        self.region = region_hidden and RegionText(dim, region_hidden)
+        # A post-norm layer ends in a norm of its own; a pre-norm stack needs a last one.
+        self.norm = nn.LayerNorm(dim) if pre_norm else nn.Identity()
+        # [D29] Three linears with a ReLU between them; the sigmoid follows in forward.
+        self.head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(),
+                                  nn.Linear(dim, 4))
+        self.region = RegionText(dim, region_hidden) if region_text else None
 
     def sequence(self, vision, text):
-        """(B, 1 + T + Nv, C), its padding, its positions, and where in it the picture's cells are."""
-        reg, T, Nv = self.reg.expand(len(text.x), 1, -1), text.x.shape[1], vision.x.shape[1]
-        parts = [(self.text_projection(text.x), text.padding), (self.vision_projection(vision.x), vision.padding)]
-        if self.clip:      # text may be trimmed to the longest of its batch; every token keeps its position
-            parts, position, cells = parts[::-1], self.position[:1 + Nv + T], slice(2, 1 + Nv)
+        """Join [REG], text and vision tokens -> Sequence. A text may be trimmed to the longest of
+        its batch; every token keeps the position that it has in a full sequence."""
+        B, T = text.padding.shape
+        Nv = vision.padding.shape[1]
+        reg = self.reg.expand(B, 1, -1)
+        reg_padding = text.padding.new_zeros(B, 1)
+        x_v = self.vision_projection(vision.x)                                # HiVG Eq. (1)
+        x_l = self.text_projection(text.x)
+        if self.clip:
+            # HiVG Eq. (2): [REG], [CLS], the cells of the picture, the text.
+            x = torch.cat([reg, x_v, x_l], dim=1)
+            padding = torch.cat([reg_padding, vision.padding, text.padding], dim=1)
+            position = self.position[:1 + Nv + T]
+            cells = slice(2, 1 + Nv)
         else:
-            position, cells = torch.cat([self.position[:1 + T], self.position[1 + self.max_tokens:]]), slice(1 + T, None)
-        x, padding = zip((reg, text.padding.new_zeros(len(reg), 1)), *parts)
-        return torch.cat(x, 1), torch.cat(padding, 1), position, cells
+            # M²IST Section III-A c: [REG], the text, the cells of the picture.
+            x = torch.cat([reg, x_l, x_v], dim=1)
+            padding = torch.cat([reg_padding, text.padding, vision.padding], dim=1)
+            position = torch.cat([self.position[:1 + T], self.position[1 + self.max_tokens:]])
+            cells = slice(1 + T, None)
+        return Sequence(x, padding, position, cells)
 
     def forward(self, vision, text, attention=False):
         x, padding, position, cells = self.sequence(vision, text)
         for layer in self.layers[:-1]:
-            x = layer(x, padding, position)[0]
-        looks = self.layers[-1].attention_map(x, padding, position)[:, cells] if attention else None
-        x = self.norm(self.layers[-1](x, padding, position)[0])
-        found = Grounding(self.head(x[:, 0]).float().sigmoid(), looks)                  # the head reads [REG] alone
-        if not self.region or not self.training:
-            return found
-        eos = x[torch.arange(len(x), device=x.device), vision.x.shape[1] + (~text.padding).sum(1)]   # [EOS] ends its text
-        return found._replace(scores=self.region(eos, x[:, cells]), padding=padding[:, cells])
+            x, _, _ = layer(x, padding, position)
+        last = self.layers[-1]
+        looks = None
+        if attention:
+            looks = last.attention_map(x, padding, position)[:, cells]        # (B, Nv)
+        x, _, _ = last(x, padding, position)
+        x = self.norm(x)
 
-def trim(tokens, padding, limit):       # both (B, T), cut to `limit`; only padding may be cut
-    if tokens.shape[1] > limit and not padding[:, limit:].all():
-        raise ValueError(f"a text has more than max_tokens = {limit} tokens")
-    return tokens[:, :limit], padding[:, :limit]
+        reg = x[:, 0]                                                         # (B, C)
+        boxes = self.head(reg).float().sigmoid()                              # (B, 4)
+        grounding = Grounding(boxes, looks)
+        if self.region is not None and self.training:
+            # HiVG Eq. (12) compares the token of [EOS], which ends the text, with every cell.
+            eos = vision.padding.shape[1] + (~text.padding).sum(1)            # (B,) place of [EOS]
+            t_eos = x[torch.arange(len(x), device=x.device), eos]             # (B, C)
+            scores = self.region(t_eos, x[:, cells])                          # (B, Nv)
+            grounding = grounding._replace(scores=scores, padding=padding[:, cells])
+        return grounding
 
-def chosen_layers(spec, name, count):
-    """Layers that the size or the user chose of an encoder with `count`, each once; [] if the choice is the method's."""
-    layers = spec[name] or []
-    if not all(1 <= layer <= count for layer in layers) or len(set(layers)) < len(layers):
-        raise InputError(f"--{name.replace('_', '-')} {' '.join(map(str, layers))}: must differ and lie in 1 .. {count}")
-    return layers
 
-class DetrBert(nn.Module):
-    """Every method on DETR and BERT: encoders, what stands beside or in them, the grounding encoder. spec: from `architecture`.
-    Encoders with nothing to train in them run under no_grad, and only those that are themselves trained leave eval mode:
-    [D7] the released code leaves dropout on in frozen ones."""
-    def __init__(self, vision, text, spec):
+# ---------------------------------------------------------------------------------------------
+# The two grounding models
+
+class LoraStack(NamedTuple):
+    """Layers whose linears LoRA adapts together."""
+    layers: list     # modules, in the order in which the stages reach them
+    groups: int      # G of HiVG Eq. (6); a stack with one group takes part in every stage
+
+
+class GroundingModel(nn.Module):
+    """What both grounding models share: the interface, and the stages of LoRA.
+
+        text = model.encode_text(tokens, token_padding)
+        vision = model.encode_image(images, image_padding, text)
+        grounding = model.ground(vision, text)
+
+    spec: the dictionary from `architecture`. stage: the LoRA stage whose pairs are in place now; 0
+    means that there are none.
+    """
+
+    def __init__(self, spec):
         super().__init__()
-        dims = dict(vision_dim=spec["vision"]["dim"], text_dim=spec["text"]["dim"])
-        self.tuned, self.insertion = spec["tune_encoders"], spec["insertion"]
-        self.vision, self.text = (encoder.requires_grad_(self.tuned) for encoder in (vision, text))
-        self.grounding = GroundingEncoder(**dims, vision_tokens=(spec["image_size"] // spec["stride"]) ** 2,
-                                          max_tokens=spec["max_tokens"], **spec["grounding"])
-        self.text_layers = chosen_layers(spec, "text_layers", spec["text"]["layers"])
-        names = ("attention_port", "ffn_port", "bottleneck", "interaction_dim", "interaction_bottleneck", "scale", "residual")
-        self.adapters = AdapterNetworks(**dims, layers=spec["vision"]["layers"], text_layers=self.text_layers,
-                                        **{name: spec[name] for name in names})
+        self.spec = spec
+        self.stage = 0
+
+    def forward(self, images, image_padding, tokens, token_padding, attention=False):
+        """images (B, 3, S, S), image_padding (B, S, S), tokens and token_padding (B, T)
+        -> Grounding. attention: whether to return [REG]'s attention as well."""
+        text = self.encode_text(tokens, token_padding)
+        vision = self.encode_image(images, image_padding, text)
+        return self.ground(vision, text, attention)
+
+    def trim(self, tokens, padding):
+        """Cut tokens and padding, both (B, T), to max_tokens. Only padding may be cut off."""
+        limit = self.spec["max_tokens"]
+        if not padding[:, limit:].all():
+            raise ValueError(f"a text has more than max_tokens = {limit} tokens")
+        return tokens[:, :limit], padding[:, :limit]
+
+    def lora_stacks(self):
+        raise NotImplementedError
+
+    def begin_stage(self, stage):
+        """Begin LoRA stage `stage`: fresh pairs, whose product is 0, in the layers that the stage
+        trains. Stage 0 has no pairs. Pairs of an earlier stage must have been merged by now
+        (hilora.merge); whatever pairs are left are taken out unmerged."""
+        hilora.discard(self)
+        self.stage = stage
+        if stage == 0:
+            return
+        for layers, groups in self.lora_stacks():
+            hilora.set_stages_done(layers, stage - 1)
+            hilora.add_stage(layers, stage, groups, self.spec["rank"], self.spec["alpha"],
+                             self.spec["lora_targets"])
+
+    def lora_weights(self):
+        """Names of the encoder weights that the stages up to the present one change when merged."""
+        if self.stage == 0:
+            return []
+        names = {module: name for name, module in self.named_modules()}
+        weights = []
+        for layers, groups in self.lora_stacks():
+            for number, target in hilora.stage_targets(layers, self.stage, groups,
+                                                       self.spec["lora_targets"]):
+                weights.append(f"{names[layers[number - 1]]}.{target}.weight")
+        return weights
+
+
+class DetrBert(GroundingModel):
+    """Every method on DETR and BERT: M²IST, full fine-tuning, and the methods of its Table I.
+
+    On DETR and BERT a method is defined by the adapter at each port, by how the adapters are
+    inserted, and by the linears that LoRA adapts (METHODS). Only encoders that are themselves
+    tuned leave eval mode [D7].
+    """
+
+    def __init__(self, vision, text, spec):
+        super().__init__(spec)
+        self.tuned = spec["tune_encoders"]
+        self.insertion = spec["insertion"]
+        self.vision = vision.requires_grad_(self.tuned)
+        self.text = text.requires_grad_(self.tuned)
+        vision_dim = spec["vision"]["dim"]
+        text_dim = spec["text"]["dim"]
+        self.grounding = GroundingEncoder(
+            vision_dim, text_dim, vision_tokens=(spec["image_size"] // spec["stride"]) ** 2,
+            max_tokens=spec["max_tokens"], **spec["grounding"])
+        self.text_layers = checked_layers(spec, "text_layers", spec["text"]["layers"])
+        self.adapters = AdapterNetworks(
+            vision_dim, text_dim, spec["vision"]["layers"], self.text_layers,
+            attention_port=spec["attention_port"], ffn_port=spec["ffn_port"],
+            bottleneck=spec["bottleneck"], interaction_dim=spec["interaction_dim"],
+            interaction_bottleneck=spec["interaction_bottleneck"], scale=spec["scale"],
+            residual=spec["residual"])
         if self.insertion != "side":
             self.adapters.insert("vision", vision.layers, self.insertion)
             self.adapters.insert("text", text.layers, self.insertion)
 
     def train(self, mode=True):
         super().train(mode)
-        for encoder in (self.vision, self.text):
-            encoder.train(mode and self.tuned)
+        self.vision.train(mode and self.tuned)    # [D7]
+        self.text.train(mode and self.tuned)
         return self
 
-    def begin_stage(self, stage, stages, rank, alpha, deep_to_shallow=False):
-        """LoRA, one stage or HiLoRA's, on q and v of the layers where adapters stand: "two pairs", Section IV-D f [D39]."""
-        vision, text = list(self.vision.layers), [self.text.layers[layer - 1] for layer in self.text_layers]
-        hilora.add_stage(vision[::-1] if deep_to_shallow else vision, stage, stages, rank, alpha, ("q", "v"))
-        hilora.add_stage(text, stage, 1, rank, alpha, ("q", "v"))
+    def lora_stacks(self):
+        """M²IST Section IV-D f: "two pairs", on q and v, in the layers of the adapters [D39]."""
+        vision = list(self.vision.layers)
+        if self.spec["deep_to_shallow"]:
+            vision.reverse()
+        text = [self.text.layers[layer - 1] for layer in self.text_layers]
+        return [LoraStack(vision, self.spec["stages"]), LoraStack(text, 1)]
 
-    def encode_image(self, images, image_padding):
-        """images (B, 3, S, S), image_padding (B, S, S) -> Encoded (B, Nv, C_v)."""
-        return self._encode("vision", images, image_padding)
+    def encode_image(self, images, image_padding, text=None):
+        """images (B, 3, S, S), image_padding (B, S, S) -> Encoded, x (B, Nv, C_v). M²IST's vision
+        encoder never sees the text: one encoded picture serves any number of texts."""
+        return self.encode("vision", self.vision, images, image_padding)
 
     def encode_text(self, tokens, token_padding):
-        """tokens, token_padding (B, T) -> Encoded (B, T, C_l). T beyond max_tokens may hold nothing but padding."""
-        return self._encode("text", *trim(tokens, token_padding, self.grounding.max_tokens))
+        """tokens, token_padding (B, T) -> Encoded, x (B, T, C_l). Beyond max_tokens there may be
+        nothing but padding."""
+        tokens, token_padding = self.trim(tokens, token_padding)
+        return self.encode("text", self.text, tokens, token_padding)
 
-    def _encode(self, modality, inputs, padding):
-        encoder, side = getattr(self, modality), self.insertion == "side"
-        inside = not side or any(p.requires_grad for p in encoder.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and inside):      # nothing in a frozen encoder is for a backward
+    def encode(self, modality, encoder, inputs, padding):
+        # M²IST's memory saving is this block: with nothing to train inside the encoder, it runs
+        # without autograd. No activation is kept, and the backward pass ends in the side network
+        # (the red dashed arrow of Fig. 2).
+        tuned = any(p.requires_grad for p in encoder.parameters())    # in full, or by LoRA
+        trains_inside = tuned or self.insertion != "side"
+        with torch.set_grad_enabled(trains_inside and torch.is_grad_enabled()):
             encoded = encoder(inputs, padding)
-        x = encoded.x + self.adapters.side(modality, encoded.x0, encoded.ports) if side else encoded.x    # Section III-B b
+
+        x = encoded.x
+        if self.insertion == "side" and self.adapters.adapts(modality):
+            # Section III-B b: the output of the side network is added to that of the encoder.
+            x = x + self.adapters.side(modality, encoded.x0, encoded.ports)
         return Encoded(x, encoded.padding)
 
     def ground(self, vision, text, attention=False):
         return self.grounding(vision, text, attention)
 
-    def forward(self, images, image_padding, tokens, token_padding, attention=False):
-        return self.ground(self.encode_image(images, image_padding), self.encode_text(tokens, token_padding), attention)
 
-class ClipGrounding(nn.Module):
-    """Every method on CLIP, HiVG Section 3.1: the two towers, bridges within the vision tower, the grounding encoder.
-    spec: from `architecture`. CLIP is frozen; what LoRA trains of it is for `begin_stage`. m, n of the paper: len(levels),
-    the vision layers whose features are grounded, and len(text_layers), which the bridges see."""
+class ClipGrounding(GroundingModel):
+    """Every method on CLIP, HiVG Section 3.1: the two towers, the bridges in the vision tower, the
+    grounding encoder. CLIP is frozen but for its LoRA pairs.
+
+    Paper's m, n: len(self.levels), the vision layers whose features are grounded, and
+    len(self.text_layers), the text layers that a bridge sees.
+    """
+
     def __init__(self, clip, spec):
-        super().__init__()
-        vision, text = spec["vision"], spec["text"]
+        super().__init__(spec)
+        vision = spec["vision"]
+        text = spec["text"]
         self.clip = clip.requires_grad_(False)
-        self.levels = chosen_layers(spec, "vision_layers", vision["layers"]) or [vision["layers"]]
-        self.text_layers = chosen_layers(spec, "text_layers", text["layers"] + 1) or range(1, text["layers"] + 1)
+        self.levels = checked_layers(spec, "vision_layers", vision["layers"])
+        if not self.levels:
+            self.levels = [vision["layers"]]                    # the last layer alone
+        # The layer after the last is what the text tower puts out, after its projection.
+        self.text_layers = checked_layers(spec, "text_layers", text["layers"] + 1)
+        if not self.text_layers:
+            self.text_layers = list(range(1, text["layers"] + 1))
         self.grounding = GroundingEncoder(
-            len(self.levels) * vision["dim"], text["embedding"], 1 + (spec["image_size"] // spec["stride"]) ** 2,
-            spec["max_tokens"], clip=True, region_hidden=spec["region_hidden"], **spec["grounding"])
-        bridges, one_each = chosen_layers(spec, "bridge_layers", vision["layers"]), spec["layer_to_layer"]
-        if one_each and len(bridges) != len(self.text_layers):
-            raise InputError(f"--layer-to-layer: {len(bridges)} bridges need as many text layers, not {len(self.text_layers)}")
-        for number, layer in enumerate(bridges):
-            clip.vision.layers[layer - 1].plugs["attention"] = CrossModalBridge(
-                vision["dim"], text["dim"], 1 if one_each else len(self.text_layers), spec["max_tokens"],
-                0 if spec["no_cross_attention"] else vision["heads"], spec["bridge_weights"], number if one_each else None)
+            len(self.levels) * vision["dim"], text["embedding"],
+            vision_tokens=1 + (spec["image_size"] // spec["stride"]) ** 2,
+            max_tokens=spec["max_tokens"], clip=True, region_text=spec["region_text"],
+            region_hidden=spec["region_hidden"], **spec["grounding"])
+        self.add_bridges(spec)
 
-    def begin_stage(self, stage, stages, rank, alpha, deep_to_shallow=False):
-        """HiLoRA's stage of the vision tower, in `stages` groups, and of the text tower, which is one (Section 4.1) and
-        takes part in all [D34]: pairs on q, k, v and out [D25]."""
+    def add_bridges(self, spec):
+        """HiVG Section 3.2: a cross-modal bridge at the attention port of each bridge layer."""
+        layers = checked_layers(spec, "bridge_layers", spec["vision"]["layers"])
+        one_each = spec["layer_to_layer"]
+        if one_each and len(layers) != len(self.text_layers):
+            raise InputError(f"layer_to_layer: {len(layers)} bridges need as many text layers, "
+                             f"not {len(self.text_layers)}")
+        heads = spec["vision"]["heads"] if spec["cross_attention"] else 0
+        for number, layer in enumerate(layers):
+            bridge = CrossModalBridge(
+                spec["vision"]["dim"], spec["text"]["dim"],
+                1 if one_each else len(self.text_layers), spec["max_tokens"], heads,
+                spec["bridge_weights"], only=number if one_each else None)
+            self.clip.vision.layers[layer - 1].plugs["attention"] = bridge
+
+    def lora_stacks(self):
+        """HiVG Section 4.1: the vision tower in G groups; the text tower is one [D34]."""
         vision = list(self.clip.vision.layers)
-        hilora.add_stage(vision[::-1] if deep_to_shallow else vision, stage, stages, rank, alpha)
-        hilora.add_stage(self.clip.text.layers, stage, 1, rank, alpha)
+        if self.spec["deep_to_shallow"]:
+            vision.reverse()
+        return [LoraStack(vision, self.spec["stages"]), LoraStack(list(self.clip.text.layers), 1)]
 
     def encode_text(self, tokens, token_padding):
-        """tokens, token_padding (B, T) -> Encoded (B, T, H_g): the last layer, by CLIP's own projection."""
-        return self.clip.text(*trim(tokens, token_padding, self.grounding.max_tokens))
+        """tokens, token_padding (B, T) -> Encoded, x (B, T, H_g): the last layer's features after
+        CLIP's own projection."""
+        return self.clip.text(*self.trim(tokens, token_padding))
 
-    def encode_image(self, images, image_padding, text):
-        """images (B, 3, S, S), image_padding (B, S, S), text from encode_text -> Encoded (B, 1 + Nv, m H_v)."""
-        states = [*text.states, text.x]                  # the layer after the last: what the tower puts out, projected
-        image = self.clip.vision(images, image_padding, ([states[i - 1] for i in self.text_layers], text.padding))
-        return image._replace(x=torch.cat([image.states[level - 1] for level in self.levels], -1))    # HiVG Eq. (1)
+    def encode_image(self, images, image_padding, text=None):
+        """images (B, 3, S, S), image_padding (B, S, S), text from encode_text -> Encoded, x
+        (B, 1 + Nv, m H_v). The text is needed: the bridges let it into the vision tower."""
+        states = [*text.states, text.x]
+        seen = [states[layer - 1] for layer in self.text_layers]
+        vision = self.clip.vision(images, image_padding, context=(seen, text.padding))
+        levels = [vision.states[level - 1] for level in self.levels]
+        return vision._replace(x=torch.cat(levels, dim=-1))                   # HiVG Eq. (1)
 
     def ground(self, vision, text, attention=False):
-        tau = (-self.clip.logit_scale).exp()                                                # τ of HiVG Eqs. (9) and (10)
-        return self.grounding(vision, text, attention)._replace(text=text.embedding, image=vision.embedding, temperature=tau)
+        grounding = self.grounding(vision, text, attention)
+        temperature = (-self.clip.logit_scale).exp()                          # τ, Eqs. (9), (10)
+        return grounding._replace(text=text.embedding, image=vision.embedding,
+                                  temperature=temperature)
 
-    def forward(self, images, image_padding, tokens, token_padding, attention=False):
-        text = self.encode_text(tokens, token_padding)
-        return self.ground(self.encode_image(images, image_padding, text), text, attention)
 
-# --- Weights of others. A table is [(regular expression of their key, our key), ...]. --------------------------------
+def checked_layers(spec, name, count):
+    """The layer numbers of an option, each once and in 1 .. count; [] where the option has none."""
+    layers = list(spec[name] or [])
+    in_range = all(1 <= layer <= count for layer in layers)
+    if not in_range or len(set(layers)) < len(layers):
+        given = " ".join(str(layer) for layer in layers)
+        raise InputError(f"--{name.replace('_', '-')} {given}: must differ and lie in 1 .. {count}")
+    return layers
+
+
+# ---------------------------------------------------------------------------------------------
+# What can be built: sizes, methods, options
+
+# SIZES[size][encoders] holds the architecture and the defaults of the options that depend on it.
+SIZES = {
+    "base": {
+        # M²IST Sections III-A and IV-B. Dropout and heads as in the released code.
+        "detr": dict(
+            image_size=640, stride=32, max_tokens=20,
+            vision=dict(channels=2048, dim=256, heads=8, hidden=2048, layers=6, dropout=0.1),
+            text=dict(vocabulary=30522, positions=512, dim=768, heads=12, hidden=3072, layers=12,
+                      dropout=0.1),
+            grounding=dict(dim=256, heads=8, hidden=2048, layers=6, dropout=0.1),
+            text_layers=[7, 8, 9, 10, 11, 12], bottleneck=128, interaction_dim=256,
+            interaction_bottleneck=128, rank=96, alpha=96.0, text_weights="bert-base-uncased"),
+        # HiVG Section 4.1 and Table 7 [D16]. The hidden widths of the grounding encoder and of the
+        # region-text MLP as in the released code.
+        "clip": dict(
+            image_size=224, stride=16, max_tokens=77,
+            vision=dict(dim=768, heads=12, hidden=3072, layers=12, embedding=512),
+            text=dict(vocabulary=49408, positions=77, dim=512, heads=8, hidden=2048, layers=12,
+                      embedding=512),
+            grounding=dict(dim=512, heads=8, hidden=2048, layers=6, dropout=0.1, pre_norm=True),
+            region_hidden=3072, vision_layers=[1, 4, 8, 12], bridge_layers=[4, 8, 12],
+            stages=3, rank=32, alpha=16.0,
+            clip_weights="openai/clip-vit-base-patch16")},    # [D31]
+    "large": {
+        "clip": dict(
+            image_size=224, stride=14, max_tokens=77,
+            vision=dict(dim=1024, heads=16, hidden=4096, layers=24, embedding=768),
+            text=dict(vocabulary=49408, positions=77, dim=768, heads=12, hidden=3072, layers=12,
+                      embedding=768),
+            grounding=dict(dim=768, heads=8, hidden=2048, layers=6, dropout=0.1, pre_norm=True),
+            region_hidden=3072, vision_layers=[6, 12, 18, 24], bridge_layers=[6, 12, 18, 24],
+            stages=4, rank=32, alpha=16.0,
+            clip_weights="openai/clip-vit-large-patch14")},
+    # Ours, small enough to learn `shapes` on two cores in minutes. The grounding encoder is
+    # pre-norm, as HiVG's, with small positions: with post-norm and positions from N(0, 1) a run
+    # takes several times as long to predict anything but the mean box.
+    "tiny": {
+        "detr": dict(
+            image_size=64, stride=8, max_tokens=20,
+            vision=dict(channels=64, dim=64, heads=4, hidden=128, layers=2, dropout=0.0),
+            text=dict(vocabulary=256, positions=32, dim=96, heads=4, hidden=192, layers=4,
+                      dropout=0.0),
+            grounding=dict(dim=96, heads=6, hidden=192, layers=3, dropout=0.0, pre_norm=True,
+                           position_std=0.1),
+            text_layers=[3, 4], bottleneck=32, interaction_dim=64, interaction_bottleneck=32,
+            rank=24, alpha=24.0),
+        "clip": dict(
+            image_size=64, stride=8, max_tokens=20,
+            vision=dict(dim=64, heads=4, hidden=128, layers=6, embedding=64),
+            text=dict(vocabulary=256, positions=32, dim=64, heads=4, hidden=128, layers=3,
+                      embedding=64),
+            grounding=dict(dim=96, heads=6, hidden=192, layers=3, dropout=0.0, pre_norm=True,
+                           position_std=0.1),
+            region_hidden=96, vision_layers=[1, 2, 4, 6], bridge_layers=[2, 4, 6],
+            stages=3, rank=32, alpha=16.0)}}
+
+# A method is one row: its encoders and the options that make it what it is. It overrides the size.
+# `frozen` is the row that all others on DETR and BERT start from: encoders frozen, nothing at the
+# ports (names from ADAPTERS), no LoRA.
+FROZEN = dict(encoders="detr", tune_encoders=False, insertion="side", attention_port="none",
+              ffn_port="none", scale=0.1, lora_targets=(), stages=0)
+# LoRA on DETR and BERT is one stage that lasts the whole training [D39]: the model is built in it.
+LORA = dict(lora_targets=("q", "v"), stages=1, first_stage=1)
+# On CLIP, stages follow a warm-up without LoRA, in which the model is built.
+ON_CLIP = dict(encoders="clip", lora_targets=("q", "k", "v", "out"))    # [D25]
+# HiVG Fig. 4 (d), "original CLIP": features of the last layer, neither bridges nor the region-text
+# constraint.
+PLAIN_CLIP = dict(ON_CLIP, vision_layers=None, bridge_layers=[], region_text=False)
+
+METHODS = {
+    "full": dict(FROZEN, tune_encoders=True),                               # Table I [D10]
+    "frozen": FROZEN,                                                       # Table V (a)
+    # The methods that M²IST is compared with in Table I, by their sources [D39]:
+    "adapter": dict(FROZEN, insertion="sequential",                         # Houlsby, ICML 2019
+                    attention_port="ea", ffn_port="ea"),
+    "lora": dict(FROZEN, **LORA),                                           # Hu, ICLR 2022
+    "adaptformer": dict(FROZEN, insertion="parallel", ffn_port="ea"),       # Chen, NeurIPS 2022
+    "cm-adapter": dict(FROZEN, insertion="sequential",                      # Jiang, 2022
+                       attention_port="iea", ffn_port="iea"),
+    "mrs-adapter": dict(FROZEN, insertion="parallel", ffn_port="iea"),      # Yuan, TGRS 2023
+    "m2ist": dict(FROZEN, attention_port="iea", ffn_port="ea"),             # Tables I, V (f) [D11]
+    "m2ist+lora": {**FROZEN, "attention_port": "iea", "ffn_port": "ea", **LORA},    # Table X
+    "clip-frozen": dict(PLAIN_CLIP, stages=0),                              # HiVG Fig. 4 (d)
+    "clip-lora": dict(PLAIN_CLIP, stages=1),                                # ... with vanilla LoRA
+    "hivg": ON_CLIP}                                                        # [D23]
+
+
+# Which methods take an option is a function of the spec; its docstring goes into the error.
+
+def on_detr(spec):
+    """methods on DETR and BERT"""
+    return spec["encoders"] == "detr"
+
+
+def on_clip(spec):
+    """methods on CLIP"""
+    return spec["encoders"] == "clip"
+
+
+def has_adapters(spec):
+    """methods with an adapter at a port"""
+    return on_detr(spec) and not spec["attention_port"] == spec["ffn_port"] == "none"
+
+
+def has_side_network(spec):
+    """side networks; an inserted adapter always adds its input"""
+    return has_adapters(spec) and spec["insertion"] == "side"
+
+
+def has_text_layers(spec):
+    """methods with adapters, LoRA or bridges at those layers"""
+    if on_clip(spec):
+        return bool(spec["bridge_layers"])
+    return has_adapters(spec) or has_lora(spec)
+
+
+def has_bridges(spec):
+    """methods with cross-modal bridges"""
+    return on_clip(spec) and bool(spec["bridge_layers"])
+
+
+def can_have_lora(spec):
+    """methods with linears for LoRA: those on CLIP, lora and m2ist+lora"""
+    return len(spec["lora_targets"]) > 0
+
+
+def has_lora(spec):
+    """runs with LoRA, that is with --stages of 1 or more"""
+    return can_have_lora(spec) and spec["stages"] > 0
+
+
+class Option(NamedTuple):
+    """One option. The parser, the checks, --help and build_model read all of it from here.
+    Its default is the row of SIZES, METHODS or RECIPES (train.py) that names it, else `default`."""
+    name: str                     # as an argument; the flag has dashes: max_tokens, --max-tokens
+    type: type                    # int, float, str, or bool for a switch
+    group: str                    # its heading in --help
+    help: str                     # one sentence
+    source: str                   # where its default comes from
+    default: object = None
+    choices: object = None        # a container with the valid names
+    at_least: float = None        # the least value that makes sense
+    several: str = None           # "+" for a list, "*" for a list that may be empty
+    only: Callable = None         # which methods take it; None: all
+    flag: bool = True             # False: set by rows of the papers' tables, or by train.py
+
+
+MODEL_OPTIONS = [
+    Option("max_tokens", int, "data", "Cut texts at this many tokens, first and last included.",
+           "released code, HiVG Appendix B", at_least=3),    # [CLS], a word, [SEP]
+    Option("vision_weights", str, "weights", "DETR R-50: a file in official naming (TransVG's "
+           "too), a folder, or a hub name.", "M²IST IV-B a; DETR's official file if not given",
+           only=on_detr),
+    Option("text_weights", str, "weights", "BERT: a folder or a hub name.", "M²IST IV-B a",
+           only=on_detr),
+    Option("clip_weights", str, "weights", "CLIP: a folder, a hub name, or a file in HiVG's "
+           "naming.", "HiVG 4.1", only=on_clip),
+    Option("pixels", str, "weights", "Normalise pixels as this encoder's pretraining did.",
+           "released code; the encoder's own if not given", choices=data.PIXELS),
+    Option("attention_port", str, "M²IST", "Adapter at the attention ports.", "Tables V, VI",
+           choices=ADAPTERS, only=on_detr),
+    Option("ffn_port", str, "M²IST", "Adapter at the feed-forward ports.", "Tables V, VI",
+           choices=ADAPTERS, only=on_detr),
+    Option("insertion", str, "M²IST", "Where adapters work: beside the encoder or inside it.",
+           "Table VII", choices=("side", "sequential", "parallel"), only=has_adapters),
+    Option("bottleneck", int, "M²IST", "C_d, the bottleneck of VEA and LEA.", "IV-B b", at_least=1,
+           only=has_adapters),
+    Option("interaction_dim", int, "M²IST", "C_i, the shared channels of IEA.", "IV-B b",
+           at_least=1, only=has_adapters),
+    Option("interaction_bottleneck", int, "M²IST", "C_d of IEA.", "IV-C a", at_least=1,
+           only=has_adapters, flag=False),
+    Option("scale", float, "M²IST", "s, the scale of all adapters.", "IV-B b", at_least=0,
+           only=has_adapters),
+    Option("residual", bool, "M²IST", "Adapters add their own input, as Eqs. (1), (4), (5) say.",
+           "released code", default=False, only=has_side_network),
+    Option("text_layers", int, "M²IST", "M²IST pairs these with vision layers 1, 2, ...; HiVG's "
+           "bridges see these (13: the projected text).", "Table VIII c, HiVG Table 10; HiVG: all",
+           at_least=1, several="+", only=has_text_layers),
+    Option("vision_layers", int, "HiVG", "Ground the features of these vision layers.", "4.1",
+           at_least=1, several="+", only=on_clip),
+    Option("bridge_layers", int, "HiVG", "Vision layers with a cross-modal bridge.", "4.1",
+           at_least=1, several="*", only=on_clip),
+    Option("bridge_weights", str, "HiVG", "Shape of the bridges' sample-agnostic weights.",
+           "Tables 4, 10", default="nxLxH", choices=BRIDGE_WEIGHTS, only=has_bridges, flag=False),
+    Option("cross_attention", bool, "HiVG", "Bridges have cross-attention.", "Table 4",
+           default=True, only=has_bridges, flag=False),
+    Option("layer_to_layer", bool, "HiVG", "Each bridge sees one of the text layers.", "Table 4",
+           default=False, only=has_bridges, flag=False),
+    Option("region_text", bool, "HiVG", "The MLP of Eq. (12) exists.", "3.4", default=True,
+           only=on_clip, flag=False),
+    Option("stages", int, "HiVG", "G, the stages and layer groups of LoRA; 0 is without LoRA.",
+           "4.1", default=0, at_least=0, only=can_have_lora),
+    Option("rank", int, "HiVG", "r of LoRA.", "Table 8", at_least=1, only=has_lora),
+    Option("alpha", float, "HiVG", "α of LoRA; pairs are scaled by α / r.", "Table 8",
+           at_least=1e-6, only=has_lora),
+    Option("deep_to_shallow", bool, "HiVG", "Stages begin at the last vision layers.", "Table 5",
+           default=False, only=has_lora, flag=False)]
+
+
+def check_option(option, value, spec, method):
+    """Raise InputError if a value that somebody gave for an option cannot be."""
+    flag = f"--{option.name.replace('_', '-')}"
+    if option.only is not None and not option.only(spec):
+        raise InputError(f"{flag} is for {option.only.__doc__}, not for --method {method}")
+    if option.choices is not None:
+        one_of(flag, value, list(option.choices))
+    values = value if isinstance(value, (list, tuple)) else [value]
+    for number in values:
+        if option.at_least is not None and not option.at_least <= number < math.inf:
+            raise InputError(f"{flag} is {number}; it must be {option.at_least} or more")
+
+
+def architecture(method, size, **options):
+    """Everything that a model is built from, as one dictionary, the spec: the defaults of the
+    options, the size, the method's row, and the options that are given (None: not given), where
+    a later one wins. Raises InputError for what is unknown or what the method does not take."""
+    one_of("--method", method, METHODS)
+    encoders = METHODS[method]["encoders"]
+    one_of(f"--size for {method}", size, [name for name in SIZES if encoders in SIZES[name]])
+    declared = {option.name: option for option in MODEL_OPTIONS}
+    for name in options:
+        one_of("option", name, declared)
+
+    given = {name: value for name, value in options.items() if value is not None}
+    spec = {option.name: option.default for option in MODEL_OPTIONS}
+    spec["first_stage"] = 0
+    spec.update(SIZES[size][encoders])
+    spec.update(METHODS[method])
+    spec.update(given)
+    for name, value in given.items():
+        check_option(declared[name], value, spec, method)
+    positions = spec["text"]["positions"]
+    if spec["max_tokens"] > positions:
+        raise InputError(f"--max-tokens is {spec['max_tokens']}; the text encoder of size {size} "
+                         f"has {positions} positions")
+    layers = spec["vision"]["layers"]
+    if spec["stages"] > layers:
+        raise InputError(f"--stages is {spec['stages']}; there are {layers} layers to divide")
+    return spec
+
+
+# ---------------------------------------------------------------------------------------------
+# Building a model
+
+ASSETS = Path(__file__).parent / "assets"
+SHAPES_WEIGHTS = {                              # made by assets/pretrain_tiny.py
+    "detr": ASSETS / "tiny-detr.safetensors",
+    "clip": ASSETS / "tiny-clip.safetensors"}
+
+
+def build_encoders(spec):
+    """The encoders of a spec by name: vision and text, or clip. Random weights are drawn from a
+    seed of their own, always the same, so that a checkpoint that holds only the tuned weights can
+    be rebuilt."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if spec["encoders"] == "clip":
+            vision = ClipVision(spec["image_size"], spec["stride"], **spec["vision"])
+            text = ClipText(**spec["text"])
+            return {"clip": Clip(vision, text)}
+        if spec["stride"] == 32:
+            backbone = resnet50_body()
+        else:
+            backbone = SmallStem(spec["vision"]["channels"])
+        vision = VisionEncoder(backbone, **spec["vision"])
+        return {"vision": vision, "text": TextEncoder(**spec["text"])}
+
+
+def load_encoders(encoders, spec, weights):
+    """Load the weights of the encoders; random weights are there already."""
+    if weights == "shapes":
+        path = SHAPES_WEIGHTS[spec["encoders"]]
+        ours = nn.ModuleDict(encoders)
+        same_names = [("(.+)", r"\1")]
+        import_weights(ours, read_state(path), same_names, NOTHING, path)
+    elif weights == "pretrained" and spec["encoders"] == "clip":
+        load_hub(encoders["clip"], spec["clip_weights"], "--clip-weights", CLIP_TABLE, CLIP_IGNORED)
+    elif weights == "pretrained":
+        load_detr(encoders["vision"], spec["vision_weights"])
+        load_hub(encoders["text"], spec["text_weights"], "--text-weights", BERT_TABLE, BERT_IGNORED)
+
+
+def build_model(method, size="base", weights="pretrained", **options):
+    """Build a grounding model, ready for the first phase of its training.
+
+    method: one of METHODS. What the method does not tune has requires_grad False.
+    size: base (the papers'), large (HiVG-L) or tiny (for `shapes`).
+    weights: of the encoders: pretrained, shapes (of size tiny), or random.
+    options: see MODEL_OPTIONS; None means not given.
+    Under torch.device("meta") a model with random weights costs no memory. Raises InputError for
+    what is unknown, cannot be had or does not fit together.
+    """
+    spec = architecture(method, size, **options)
+    one_of(f"--weights for size {size}", weights,
+           ("shapes" if size == "tiny" else "pretrained", "random"))
+    spec["weights"] = weights
+    encoders = build_encoders(spec)
+    load_encoders(encoders, spec, weights)
+    try:
+        if spec["encoders"] == "clip":
+            model = ClipGrounding(**encoders, spec=spec)
+        else:
+            model = DetrBert(**encoders, spec=spec)
+    except InputError:
+        raise
+    except ValueError as error:                 # widths or layers that do not go together
+        raise InputError(str(error)) from None
+    model.begin_stage(spec["first_stage"])
+    return model.train()
+
+
+def make_tokenizer(spec):
+    """The tokenizer that the text encoder of a spec was pretrained with. Random encoders take the
+    small vocabulary of `shapes`. Raises InputError if the tokenizer cannot be had."""
+    kind = "clip" if spec["encoders"] == "clip" else "text"
+    flag = f"--{kind}-weights"
+    if spec["weights"] != "pretrained":
+        return cached_tokenizer(spec["max_tokens"])
+    name = spec[f"{kind}_weights"]
+    if Path(name).is_file():                    # it holds weights alone; the hub has the tokenizer
+        sizes = [size[spec["encoders"]] for size in SIZES.values() if spec["encoders"] in size]
+        same = [size for size in sizes if size["text"] == spec["text"]]
+        name = same[0][f"{kind}_weights"]
+    return cached_tokenizer(spec["max_tokens"], name, spec["text"]["vocabulary"], flag)
+
+
+@functools.cache    # reading the files of a tokenizer takes longer than all else before training
+def cached_tokenizer(max_tokens, name=None, vocabulary=None, flag=None):
+    return data.Tokenizer(max_tokens, name, vocabulary, flag)
+
+
+def count_parameters(model):
+    """{"total", "trainable", "encoder_tunable"}: numbers of parameters, each tensor once.
+    encoder_tunable counts what is trained in or beside the encoders, the "Params." of M²IST [D11]
+    and, it seems, the "Update params." of HiVG [D23]."""
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    head = sum(p.numel() for p in model.grounding.parameters() if p.requires_grad)
+    return {"total": total, "trainable": trainable, "encoder_tunable": trainable - head}
+
+
+def tuned_groups(model):
+    """What a model trains in its present stage: {a group's name: its number of parameters}."""
+    layers = {}
+    counts = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        tower = re.match(r"(?:clip\.)?(vision|text)\.(?:layers\.(\d+)\.)?", name)
+        if name.startswith("grounding."):
+            group = "grounding encoder and box head"
+        elif name.startswith("adapters."):
+            group = "adapters"
+        elif ".plugs." in name:
+            group = "cross-modal bridges, vision layers"
+        elif name.endswith((".A", ".B")):
+            group = f"LoRA pairs on {', '.join(model.spec['lora_targets'])}, {tower[1]} layers"
+        else:
+            group = f"{tower[1]} encoder"
+        counts[group] = counts.get(group, 0) + p.numel()
+        if group.endswith("layers"):
+            layers.setdefault(group, set()).add(int(tower[2]) + 1)
+
+    named = {}
+    for group, count in counts.items():
+        if group in layers:
+            group = f"{group} {' '.join(str(layer) for layer in sorted(layers[group]))}"
+        named[group] = count
+    return named
+
+
+def what_trains(method, stage, size="base", **options):
+    """What a method trains in a LoRA stage (0: the phase without LoRA), as tuned_groups gives it:
+    what_trains("hivg", stage=2). Nothing is loaded and no memory is used."""
+    with torch.device("meta"):
+        model = build_model(method, size, "random", **options)
+        last = model.spec["stages"]
+        if not 0 <= stage <= last:
+            raise InputError(f"{method} has the stages 0 .. {last}, no stage {stage}")
+        model.begin_stage(stage)
+    return tuned_groups(model)
+
+
+# ---------------------------------------------------------------------------------------------
+# Weights of other projects
+
+def import_weights(module, state, table, ignored, source):
+    """Load `state`, a state dict in another project's names, into `module`.
+
+    table: [(regular expression of their name, our name), ...]; the first match counts.
+    ignored: a regular expression of keys that are known and not wanted.
+    source: what to call the state in an error.
+    Raises InputError that names keys that are missing, unexpected or of another shape.
+    """
+    wanted = module.state_dict()
+    renamed = {}
+    unexpected = []
+    for key, value in state.items():
+        name = our_name(key, table)
+        if name is None:
+            if not re.match(ignored, key):
+                unexpected.append(key)
+        elif ".q,k,v." in name:
+            # The rows of a packed in-projection are those of q, k and v, in this order.
+            for part, rows in zip("qkv", value.chunk(3)):
+                renamed[name.replace("q,k,v", part)] = rows
+        else:
+            renamed[name] = value
+
+    unexpected += [name for name in renamed if name not in wanted]
+    missing = [name for name in wanted if name not in renamed]
+    reshaped = []
+    for name, value in wanted.items():
+        if name in renamed and renamed[name].shape != value.shape:
+            reshaped.append(f"{name} is {list(renamed[name].shape)}, {list(value.shape)} is needed")
+    refuse_keys(source, "missing", missing)
+    refuse_keys(source, "unexpected", unexpected)
+    refuse_keys(source, "of another shape", reshaped)
+    module.load_state_dict(renamed)
+
+
+def our_name(key, table):
+    """Our name of another project's key, or None where the table has none."""
+    for pattern, ours in table:
+        if re.fullmatch(pattern, key):
+            return re.sub(pattern, ours, key)
+    return None
+
+
+def refuse_keys(source, what, names):
+    """Raise InputError with the first five of the names, if there are any."""
+    if names:
+        shown = ", ".join(names[:5])
+        if len(names) > 5:
+            shown += ", ..."
+        raise InputError(f"{source}: {len(names)} keys {what}: {shown}")
+
+
+def read_file(path):
+    """All that is in a .safetensors, .pth or .bin file, on the CPU. No code in it is run."""
+    try:
+        if str(path).endswith(".safetensors"):
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):    # the flags of old scripts
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except Exception as error:                  # whatever a file may hold in place of weights
+        raise InputError(f"{path}: not a file of weights ({str(error).splitlines()[0]})") from None
+
+
+def read_state(path):
+    """The state dict of a file, whether it stands alone or under "model"."""
+    content = read_file(path)
+    state = content.get("model", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise InputError(f"{path}: not a file of weights (it holds no names)")
+    return state
+
+
+def merge_peft(state, source):
+    """A state dict without PEFT's words in its names, and with its LoRA pairs merged:
+    W + α/r B A. The α/r of HiVG is 16/32; no file says so, so that no other rank can be read."""
+    plain = {}
+    for key, value in state.items():
+        plain[re.sub(r"base_model\.model\.|base_layer\.|default\.", "", key)] = value
+    for key in [key for key in plain if key.endswith(".lora_A.weight")]:
+        name = key.removesuffix("lora_A.weight")
+        if len(plain[key]) != 32:
+            raise InputError(f"{source}: {key} has rank {len(plain[key])}; α is known for HiVG's "
+                             f"rank 32 alone")
+        for needed in (f"{name}weight", f"{name}lora_B.weight"):
+            if needed not in plain:
+                raise InputError(f"{source}: '{needed}' is missing")
+        A = plain.pop(key)
+        B = plain.pop(f"{name}lora_B.weight")
+        plain[f"{name}weight"] = plain[f"{name}weight"] + 16 / 32 * B @ A
+    return plain
+
+
+def load_detr(vision, weights=None):
+    """DETR R-50: the official file, or what --vision-weights names."""
+    if weights is not None:
+        load_hub(vision, weights, "--vision-weights", DETR_TABLE, DETR_IGNORED)
+        return
+    try:
+        state = torch.hub.load_state_dict_from_url(DETR_URL, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"cannot fetch {DETR_URL} ({error}): give --vision-weights FILE, or "
+                         f"--weights random") from None
+    import_weights(vision, state["model"], DETR_TABLE, DETR_IGNORED, DETR_URL)
+
+
+def load_hub(module, weights, flag, table, ignored):
+    """Load DETR, BERT or CLIP as transformers saves it, in float32. weights: a hub name, a folder
+    or a file; from a file of HiVG's, only the CLIP is taken."""
+    path = find_weights(weights, flag)
+    state = {}
+    for key, value in merge_peft(read_state(path), path).items():
+        key = key.removeprefix("bert.")
+        # The first BERT files call the weight and bias of a LayerNorm gamma and beta.
+        key = re.sub("gamma$", "weight", key)
+        key = re.sub("beta$", "bias", key)
+        state[key] = value
+
+    prefix = "clip." if any(key.startswith("clip.") for key in state) else ""
+    other = [key for key in state if not key.startswith(prefix) or ".cross_" in key]
+    if other:
+        print(f"{path}: only its CLIP is taken, without {', '.join(other)}")
+    taken = {}
+    for key, value in state.items():
+        if key not in other:
+            taken[key.removeprefix(prefix)] = value
+    import_weights(module, taken, table, ignored, path)
+
+
+def find_weights(weights, flag):
+    """The file behind a path, a folder or a hub name."""
+    from transformers.utils import cached_file    # importing transformers takes seconds
+    if Path(weights).is_file() or Path(weights).suffix in (".pth", ".pt"):
+        return weights
+    why = "no model.safetensors and no pytorch_model.bin there, or no connection to it"
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        try:
+            path = cached_file(weights, name, _raise_exceptions_for_missing_entries=False)
+        except OSError as error:
+            why = str(error).splitlines()[0]
+            continue
+        if path is not None:
+            return path
+    raise InputError(f"no {weights} as a folder or on the hub ({why}): give {flag} FOLDER, or "
+                     f"--weights random")
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables of other projects' names: [(regular expression of their name, our name), ...].
+# The pattern of ignored keys follows each table.
+
+NOTHING = r"(?!)"                               # matches no key
+
 DETR_URL = "https://dl.fbaipublicfiles.com/detr/detr-r50-e632da11.pth"
-DETR_TABLE = [                                                                # official DETR and TransVG's; transformers'
+DETR_LAYER = r"(?:transformer|model)\.encoder\.layers\.(\d+)\."
+DETR_TABLE = [    # official DETR's and TransVG's names | transformers' names
     (r"(?:backbone\.0\.body|model\.backbone\.conv_encoder\.model)\.(.+)", r"backbone.\1"),
     (r"(?:input_proj|model\.input_projection)\.(.+)", r"projection.\1"),
-    (r"transformer\.encoder\.layers\.(\d+)\.self_attn\.in_proj_(.+)", r"layers.\1.q,k,v.\2"),    # three in one
-    (r"(?:transformer|model)\.encoder\.layers\.(\d+)\.self_attn\.(q|k|v|out)_proj\.(.+)", r"layers.\1.\2.\3"),
-    (r"(?:transformer|model)\.encoder\.layers\.(\d+)\.(?:linear|fc)([12])\.(.+)", r"layers.\1.fc\2.\3"),
-    (r"(?:transformer|model)\.encoder\.layers\.(\d+)\.(?:norm1|self_attn_layer_norm)\.(.+)", r"layers.\1.norm1.\2"),
-    (r"(?:transformer|model)\.encoder\.layers\.(\d+)\.(?:norm2|final_layer_norm)\.(.+)", r"layers.\1.norm2.\2")]
-DETR_IGNORED = (r"(transformer|model)\.decoder\.|class_embed\.|bbox_embed\.|query_embed\.|model\.query_position_embeddings\.|"
-                r"class_labels_classifier\.|bbox_predictor\.")                                # the decoder and its heads
+    (DETR_LAYER + r"self_attn\.in_proj_(.+)", r"layers.\1.q,k,v.\2"),    # three linears packed
+    (DETR_LAYER + r"self_attn\.(q|k|v|out)_proj\.(.+)", r"layers.\1.\2.\3"),
+    (DETR_LAYER + r"(?:linear|fc)([12])\.(.+)", r"layers.\1.fc\2.\3"),
+    (DETR_LAYER + r"(?:norm1|self_attn_layer_norm)\.(.+)", r"layers.\1.norm1.\2"),
+    (DETR_LAYER + r"(?:norm2|final_layer_norm)\.(.+)", r"layers.\1.norm2.\2")]
+DETR_IGNORED = (    # the decoder and its heads
+    r"(transformer|model)\.decoder\.|class_embed\.|bbox_embed\.|query_embed\.|"
+    r"model\.query_position_embeddings\.|class_labels_classifier\.|bbox_predictor\.")
 
-BERT_TABLE = [                                                                             # transformers' BertModel
+BERT_TABLE = [    # transformers' BertModel
     (r"embeddings\.(word|position|token_type)_embeddings\.(.+)", r"\1.\2"),
     (r"embeddings\.LayerNorm\.(.+)", r"norm.\1"),
     (r"encoder\.layer\.(\d+)\.attention\.self\.(q|k|v)[a-z]+\.(.+)", r"layers.\1.\2.\3"),
@@ -394,221 +1296,19 @@ BERT_TABLE = [                                                                  
     (r"encoder\.layer\.(\d+)\.intermediate\.dense\.(.+)", r"layers.\1.fc1.\2"),
     (r"encoder\.layer\.(\d+)\.output\.dense\.(.+)", r"layers.\1.fc2.\2"),
     (r"encoder\.layer\.(\d+)\.output\.LayerNorm\.(.+)", r"layers.\1.norm2.\2")]
-BERT_IGNORED = r"cls\.|pooler\.|embeddings\.position_ids"             # heads of its pretraining; a buffer of old files
+BERT_IGNORED = r"cls\.|pooler\.|embeddings\.position_ids"    # pretraining heads; an old buffer
 
-CLIP_TABLE = [                                                                             # transformers' CLIPModel
-    (r"(text|vision)_model\.encoder\.layers\.(\d+)\.self_attn\.(q|k|v|out)_proj\.(.+)", r"\1.layers.\2.\3.\4"),
-    (r"(text|vision)_model\.encoder\.layers\.(\d+)\.(?:mlp\.|layer_)(fc|norm)([12])\.(.+)", r"\1.layers.\2.\3\4.\5"),
+CLIP_LAYER = r"(text|vision)_model\.encoder\.layers\.(\d+)\."
+CLIP_TABLE = [    # transformers' CLIPModel
+    (CLIP_LAYER + r"self_attn\.(q|k|v|out)_proj\.(.+)", r"\1.layers.\2.\3.\4"),
+    (CLIP_LAYER + r"(?:mlp\.|layer_)(fc|norm)([12])\.(.+)", r"\1.layers.\2.\3\4.\5"),
     (r"text_model\.embeddings\.token_embedding\.(.+)", r"text.word.\1"),
     (r"(text|vision)_model\.embeddings\.position_embedding\.weight", r"\1.position"),
     (r"vision_model\.embeddings\.class_embedding", r"vision.cls"),
     (r"vision_model\.embeddings\.patch_embedding\.(.+)", r"vision.patches.\1"),
-    (r"vision_model\.pre_layrnorm\.(.+)", r"vision.pre_norm.\1"),                           # their spelling
+    (r"vision_model\.pre_layrnorm\.(.+)", r"vision.pre_norm.\1"),    # their spelling
     (r"(text|vision)_model\.(?:final_layer_norm|post_layernorm)\.(.+)", r"\1.norm.\2"),
     (r"visual_projection\.(.+)", r"vision.projection.\1"),
     (r"text_projection\.(.+)", r"text.projection.\1"),
     (r"(logit_scale)", r"\1")]
 CLIP_IGNORED = r".*\.position_ids"
-
-def import_weights(module, state, table, ignored, source):
-    """Load `state`, a dict in another project's names, into `module`. ignored: a pattern of keys known and not wanted.
-    source: what to call the state in an error. Raises InputError that names keys missing, unexpected or of another shape."""
-    wanted, found, unexpected = module.state_dict(), {}, []
-    for key, value in state.items():
-        name = next((re.sub(pattern, ours, key) for pattern, ours in table if re.fullmatch(pattern, key)), "")
-        if ".q,k,v." in name:                                         # rows of an in-projection are q, k, v in order
-            found.update((name.replace("q,k,v", part), chunk) for part, chunk in zip("qkv", value.chunk(3)))
-        elif name:
-            found[name] = value
-        elif not re.match(ignored, key):
-            unexpected.append(key)
-    unexpected += [name for name in found if name not in wanted]
-    missing = [name for name in wanted if name not in found]
-    reshaped = [f"{name} is {list(found[name].shape)}, {list(wanted[name].shape)} is needed"
-                for name in wanted if name in found and found[name].shape != wanted[name].shape]
-    for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)):
-        if names:
-            raise InputError(f"{source}: {len(names)} keys {what}: {', '.join(names[:5])}{', ...' if names[5:] else ''}")
-    module.load_state_dict(found)
-
-def read_state(path, whole=False):
-    """A .safetensors, .pth or .bin file -> its state dict, on the CPU, or all that stands beside it. No code in it is run."""
-    try:
-        if str(path).endswith(".safetensors"):
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):          # old training scripts save their flags
-            file = torch.load(path, map_location="cpu", weights_only=True)
-        state = file.get("model", file)
-        "".join(state.keys())                                                 # an error, unless all in it goes by name
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except Exception as error:
-        raise InputError(f"{path}: not a file of weights ({str(error).splitlines()[0]})") from None
-    return file if whole else state
-
-def plain(state, source):
-    """A state dict without PEFT in its names, and its pairs merged, W + α/r B A; α/r is HiVG's 16/32, which no file says."""
-    state = {re.sub(r"base_model\.model\.|base_layer\.|default\.", "", key): value for key, value in state.items()}
-    for key in [key for key in state if key.endswith(".lora_A.weight")]:
-        name = key.removesuffix("lora_A.weight")
-        if len(state[key]) != 32:
-            raise InputError(f"{source}: {key} is of rank {len(state[key])}; of HiVG's 32 alone it is known what α is")
-        try:
-            state[f"{name}weight"] = state[f"{name}weight"] + 16 / 32 * state.pop(f"{name}lora_B.weight") @ state.pop(key)
-        except KeyError as missing:
-            raise InputError(f"{source}: {missing} is missing") from None
-    return state
-
-def load_detr(vision, weights=None):
-    """DETR R-50: as its authors keep it, or what load_hub takes, a file in their naming too."""
-    if weights:
-        return load_hub(vision, weights, "--vision-weights", DETR_TABLE, DETR_IGNORED)
-    try:
-        state = torch.hub.load_state_dict_from_url(DETR_URL, map_location="cpu", weights_only=True)["model"]
-    except OSError as error:
-        raise InputError(f"cannot fetch {DETR_URL} ({error}): give --vision-weights FILE, or --weights random") from None
-    import_weights(vision, state, DETR_TABLE, DETR_IGNORED, DETR_URL)
-
-def load_hub(module, weights, flag, table, ignored):
-    """DETR, BERT or CLIP, in float32, as transformers saves it: a hub name, folder or file; of a file of HiVG's, its CLIP."""
-    from transformers.utils import cached_file
-    why = "no model.safetensors and no pytorch_model.bin there, or no connection to it"
-    path = weights if Path(weights).is_file() or Path(weights).suffix in (".pth", ".pt") else None
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        try:
-            path = path or cached_file(weights, name, _raise_exceptions_for_missing_entries=False)
-        except OSError as error:
-            why = str(error).splitlines()[0]
-    if path is None:
-        raise InputError(f"no {weights} as a folder or on the hub ({why}): give {flag} FOLDER, or --weights random")
-    state = {re.sub("gamma$", "weight", re.sub("beta$", "bias", key.removeprefix("bert."))): value
-             for key, value in plain(read_state(path), path).items()}     # gamma, beta: LayerNorm's in the first BERT files
-    prefix = "clip." if any(key.startswith("clip.") for key in state) else ""
-    if other := [key for key in state if not key.startswith(prefix) or ".cross_" in key]:
-        print(f"{path}: its CLIP alone is taken, without {', '.join(other)}")
-    state = {key.removeprefix(prefix): value for key, value in state.items() if key not in other}
-    import_weights(module, state, table, ignored, path)
-
-# --- Building a model ------------------------------------------------------------------------------------------------
-SIZES = {       # size: family: everything about the architecture, and what options are where they are not given
-    "base": {
-        "detr": dict(           # M²IST Section III-A and IV-B; dropout and heads as released
-            image_size=640, stride=32, max_tokens=20, text_layers=[7, 8, 9, 10, 11, 12],
-            vision=dict(channels=2048, dim=256, heads=8, hidden=2048, layers=6, dropout=0.1),
-            text=dict(vocabulary=30522, positions=512, dim=768, heads=12, hidden=3072, layers=12, dropout=0.1),
-            grounding=dict(dim=256, heads=8, hidden=2048, layers=6, dropout=0.1),
-            bottleneck=128, interaction_dim=256, interaction_bottleneck=128, text_weights="bert-base-uncased"),
-        "clip": dict(           # HiVG Section 4.1 and Table 7 [D16]; the hidden widths of grounding and region as released
-            image_size=224, stride=16, max_tokens=77, vision_layers=[1, 4, 8, 12], bridge_layers=[4, 8, 12],
-            vision=dict(dim=768, heads=12, hidden=3072, layers=12, embedding=512),
-            text=dict(vocabulary=49408, positions=77, dim=512, heads=8, hidden=2048, layers=12, embedding=512),
-            grounding=dict(dim=512, heads=8, hidden=2048, layers=6, dropout=0.1, pre_norm=True), region_hidden=3072,
-            clip_weights="openai/clip-vit-base-patch16")},      # [D31]
-    "large": {"clip": dict(
-        image_size=224, stride=14, max_tokens=77, vision_layers=[6, 12, 18, 24], bridge_layers=[6, 12, 18, 24],
-        vision=dict(dim=1024, heads=16, hidden=4096, layers=24, embedding=768),
-        text=dict(vocabulary=49408, positions=77, dim=768, heads=12, hidden=3072, layers=12, embedding=768),
-        grounding=dict(dim=768, heads=8, hidden=2048, layers=6, dropout=0.1, pre_norm=True), region_hidden=3072,
-        clip_weights="openai/clip-vit-large-patch14")},
-    # Ours, small enough to learn `shapes` on two cores in minutes. Pre-norm, as HiVG's grounding encoder, and small
-    # positions: with post-norm and N(0, 1) it takes several times as long to leave the mean box.
-    "tiny": {
-        "detr": dict(
-            image_size=64, stride=8, max_tokens=20,
-            vision=dict(channels=64, dim=64, heads=4, hidden=128, layers=2, dropout=0.0),
-            text=dict(vocabulary=256, positions=32, dim=96, heads=4, hidden=192, layers=4, dropout=0.0),
-            grounding=dict(dim=96, heads=6, hidden=192, layers=3, dropout=0.0, pre_norm=True, position_std=0.1),
-            text_layers=[3, 4], bottleneck=32, interaction_dim=64, interaction_bottleneck=32, pretext_steps=800),
-        "clip": dict(
-            image_size=64, stride=8, max_tokens=20, vision_layers=[1, 2, 4, 6], bridge_layers=[2, 4, 6],
-            vision=dict(dim=64, heads=4, hidden=128, layers=6, embedding=64),
-            text=dict(vocabulary=256, positions=32, dim=64, heads=4, hidden=128, layers=3, embedding=64),
-            grounding=dict(dim=96, heads=6, hidden=192, layers=3, dropout=0.0, pre_norm=True, position_std=0.1),
-            region_hidden=96, pretext_steps=1200)}}
-
-# What a method puts in or beside the encoders of its family; it may replace what the size says. Methods on DETR and BERT are
-# what stands at the ports, by a name from ADAPTERS, and how (adapters.py); LoRA comes with its stage (train.py). [D39]
-PORTS = dict(family="detr", tune_encoders=False, insertion="side", attention_port="none", ffn_port="none", scale=0.1)
-METHODS = {
-    "full": dict(PORTS, tune_encoders=True),                                                      # Table I [D10]
-    "frozen": PORTS,                                                                              # Table V (a)
-    "adapter": dict(PORTS, insertion="sequential", attention_port="ea", ffn_port="ea"),           # Houlsby et al., ICML 2019
-    "lora": PORTS,                                                                                # Hu et al., ICLR 2022
-    "adaptformer": dict(PORTS, insertion="parallel", ffn_port="ea"),                              # Chen et al., NeurIPS 2022
-    "cm-adapter": dict(PORTS, insertion="sequential", attention_port="iea", ffn_port="iea"),      # Jiang et al., 2022
-    "mrs-adapter": dict(PORTS, insertion="parallel", ffn_port="iea"),                             # Yuan et al., TGRS 2023
-    "m2ist": dict(PORTS, attention_port="iea", ffn_port="ea"),                                    # Tables I and V (f)
-    "m2ist+lora": dict(PORTS, attention_port="iea", ffn_port="ea"),                               # Table X
-    "clip-frozen": dict(family="clip", vision_layers=[], bridge_layers=[], region_hidden=None),   # HiVG Fig. 4 (d), no LoRA
-    "clip-lora": dict(family="clip", vision_layers=[], bridge_layers=[], region_hidden=None),     # ... with vanilla LoRA
-    "hivg": dict(family="clip")}
-
-# None: as the size or the method says; in HiVG no text_layers: all, no vision_layers: the last. See train.py --help.
-OPTIONS = dict.fromkeys(
-    "max_tokens attention_port ffn_port insertion bottleneck interaction_dim interaction_bottleneck scale text_layers "
-    "vision_layers bridge_layers vision_weights text_weights clip_weights pretext_steps pixels region_hidden".split())
-OPTIONS |= dict(residual=False, bridge_weights="nxLxH", no_cross_attention=False, layer_to_layer=False, cache=".cache")
-CHOICES = dict(attention_port=("none", *ADAPTERS), ffn_port=("none", *ADAPTERS), bridge_weights=BRIDGE_WEIGHTS,
-               insertion=("side", "sequential", "parallel"), pixels=("detr", "clip"))
-
-def one_of(name, value, valid):
-    if value not in valid:
-        raise InputError(f"unknown {name} {value!r}: choose one of {', '.join(valid)}")
-
-def architecture(method, size, weights=None, **options):
-    """Everything a model is built from, by name: the size's part of SIZES, the method's row, the options that are given."""
-    one_of("method", method, METHODS)
-    family = METHODS[method]["family"]
-    one_of(f"size of {method}", size, [name for name in SIZES if family in SIZES[name]])
-    for name in options:
-        one_of("option", name, OPTIONS)
-    given = {name: value for name, value in options.items() if value is not None}
-    for name in filter(CHOICES.get, given):
-        one_of(name, given[name], CHOICES[name])
-    return {**OPTIONS, **SIZES[size][family], **METHODS[method], **given}
-
-def shapes_weights(cache, pretext_steps, family):
-    """Path of the pretrained tiny encoders; another architecture or another length of pretraining is another file."""
-    return Path(cache) / f"{family}-{pretext_steps}-{zlib.crc32(repr(SIZES['tiny'][family]).encode()):08x}.safetensors"
-
-def build_encoders(spec):
-    """{name: module} of an architecture: vision and text, or clip. The random weights are the same every time, seeded
-    apart from everything else, so that a checkpoint of the tuned weights alone can be rebuilt."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        if spec["family"] == "clip":
-            return {"clip": Clip(ClipVision(spec["image_size"], spec["stride"], **spec["vision"]), ClipText(**spec["text"]))}
-        backbone = resnet50_body() if spec["stride"] == 32 else SmallStem(spec["vision"]["channels"])
-        return {"vision": VisionEncoder(backbone, **spec["vision"]), "text": TextEncoder(**spec["text"])}
-
-def build_model(method, size="base", weights="pretrained", **options):
-    """A grounding model; what its method, one of METHODS, does not tune has requires_grad False. size: base (the papers'),
-    large (HiVG-L), tiny (for `shapes`). weights: pretrained, shapes (of tiny), random. options: see OPTIONS. Built under
-    torch.device("meta") with random weights it costs no memory. Raises InputError for what is unknown, cannot be had or
-    does not fit."""
-    spec = architecture(method, size, **options)
-    one_of(f"weights of size {size}", weights, ("shapes" if size == "tiny" else "pretrained", "random"))
-    if spec["max_tokens"] > spec["text"]["positions"]:
-        raise InputError(f"max_tokens is {spec['max_tokens']}; the text encoder of size {size} has "
-                         f"{spec['text']['positions']} positions")
-    encoders = build_encoders(spec)
-    if weights == "shapes":
-        path = shapes_weights(spec["cache"], spec["pretext_steps"], spec["family"])
-        if not path.exists():
-            raise InputError(f"{path}: the tiny encoders are not pretrained yet; `python train.py` does it")
-        nn.ModuleDict(encoders).load_state_dict(load_file(path))
-    elif weights == "pretrained" and "clip" in encoders:
-        load_hub(encoders["clip"], spec["clip_weights"], "--clip-weights", CLIP_TABLE, CLIP_IGNORED)
-    elif weights == "pretrained":
-        load_detr(encoders["vision"], spec["vision_weights"])
-        load_hub(encoders["text"], spec["text_weights"], "--text-weights", BERT_TABLE, BERT_IGNORED)
-    try:
-        return (ClipGrounding if spec["family"] == "clip" else DetrBert)(**encoders, spec=spec).train()
-    except ValueError as error:                                      # widths or layers that do not go together
-        raise InputError(error) from None
-
-def count_parameters(model):
-    """{"total", "trainable", "encoder_tunable"}: numbers of parameters, each tensor once. encoder_tunable: those trained in
-    or beside the encoders, which is what M²IST's "Params." counts [D11], and, it seems, HiVG's "Update params." [D23]."""
-    trainable, head = (sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (model, model.grounding))
-    return {"total": sum(p.numel() for p in model.parameters()), "trainable": trainable, "encoder_tunable": trainable - head}
