@@ -1,628 +1,1018 @@
 """Train a grounding model: one command, one loop.
 
-    python train.py                                           m2ist on `shapes`, tiny, on a CPU, in minutes
-    python train.py --method hivg                             a warm-up, then HiLoRA stage by stage
-    python train.py --row m2ist/V/b                           a row of the papers' tables; --rows lists them
-    python train.py --out runs/x --resume                     go on where a run stopped
+    python train.py                         m2ist on `shapes`, minutes on a CPU
+    python train.py --method hivg           a warm-up, then HiLoRA in stages
+    python train.py --dataset refcoco       M²IST at full size
+    python train.py --row m2ist/V/b         a row of the papers' tables
+    python train.py --row list              all of these rows
+    python train.py --out runs/x --resume   continue after the last whole epoch
 
---out gets args.json, log.jsonl (one object an epoch), last.pt (to resume), val.png (a look at what was learned) and
-best.safetensors (the tuned weights of the best epoch on val, for evaluate.py).
+The folder --out receives
+    args.json          every option of the run, the versions of the packages
+    log.jsonl          one object for each epoch
+    best.safetensors   the tuned weights of the best epoch, for evaluate.py
+    last.pt            everything that --resume needs
+    val.png            predictions of the best weights
+
+The file reads in this order: recipes, options, the loop, phases, data for the loop, saving and
+resuming, rows of the papers' tables, main.
+
+Where this file differs from a paper or its released code ("code"):
+
+[D12] learning rate of the encoders in full fine-tuning
+    paper   1e-5 for M³ISA; no rate is given for encoders that are trained in full
+    code    1e-5 for the adapters
+    here    1e-5 for both
+    why     nothing better is known
+
+[D21] batch of HiVG
+    paper   60 in Section 4.1, 80 in Table 8
+    code    80 in the warm-up, 60, 60, 40 in the stages, on each of seven GPUs
+    here    80 (L: 32)
+    why     the table is the longer list
+
+[D27] what HiVG's first phase trains
+    paper   "the grounding encoder, regression head"
+    code    the bridges too (L: without them)
+    here    the bridges are trained in every phase
+    why     Fig. 4 (d) shows HiVG without HiLoRA but with bridges
+
+[D33] weights that a stage starts from
+    paper   says nothing
+    code    the weights of the stage before that were best on val
+    here    the same, and a stage that ends worse than it began is dropped whole
+    why     the layers that only this stage has changed must go back too
+
+[D35] loss of original CLIP in Fig. 4 (d)
+    paper   "without HiLoRA, cross-modal bridge, and RTCC constraint etc."
+    code    does not contain this run
+    here    the box loss alone
+    why     "etc." may mean the contrast, which has nothing to train in frozen CLIP
+
+[D41] Table IX
+    paper   C_i of 64, 128, 256
+    code    does not contain these runs
+    here    IEA's bottleneck of 32, 64, 128 with C_i = 256
+    why     these give the table's 2.00, 2.40 and 3.19M; C_i itself is --interaction-dim
+
+[D42] Table 9
+    paper   prints both ticks in lines 3 and 4
+    code    does not contain these runs
+    here    line 3 is CLC without RTCC
+    why     this is the one combination that is missing
+
+[D43] rows of the tables on the tiny encoders
+    paper   its rows are for full size
+    code    does not contain the tiny size
+    here    the same share of the tiny encoders' layers, where DETR and BERT have two pairs for six;
+            a fourth of the bottlenecks, a twentieth of the epochs
+    why     a row should say the same at any size
 """
 import argparse
 import functools
 import hashlib
+import importlib.metadata
 import json
 import math
 import sys
 import time
-from collections import namedtuple
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
-import torchvision
-import transformers
 from safetensors.torch import save_file
-from torch.nn.utils.rnn import pad_sequence
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
 import hilora
 import losses
-from adapters import ADAPTERS, BRIDGE_WEIGHTS
-from model import (METHODS, OPTIONS, SIZES, InputError, architecture, build_encoders, build_model, count_parameters,
-                   one_of, read_state, run, save_whole, shapes_weights)
+from data import InputError, one_of, run_command, write_atomically
+from model import (DETR_URL, METHODS, MODEL_OPTIONS, SIZES, Option, architecture, build_model,
+                   check_option, count_parameters, has_lora, make_tokenizer, on_clip, read_state,
+                   tuned_groups)
 
-# --- The command line ------------------------------------------------------------------------------------------------
-# Defaults of flags: of all rows whose words are among the run's family, size, method and dataset; of two, the later one.
+# ---------------------------------------------------------------------------------------------
+# Recipes: the defaults that depend on the run. A row applies if the run's encoders, size, method
+# and dataset have all of the words before the colon. Where two rows apply, the lower one wins.
+
 RECIPES = {
-    "detr": dict(l1=1.0, giou=1.0, contrast=0.0, focal=0.0, dice=0.0, stages=0, stage_epochs=0, stage_lr=[]),
-    # Vanilla LoRA is one stage, all of --epochs long. No rank is given; 96 has about the parameters of Table I [D39].
-    "base lora": dict(stages=1, rank=96, alpha=96.0), "tiny lora": dict(stages=1, rank=24, alpha=24.0),
-    # M²IST Section IV-B c; batch of Table I. [D12] 1e-5 is the paper's rate for M³ISA; full tuning, given none, takes it.
-    "detr base": dict(epochs=90, batch_size=64, lr=1e-4, lr_encoder=1e-5, schedule="step", lr_drop=60, warmup=0),
+    "detr": dict(l1=1.0, giou=1.0, contrast=0.0, focal=0.0, dice=0.0, stage_epochs=0, stage_lr=[]),
+    # M²IST Section IV-B c; the batch of Table I. 1e-5 is the paper's rate for M³ISA [D12].
+    "detr base": dict(epochs=90, batch_size=64, lr=1e-4, lr_encoder=1e-5, schedule="step",
+                      lr_drop=60, warmup=0),
     "detr base refcoco+": dict(epochs=180, lr_drop=120),
-    "detr base refcocog-umd": dict(max_tokens=40), "detr base refcocog-google": dict(max_tokens=40),     # as released
-    # Ours, found on `shapes`: 3,000 steps in all, so larger rates, a warm-up and a smooth end.
-    "detr tiny": dict(epochs=4, batch_size=32, lr=1e-3, lr_encoder=1e-3, schedule="cosine", lr_drop=3, warmup=200),
-    "tiny full": dict(lr_encoder=1e-4),     # adapters, which start from nothing, take the whole rate; encoders a tenth of it
-    # HiVG Section 4.1 and Table 8. [D21] The section's batch is 60, the table's 80.
-    "clip": dict(l1=2.0, giou=2.0, contrast=1.0, focal=20.0, dice=2.0, epochs=50, lr=2.5e-4, lr_encoder=2.5e-4,
-                 schedule="cosine", lr_drop=50, warmup=0, rank=32, alpha=16.0),
-    "clip base": dict(batch_size=80, stages=3, stage_epochs=20, stage_lr=[1e-4, 0.5e-4, 0.25e-4]),
-    "clip large": dict(batch_size=32, stages=4, stage_epochs=15, stage_lr=[1e-4, 0.75e-4, 0.5e-4, 0.25e-4]),
-    "clip tiny": dict(epochs=4, batch_size=32, lr=1e-3, lr_encoder=1e-3, warmup=200, stages=3, stage_epochs=1,
-                      stage_lr=[8e-4, 6e-4, 4e-4]),       # ours: seven epochs in all, as plain CLIP and with LoRA
-    # HiVG Fig. 4 (d): the box loss alone [D35]; vanilla LoRA is one round, here as long as all of HiLoRA's.
-    "clip-frozen": dict(contrast=0.0, focal=0.0, dice=0.0, stages=0),
-    "clip-lora": dict(contrast=0.0, focal=0.0, dice=0.0, stages=1, stage_epochs=60),
-    "tiny clip-frozen": dict(epochs=7), "tiny clip-lora": dict(stage_epochs=3)}
+    "detr base refcocog-umd": dict(max_tokens=40),       # as released
+    "detr base refcocog-google": dict(max_tokens=40),
+    # Ours, found on `shapes`: 3,000 steps in all, so a larger rate, a warm-up and a smooth end.
+    "detr tiny": dict(epochs=4, batch_size=32, lr=1e-3, lr_encoder=1e-3, schedule="cosine",
+                      lr_drop=3, warmup=200),
+    # Adapters start from nothing and take the whole rate; pretrained encoders take a tenth of it.
+    "full tiny": dict(lr_encoder=1e-4),
 
-def by_recipe(add, flag, text, source, **options):           # adds a flag whose default the sizes or the recipes give
-    key = flag[2:].replace("-", "_")
-    sizes = [(f"{family} {size}", spec) for size, families in SIZES.items() for family, spec in families.items()]
-    rows = ", ".join(f"{words} {row[key]}" for words, row in [*sizes, *RECIPES.items()] if key in row)
-    add(flag, help=f"{text} ({source}; tiny ours; default: {rows})".strip(), **options)
+    # HiVG Section 4.1 and Table 8 [D21].
+    "clip": dict(l1=2.0, giou=2.0, contrast=1.0, focal=20.0, dice=2.0, epochs=50, lr=2.5e-4,
+                 lr_encoder=2.5e-4, schedule="cosine", lr_drop=50, warmup=0),
+    "clip base": dict(batch_size=80, stage_epochs=20, stage_lr=[1e-4, 0.5e-4, 0.25e-4]),
+    "clip large": dict(batch_size=32, stage_epochs=15, stage_lr=[1e-4, 0.75e-4, 0.5e-4, 0.25e-4]),
+    # Ours: seven epochs in all, for hivg, plain CLIP and CLIP with LoRA alike.
+    "clip tiny": dict(epochs=4, batch_size=32, lr=1e-3, lr_encoder=1e-3, warmup=200,
+                      stage_epochs=1, stage_lr=[8e-4, 6e-4, 4e-4]),
+    # HiVG Fig. 4 (d): the box loss alone [D35]. The one stage of vanilla LoRA is as long as all
+    # stages of HiLoRA.
+    "clip-frozen": dict(contrast=0.0, focal=0.0, dice=0.0),
+    "clip-lora": dict(contrast=0.0, focal=0.0, dice=0.0, stage_epochs=60),
+    "clip-frozen tiny": dict(epochs=7),
+    "clip-lora tiny": dict(stage_epochs=3)}
 
-def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--method", default="m2ist", help=f"{', '.join(METHODS)} (M²IST Tables I, V a; HiVG Fig. 4 d; default: m2ist)")
-    add("--dataset", default="shapes", help=f"{', '.join(data.DATASETS)}, a .jsonl, several by commas (ours; default: shapes)")
-    add("--root", help="folder of annotations and pictures (ours; default: data; of a .jsonl its own)")
-    add("--size", help=f"{', '.join(SIZES)} (default: tiny for shapes, which is ours, else base, the paper's)")
-    add("--weights", help="of the encoders: pretrained, random, shapes (ours; default: shapes for tiny, else pretrained)")
-    add("--out", help="folder of the run (ours; default: runs/DATASET-METHOD-SEED)")
-    add("--seed", type=int, default=0, help="of new weights, order and transforms (ours; default: 0)")
-    add("--row", help="of the papers' tables, say m2ist/V/b (M²IST Tables I-X, HiVG 3-11, Fig. 4 d; default: none)")
-    add("--rows", action="store_true", help="list the rows, with what each changes, and stop (ours; default: no)")
-    add("--vision-weights", help="DETR R-50: a file, also TransVG's, a folder, a hub name (Section IV-B a; default: official)")
-    by_recipe(add, "--text-weights", "hub name or folder of a BERT", "Section IV-B a")
-    by_recipe(add, "--clip-weights", "hub name or folder of a CLIP, or a file in HiVG's naming", "HiVG Section 4.1")
-    by_recipe(add, "--max-tokens", "text tokens with the first and the last", "released code, HiVG Appendix B", type=int)
-    add("--pixels", help="whose mean and deviation: clip, or detr, as HiVG's takes (released code; default: the encoder's)")
-    add("--cache", default=OPTIONS["cache"], help="folder of the pretrained tiny encoders (ours; default: .cache)")
-    by_recipe(add, "--pretext-steps", "of the tiny encoders' pretraining", "not in the papers", type=int)
-    add("--attention-port", help=f"what stands there, {', '.join(ADAPTERS)}, none (Tables V, VI; default: by the method)")
-    add("--ffn-port", help="the same at the feed-forward ports (Tables V, VI; default: by the method)")
-    add("--insertion", help="side, sequential, parallel (Table VII; default: by the method, M²IST's is side)")
-    by_recipe(add, "--bottleneck", "C_d of VEA and LEA", "Section IV-B b", type=int)
-    by_recipe(add, "--interaction-dim", "C_i of IEA", "Section IV-B b", type=int)
-    by_recipe(add, "--interaction-bottleneck", "C_d of IEA", "Section IV-C a", type=int)
-    add("--scale", type=float, help="s of all adapters (Section IV-B b; default: 0.1)")
-    add("--residual", action="store_true", help="adapters add their own input, Eqs. 1, 4, 5 (released code; default: no)")
-    by_recipe(add, "--text-layers", "M²IST: paired with vision layers 1, 2, ...; HiVG: what bridges see, all if not given; "
-              "13: the text as projected", "Table VIII c, HiVG Table 10", type=int, nargs="+")
-    by_recipe(add, "--vision-layers", "to ground; the last of plain CLIP's methods", "HiVG Section 4.1", type=int, nargs="+")
-    by_recipe(add, "--bridge-layers", "with a cross-modal bridge, none if empty", "HiVG Section 4.1", type=int, nargs="*")
-    add("--bridge-weights", help=f"shape of bridges' weights: {', '.join(BRIDGE_WEIGHTS)} (HiVG Tables 4, 10; default: nxLxH)")
-    add("--no-cross-attention", action="store_true", help="bridges without it (HiVG Table 4; default: no)")
-    add("--layer-to-layer", action="store_true", help="a bridge sees one of --text-layers (HiVG Table 4; default: no)")
-    by_recipe(add, "--stages", "G, LoRA's stages and layer groups; 0 is no LoRA", "HiVG Section 4.1", type=int)
-    add("--last-stage", type=int, help="stop after this stage (HiVG Table 5; default: --stages)")
-    by_recipe(add, "--stage-epochs", "of each stage, after --epochs without; 0: they share --epochs", "HiVG Table 8", type=int)
-    by_recipe(add, "--stage-lr", "of each stage, the last for all more", "HiVG Table 8", type=float, nargs="+")
-    by_recipe(add, "--rank", "r of LoRA", "HiVG Table 8", type=int)
-    by_recipe(add, "--alpha", "α of LoRA", "HiVG Table 8", type=float)
-    add("--deep-to-shallow", action="store_true", help="vision's last layers first (HiVG Table 5; default: no)")
-    by_recipe(add, "--epochs", "", "Section IV-B c", type=int)
-    by_recipe(add, "--batch-size", "", "Table I", type=int)
-    add("--micro-batch", type=int, help="samples at once; gradients add up to the batch's (ours; default: the batch)")
-    by_recipe(add, "--lr", "of the grounding encoder", "Section IV-B c", type=float)
-    by_recipe(add, "--lr-encoder", "of all else that is tuned", "Section IV-B c", type=float)
-    by_recipe(add, "--schedule", "step: a tenth after --lr-drop epochs; cosine: to zero", "Section IV-B c")
-    by_recipe(add, "--lr-drop", "epochs before the step", "Section IV-B c", type=int)
-    by_recipe(add, "--warmup", "steps of linear warm-up", "released code", type=int)
-    add("--weight-decay", type=float, default=1e-4, help="of AdamW (Section IV-B c; default: 1e-4)")
-    by_recipe(add, "--l1", "weight of smooth L1", "HiVG Table 8, M²IST Eq. 6", type=float)
-    by_recipe(add, "--giou", "λ of Eq. (6)", "M²IST's released code, HiVG Table 8", type=float)
-    by_recipe(add, "--contrast", "weight of HiVG Eq. (11), 0 is off", "HiVG Eq. 15, Section 4.1", type=float)
-    by_recipe(add, "--focal", "λ_focal of HiVG Eq. (13)", "HiVG Table 8", type=float)
-    by_recipe(add, "--dice", "λ_dice of HiVG Eq. (13)", "HiVG Table 8", type=float)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1 (ours; default: cuda if any)")
-    add("--amp", default="off", help="off, bf16, fp16: mixed precision (released code; default: off)")
-    add("--workers", type=int, help="processes that load pictures (ours; default: 0 for shapes, else 2)")
-    add("--limit", type=int, help="only the first N expressions of each split (ours; default: all)")
-    add("--resume", action="store_true", help="go on with the run in --out, by its own flags (ours; default: no)")
+
+# ---------------------------------------------------------------------------------------------
+# Options. Those of the model are declared in model.py, those of a run here; each has one flag.
+
+def has_region_text(spec):
+    """methods with the region-text constraint"""
+    return on_clip(spec) and spec["region_text"]
+
+
+RUN_OPTIONS = [
+    Option("method", str, "run", "Method of a paper.", "M²IST Table I, HiVG Fig. 4 d",
+           default="m2ist", choices=METHODS),
+    Option("dataset", str, "run", f"Train on {', '.join(data.DATASETS)}, shapes, a FILE.jsonl, or "
+           f"several of them joined by commas.", "ours", default="shapes"),
+    Option("size", str, "run", "Size of the model; tiny for shapes, else base.", "ours",
+           choices=SIZES),
+    Option("row", str, "run", "Run this row of the papers' tables, m2ist/V/b say; `list` lists "
+           "them.", "the papers' tables"),
+    Option("out", str, "run", "Folder of the run; runs/DATASET-METHOD-SEED if not given.", "ours"),
+    Option("resume", bool, "run", "Continue the run in --out, with its own options.", "ours",
+           default=False),
+    Option("seed", int, "run", "Seed of new weights, order and transforms.", "ours", default=0),
+    Option("root", str, "data", "Folder of annotations and pictures; `data`, or that of a .jsonl.",
+           "ours"),
+    Option("limit", int, "data", "Use only the first N expressions of each split.", "ours",
+           at_least=1),
+    Option("weights", str, "weights", "Weights of the encoders; shapes for tiny, else pretrained.",
+           "ours", choices=("pretrained", "shapes", "random")),
+    Option("epochs", int, "training", "Epochs, without those of --stage-epochs.",
+           "M²IST IV-B c, HiVG 4.1", at_least=1),
+    Option("batch_size", int, "training", "Samples for one optimizer step.",
+           "M²IST Table I, HiVG Table 8", at_least=1),
+    Option("lr", float, "training", "Learning rate of the grounding encoder.",
+           "M²IST IV-B c, HiVG Table 8", at_least=0),
+    Option("lr_encoder", float, "training", "Learning rate of all else that is tuned.",
+           "M²IST IV-B c, HiVG Table 8", at_least=0),
+    Option("schedule", str, "training", "step: a tenth after --lr-drop epochs; cosine: to zero.",
+           "M²IST IV-B c, HiVG's released code", choices=("step", "cosine")),
+    Option("lr_drop", int, "training", "Epochs before the step.", "M²IST IV-B c", at_least=1),
+    Option("warmup", int, "training", "Steps of linear warm-up.", "released code", at_least=0),
+    Option("weight_decay", float, "training", "Weight decay of AdamW.", "M²IST IV-B c",
+           default=1e-4, at_least=0),
+    Option("last_stage", int, "HiVG", "Stop after this stage.", "Table 5", at_least=1,
+           only=has_lora, flag=False),
+    Option("stage_epochs", int, "HiVG", "Epochs of each stage; 0: the stages share --epochs, and "
+           "no warm-up precedes them.", "Table 8", at_least=0, only=has_lora),
+    Option("stage_lr", float, "HiVG", "Rate of each stage; the last one serves all further stages.",
+           "Table 8", at_least=0, several="+", only=has_lora),
+    Option("l1", float, "losses", "Weight of smooth L1.", "M²IST Eq. (6), HiVG Table 8",
+           at_least=0),
+    Option("giou", float, "losses", "λ of M²IST Eq. (6), the weight of GIoU.",
+           "released code, HiVG Table 8", at_least=0),
+    Option("contrast", float, "losses", "Weight of HiVG Eq. (11).", "HiVG Eq. (15)", at_least=0,
+           only=on_clip),
+    Option("focal", float, "losses", "λ_focal of HiVG Eq. (13).", "HiVG Table 8", at_least=0,
+           only=has_region_text),
+    Option("dice", float, "losses", "λ_dice of HiVG Eq. (13).", "HiVG Table 8", at_least=0,
+           only=has_region_text),
+    Option("device", str, "machine", "cpu, cuda, cuda:1, ...", "ours",
+           default="cuda" if torch.cuda.is_available() else "cpu"),
+    Option("amp", str, "machine", "Mixed precision.", "released code", default="off",
+           choices=("off", "bf16", "fp16")),
+    Option("micro_batch", int, "machine", "Samples on the device at once; their gradients add up "
+           "to those of the batch. HiVG's contrast is then within a micro-batch.",
+           "ours; the batch", at_least=1),
+    Option("workers", int, "machine", "Processes that load pictures; 0 for shapes, else 2.", "ours",
+           at_least=0)]
+
+OPTIONS = {option.name: option for option in [*RUN_OPTIONS, *MODEL_OPTIONS]}
+GROUPS = ("run", "data", "weights", "training", "M²IST", "HiVG", "losses", "machine")
+MAY_CHANGE = ("device", "workers", "resume", "out")    # options that a resumed run may change
+
+
+def build_parser(args=None):
+    """The parser. Its result holds only the options that are on the command line. With `args`, the
+    resolved options of a run, its help shows the defaults of that run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__[:__doc__.index("The file reads")].rstrip(), add_help=False,
+        argument_default=argparse.SUPPRESS, usage="python train.py [options]",
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=80))
+    for name in GROUPS:
+        group = parser.add_argument_group(name)
+        for option in OPTIONS.values():
+            if option.group == name and option.flag:
+                add_flag(group, option, args)
+        if name == "run":
+            group.add_argument("-h", "--help", action="store_true",
+                               help="Show this help with the defaults of this command line.")
     return parser
 
-LEAST = {             # the least that makes sense, of which flags; 3 tokens are [CLS], a word and [SEP]
-    1: "epochs batch_size micro_batch lr_drop limit pretext_steps bottleneck interaction_dim interaction_bottleneck rank "
-       "last_stage",
-    0: "scale workers warmup lr lr_encoder weight_decay l1 giou contrast focal dice stages stage_epochs stage_lr",
-    3: "max_tokens", 1e-6: "alpha"}
-NOT_FOR = {           # flags that the methods of a family would ignore, and those without LoRA
-    "clip": "attention_port ffn_port insertion bottleneck interaction_dim interaction_bottleneck residual scale vision_weights "
-            "text_weights",
-    "detr": "vision_layers bridge_layers bridge_weights no_cross_attention layer_to_layer clip_weights contrast",
-    "lora": "stages last_stage stage_epochs stage_lr rank alpha deep_to_shallow"}
 
-def check(args):
-    """What can be refused before anything is loaded; evaluate.py has some of the same flags."""
-    for flag, least in ((flag, least) for least, flags in LEAST.items() for flag in flags.split()):
-        value = getattr(args, flag, None)
-        for number in value if isinstance(value, list) else [value]:
-            if number is not None and not least <= number < math.inf:
-                raise InputError(f"--{flag.replace('_', '-')} is {number}; it must be {least} or more")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {args.device} cannot be used ({str(error).splitlines()[0]}); try --device cpu") from None
+def add_flag(group, option, args):
+    """Add the flag of an option to a group of the parser."""
+    text = option.help
+    if option.choices is not None:
+        text += f" One of {', '.join(option.choices)}."
+    if args is not None:
+        text += f" ({option.source}; default: {shown(option, args)})"
+    flag = f"--{option.name.replace('_', '-')}"
+    if option.type is bool:
+        group.add_argument(flag, action="store_true", help=text)
+    else:
+        metavar = {int: "N", float: "X", str: "NAME"}[option.type]
+        group.add_argument(flag, type=option.type, nargs=option.several, metavar=metavar, help=text)
 
-def complete(args):
-    """Fill in what the command line left open, and refuse what cannot be, or what a family would ignore."""
-    args.size = args.size or ("tiny" if args.dataset == "shapes" else "base")
-    spec = architecture(**model_arguments(args))
-    args.weights = args.weights or ("shapes" if args.size == "tiny" else "pretrained")
-    known = {spec["family"], args.size, args.method, args.dataset, *args.method.split("+")}
-    recipe = {key: value for words, row in RECIPES.items() if known.issuperset(words.split()) for key, value in row.items()}
-    vars(args).update({key: value for key, value in recipe.items() if getattr(args, key) is None})
-    one_of("schedule", args.schedule, ("step", "cosine"))
-    one_of("amp", args.amp, ("off", "bf16", "fp16"))
-    args.micro_batch = args.batch_size if args.micro_batch is None else args.micro_batch
-    args.pretext_steps = spec["pretext_steps"]
-    args.workers = args.workers if args.workers is not None else 0 if args.dataset == "shapes" else 2
-    args.region_hidden = None if args.focal or args.dice else 0             # without its losses there is no MLP of Eq. (12)
-    check(args)
-    method, layers, clip = f"not for --method {args.method}", spec["vision"]["layers"], spec["family"] == "clip"
-    unwanted = NOT_FOR[spec["family"]] + ("" if clip or "lora" in args.method else " " + NOT_FOR["lora"])
-    for wrong, message in [
-            *((getattr(args, flag), f"--{flag.replace('_', '-')} is {method}") for flag in unwanted.split()),
-            ((args.focal or args.dice) and not spec.get("region_hidden"), f"--focal and --dice are {method}"),
-            (args.stages > layers, f"--stages is {args.stages}; there are {layers} layers to divide"),
-            (not args.stage_epochs and args.epochs < args.stages, "--stages need as many --epochs, or --stage-epochs"),
-            (args.residual and spec["insertion"] != "side", "--residual is for side networks; what is inserted always adds"),
-            ((args.last_stage or 0) > args.stages, "--last-stage is one of --stages"),
-            (args.deep_to_shallow and not args.stages, "--deep-to-shallow is for --stages of 1 or more"),
-            (clip and args.text_layers and not spec["bridge_layers"], "--text-layers are for bridges; there is none")]:
-        if wrong:
-            raise InputError(message)
-    return args
+
+def shown(option, args):
+    """The value of an option as --help and the start of a run show it."""
+    value = getattr(args, option.name)
+    if value is None:
+        return "none"
+    if option.type is bool:
+        return "on" if value else "off"
+    if option.several:
+        return " ".join(str(part) for part in value) or "none"
+    return str(value)
+
 
 def parse_args(argv=None):
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.rows:
-        print("\n".join(f"{row:32} {'  '.join(f'{k} {v}' for k, v in row_options(row, 'base').items())}" for row in ROWS))
+    """The options of a run, every one of them resolved, as a Namespace."""
+    given = vars(build_parser().parse_args(argv))
+    asks_for_help = given.pop("help", False)
+    if given.get("row") == "list":
+        print_rows()
         sys.exit()
-    if args.row:                       # what it sets are defaults: other flags may still change them
-        parser.set_defaults(**row_options(args.row, args.size or ("tiny" if args.dataset == "shapes" else "base")))
-        args = parser.parse_args(argv)
-    datasets, name = ",".join(Path(d).stem for d in args.dataset.split(",")), (args.row or args.method).replace("/", "-")
-    out = args.out = args.out or f"runs/{datasets}-{name}-{args.seed}"
-    path = Path(out) / "args.json"
-    try:
-        saved = json.loads(path.read_text())["args"] if args.resume else {}
-    except (FileNotFoundError, NotADirectoryError):            # killed before its first write, or never started
-        print(f"--resume: nothing to go on with in {out} yet, starting a new run")
-        saved = {}
-    except (ValueError, KeyError):
-        raise InputError(f"{path}: not what train.py writes; start a new run by another --out") from None
-    parser.set_defaults(**saved)
-    args = complete(parser.parse_args(argv))
-    args.out, args.resume = out, bool(saved)
-    for key, value in vars(args).items() if saved else ():
-        if value != saved.get(key) and key not in ("device", "workers", "resume", "out", "cache"):        # these may change
-            raise InputError(f"--{key.replace('_', '-')} is {value}, but the run in {out} has {saved.get(key)}: leave "
-                             f"the flag out to resume it, or start a new run by another --out")
+
+    saved = None
+    if given.get("resume"):
+        saved = read_args(Path(given.get("out") or default_out(given)))
+    if saved is None:
+        args = resolve(given)
+        args.resume = False
+    else:
+        refuse_changes(given, saved)
+        # A run that an older version of this file began may lack the newest options.
+        defaults = {option.name: option.default for option in OPTIONS.values()}
+        args = argparse.Namespace(**{**defaults, **saved, **given})
+    if args.out is None:
+        args.out = default_out(given)
+
+    if asks_for_help:
+        build_parser(args).print_help()
+        sys.exit()
+    check_device(args.device)
     return args
 
-# --- Every row of the papers' tables ---------------------------------------------------------------------------------
-def rows(table, *options):                            # M²IST calls its rows (a), (b), ...; HiVG's count from 1
-    names = "abcdefgh" if table.startswith("m2ist") else "12345678"
-    return {f"{table}/{name}": row for name, row in zip(names, options)}
 
-# row: what it changes of `m2ist` or `hivg` at size base; {} is the default itself. II is by C_d.
-ROWS = {
-    **{f"m2ist/I/{name}": dict(method=name)
-       for name in ("full", "frozen", "adapter", "lora", "adaptformer", "cm-adapter", "mrs-adapter", "m2ist")},
-    **{f"m2ist/II/{width}": dict(bottleneck=width) for width in (8, 32, 128)},
-    **rows("m2ist/V", dict(method="frozen"), *(dict(attention_port="none", ffn_port=port) for port in ("lea", "vea", "ea")),
-           dict(ffn_port="none"), {}),
-    **rows("m2ist/VI", dict(attention_port="ea"), dict(ffn_port="iea"), dict(attention_port="ea", ffn_port="iea"), {}),
-    **rows("m2ist/VII", dict(insertion="sequential"), dict(insertion="parallel"), {}),
-    **rows("m2ist/VIII", dict(text_layers=[1, 2, 3, 4, 5, 6]), dict(text_layers=[1, 3, 5, 7, 9, 11]), {}),
-    **rows("m2ist/IX", dict(interaction_bottleneck=32), dict(interaction_bottleneck=64), {}),        # [D41]
-    **rows("m2ist/X", dict(method="full"), dict(method="lora"), {}, dict(method="m2ist+lora")),
-    **rows("hivg/3", dict(bridge_layers=[], stages=0), dict(stages=0), dict(bridge_layers=[]), {}),
-    **rows("hivg/4", dict(bridge_weights="none"), dict(no_cross_attention=True),
-           *(dict(bridge_weights=shape) for shape in ("1x1xH", "nx1xH", "nxLx1")), {},
-           dict(layer_to_layer=True, bridge_weights="none", text_layers=[4, 8, 12]), dict(text_layers=[12])),
-    **rows("hivg/5", dict(last_stage=1), dict(last_stage=2), {}, dict(stages=2), dict(stages=4), dict(rank=16), dict(rank=64),
-           dict(deep_to_shallow=True)),
-    **rows("hivg/9", dict(contrast=0.0, focal=0.0, dice=0.0), dict(contrast=0.0), dict(focal=0.0, dice=0.0), {}),      # [D42]
-    **rows("hivg/10", dict(bridge_weights="aware"), dict(text_layers=[12]), dict(text_layers=[6, 12]),
-           dict(text_layers=[1, 4, 8, 12]), {}),
-    **rows("hivg/11", *(dict(bridge_layers=[], stages=0, focal=0.0, dice=0.0, vision_layers=list(layers)) for layers in (
-        [12], [2, 5, 9], [2, 5, 9, 12], [1, 4, 8, 12], [3, 6, 9, 12], range(6, 13), range(1, 13)))),
-    "hivg/fig4d/original-clip": dict(method="clip-frozen"), "hivg/fig4d/clip-vanilla-lora": dict(method="clip-lora"),
-    "hivg/fig4d/no-hilora-no-macb": dict(bridge_layers=[], stages=0), "hivg/fig4d/no-hilora": dict(stages=0),
-    "hivg/fig4d/vanilla-lora": dict(stages=1, stage_epochs=60), "hivg/fig4d/stage-1": dict(last_stage=1),
-    "hivg/fig4d/stage-2": dict(last_stage=2), "hivg/fig4d/stage-3": {}}
+def default_out(given):
+    """runs/DATASET-METHOD-SEED, or with the row's name where a row is given."""
+    datasets = given.get("dataset", OPTIONS["dataset"].default).split(",")
+    stems = ",".join(Path(dataset).stem for dataset in datasets)
+    name = given.get("row") or given.get("method") or OPTIONS["method"].default
+    return f"runs/{stems}-{name.replace('/', '-')}-{given.get('seed', 0)}"
 
-def row_options(row, size):
-    """What a row sets. Its layers, widths and epochs are those of size base; the tiny size takes a share of them [D43]."""
-    if row not in ROWS or size == "large":
-        raise InputError(f"no row {row!r} of size {size}: `python train.py --rows` lists the rows; sizes are base and tiny")
-    options = {"method": row.partition("/")[0], **ROWS[row]}
-    tiny, base = (architecture(options["method"], name) for name in ("tiny", "base"))
-    for name, value in options.items() if size == "tiny" else ():
-        tower = name.partition("_")[0]
-        if name in ("text_layers", "vision_layers"):
-            layers = [math.ceil(layer * tiny[tower]["layers"] / base[tower]["layers"]) for layer in value]
-            options[name] = layers[2::3] if tiny["family"] == "detr" else sorted(set(layers))      # two pairs in place of six
-        elif name.endswith("bottleneck") or name == "stage_epochs":
-            options[name] = value // 4 if name.endswith("bottleneck") else value // 20
-    return options
 
-# --- The tiny encoders' pretraining --------------------------------------------------------------------------------
-# No expression is seen with its picture: vision learns what is where, text its masked words, CLIP a contrast with captions.
-SCENES = range(*data.SHAPES_SPLITS["train"][:2])                # its first number is 0
+def recipe(method, size, dataset):
+    """The rows of RECIPES that apply to a run, joined."""
+    words = {METHODS[method]["encoders"], method, size, dataset}
+    found = {}
+    for row, defaults in RECIPES.items():
+        if set(row.split()) <= words:
+            found.update(defaults)
+    return found
 
-def scene_item(family, number):
-    """A scene -> image, padding, owner (Nv,), which of its things covers a cell of the grid of the family's encoder, -1 where
-    none does, and things: [(Thing, its box as in a batch), ...]."""
-    size, stride, picture = SIZES["tiny"][family]["image_size"], SIZES["tiny"][family]["stride"], data.render(number)
-    image, padding, place = data.letterbox(picture, size, data.seeded(0, number), data.PIXELS[family])
-    things = [(t, data.to_square(t.box, picture.size, place, size)) for t in data.scene(number)[1]]
-    owner = torch.full((size // stride, size // stride), -1)
-    for index, (_, (cx, cy, w, h)) in enumerate(things):
-        x1, x2, y1, y2 = (round(v * len(owner)) for v in (cx - w / 2, cx + w / 2, cy - h / 2, cy + h / 2))
-        owner[y1:y2, x1:x2] = index                                             # cells whose centre lies in the box
-    return image, padding, owner.flatten(), things
 
-def random_batches(task, steps, batch):
-    """`steps` times the parts of some items: tensors as one, padded by 0, which is [PAD], to the longest; else a tuple."""
-    for _ in range(steps):
-        parts = zip(*(task.item(task.keys[i]) for i in torch.randint(len(task.keys), (batch,)).tolist()))
-        yield [pad_sequence(part, batch_first=True) if torch.is_tensor(part[0]) else part for part in parts]
+def resolve(given):
+    """Give every option a value -> Namespace. Where several places have a value, a later one wins:
+    the option's own default, SIZES, METHODS, RECIPES, the row of --row, what is `given`."""
+    dataset = given.get("dataset", OPTIONS["dataset"].default)
+    size = given.get("size")
+    if size is None:
+        size = "tiny" if dataset == "shapes" else "base"
+    row = row_options(given["row"], size) if "row" in given else {}
+    method = given.get("method") or row.get("method") or OPTIONS["method"].default
+    one_of("--method", method, METHODS)
 
-def caption(rng, thing, box):
-    """A thing and its whereabouts, in words or as on a map: "red circle top left", "blue square c 5". box: as in a batch."""
-    cx, cy = box[:2]
-    size = rng.choice(data.SIZE_WORDS[thing.size]) if rng.random() < 0.7 else ""
-    on_map = "abcdefgh"[int(8 * cx)], str(1 + int(8 * cy))
-    in_words = "top" if cy < 0.38 else "bottom" if cy > 0.62 else "", "left" if cx < 0.38 else "right" if cx > 0.62 else ""
-    place = on_map if rng.random() < 0.5 else in_words
-    return " ".join(word for word in (size, thing.colour, thing.shape, *place) if word)
+    chosen = {**recipe(method, size, dataset), **row, **given}
+    of_model = {o.name: chosen[o.name] for o in MODEL_OPTIONS if o.name in chosen}
+    spec = architecture(method, size, **of_model)
+    values = {name: option.default for name, option in OPTIONS.items()}
+    for option in MODEL_OPTIONS:
+        applies = option.only is None or option.only(spec)
+        values[option.name] = spec[option.name] if applies else None
+    values.update(chosen, method=method, size=size, dataset=dataset)
+    for name, value in given.items():
+        check_option(OPTIONS[name], value, spec, method)
 
-class PretextVision(nn.Module):
-    """What covers a cell (colour, shape: cross entropy) and its box (L1), by a linear that stays as it was drawn: so all is
-    written large in the tokens, as a later reader needs it, and not in whatever corner a trained linear finds."""
-    keys, item = SCENES, functools.partial(scene_item, "detr")
+    if values["weights"] is None:
+        values["weights"] = "shapes" if size == "tiny" else "pretrained"
+    if values["micro_batch"] is None:
+        values["micro_batch"] = values["batch_size"]
+    if values["workers"] is None:
+        values["workers"] = 0 if dataset == "shapes" else 2
+    if on_clip(spec):
+        # Without the losses of Eq. (13) there is nothing that would train the MLP of Eq. (12).
+        values["region_text"] = values["focal"] > 0 or values["dice"] > 0
+    check_stages(values, spec)
+    return argparse.Namespace(**values)
 
-    def __init__(self, encoder):
-        super().__init__()
-        self.encoder, self.parts = encoder, [len(data.COLOURS) + 1, len(data.SHAPES), 4]
-        self.head = nn.Linear(SIZES["tiny"]["detr"]["vision"]["dim"], sum(self.parts)).requires_grad_(False)
 
-    def targets(self, owner, things):
-        """Colour (B, Nv), one past the last for none; shape (B, Nv), box (B, Nv, 4)."""
-        colours, none = list(data.COLOURS), [len(data.COLOURS), 0, 0, 0, 0, 0]
-        rows = ([[colours.index(t.colour), data.SHAPES.index(t.shape), *box] for t, box in inside] for inside in things)
-        found = torch.stack([torch.tensor([*some, none])[mine] for some, mine in zip(rows, owner)])   # -1: the last row
-        return found[..., 0].long(), found[..., 1].long(), found[..., 2:]
+def check_stages(values, spec):
+    stages = spec["stages"]
+    if values["stage_epochs"] == 0 and values["epochs"] < stages:
+        raise InputError(f"--stages {stages} need as many --epochs, or --stage-epochs of 1 or more")
+    if values["last_stage"] is not None and values["last_stage"] > stages:
+        raise InputError(f"the last stage is {values['last_stage']}, but --stages is {stages}")
 
-    def forward(self, images, padding, owner, things):
-        colour, shape, boxes = self.targets(owner, things)
-        says_colour, says_shape, says_box = self.head(self.encoder(images, padding).x).split(self.parts, dim=-1)
-        covered = owner >= 0
-        return (F.cross_entropy(says_colour.flatten(0, 1), colour.flatten())
-                + F.cross_entropy(says_shape[covered], shape[covered])
-                + F.l1_loss(says_box[covered], 6 * (boxes[covered] - 0.5)))            # of about unit variance
 
-class PretextText(nn.Module):
-    """Masked words, 15% of them as in BERT; texts of `shapes`' train split without their pictures."""
-    def __init__(self, encoder):
-        super().__init__()
-        self.encoder, self.tokenizer = encoder, data.Tokenizer("shapes", None, SIZES["tiny"]["detr"]["max_tokens"])
-        self.head = nn.Linear(encoder.word.embedding_dim, encoder.word.num_embeddings)
-        self.keys, self.item = data.load_samples("shapes", "train"), lambda sample: [torch.tensor(self.tokenizer(sample.text))]
+def check_device(device):
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {device} cannot be used ({reason}); try --device cpu") from None
 
-    def forward(self, tokens):
-        real = tokens != self.tokenizer.pad
-        hidden = (torch.rand(tokens.shape) < 0.15) & real
-        out = self.head(self.encoder(tokens.masked_fill(hidden, self.tokenizer.mask), ~real).x)
-        return F.cross_entropy(out[real], tokens[real])      # of all, hidden or not: each place must still say its word
 
-class PretextClip(nn.Module):
-    """Contrast with captions, HiVG Eqs. (9)-(11), of whole pictures, by [CLS] as in CLIP, which alone is slow, and of crops,
-    each of one thing. They are cut from the tokens, which learn what captions say: a picture is encoded once for all."""
-    keys, item = SCENES, functools.partial(scene_item, "clip")
+def refuse_changes(given, saved):
+    """Refuse flags that contradict the run that is to be resumed."""
+    for name, value in given.items():
+        if name not in MAY_CHANGE and value != saved.get(name):
+            raise InputError(f"--{name.replace('_', '-')} is {value}, but the run in --out has "
+                             f"{saved.get(name)}: leave the flag out to resume the run, or start a "
+                             f"new run in another --out")
 
-    def __init__(self, encoder):
-        super().__init__()
-        self.encoder, self.tokenizer = encoder, data.Tokenizer("shapes", None, SIZES["tiny"]["clip"]["max_tokens"])
-        self.rng = data.seeded("captions", 0)
 
-    def embed_texts(self, texts):
-        tokens = pad_sequence([torch.tensor(self.tokenizer(text)) for text in texts], batch_first=True)
-        return self.encoder.text(tokens, tokens == self.tokenizer.pad).embedding
+def print_recipe(args):
+    """Print the resolved options, one group a line."""
+    for group in GROUPS:
+        parts = []
+        for option in OPTIONS.values():
+            if option.group == group and getattr(args, option.name) is not None:
+                parts.append(f"{option.name} {shown(option, args)}")
+        if parts:
+            print(f"{group}: {', '.join(parts)}")
 
-    def forward(self, images, padding, owner, things):
-        image, crops, whole = self.encoder.vision(images, padding), {}, []
-        for picture, inside in enumerate(things):
-            captions = [caption(self.rng, thing, box) for thing, box in inside]
-            whole.append(", ".join(self.rng.sample(captions, len(captions))))
-            crops |= {text: (picture, index) for index, text in enumerate(captions)}      # of the same words one will do
-        picture, index = torch.tensor(list(crops.values())).T
-        cells = (owner[picture] == index[:, None]).float()                                # (crops, Nv)
-        pooled = (image.x[picture, 1:] * cells[..., None]).sum(1) / cells.sum(1, keepdim=True)
-        temperature = (-self.encoder.logit_scale).exp()
-        return (losses.contrastive_loss(self.embed_texts(list(crops)), self.encoder.vision.embed(pooled), temperature)
-                + losses.contrastive_loss(self.embed_texts(whole), image.embedding, temperature))
 
-def pretrain_encoders(cache, steps, family, batch=64, lr=2e-3):
-    """Pretrain the tiny encoders on the CPU and keep them in the cache, unless they are there already."""
-    path = shapes_weights(cache, steps, family)
-    if path.exists():
-        return
-    encoders = build_encoders({"family": family, **SIZES["tiny"][family]})
-    for name, encoder in encoders.items():
-        torch.manual_seed(0)
-        task = {"vision": PretextVision, "text": PretextText, "clip": PretextClip}[name](encoder.train())
-        optimizer = torch.optim.AdamW(task.parameters(), lr)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-        for inputs in (bar := tqdm(random_batches(task, steps, batch), f"pretraining the tiny {name} encoder", steps)):
-            loss = task(*inputs)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_whole(path, lambda partial: save_file(nn.ModuleDict(encoders).state_dict(), partial))
+# ---------------------------------------------------------------------------------------------
+# The loop
 
-# --- Checkpoints: the tuned weights alone, and in their metadata what rebuilds the rest ------------------------------
+INPUTS = ("images", "image_padding", "tokens", "token_padding")    # the model's, in a batch
+
+
+def train_epoch(model, loader, optimizer, scaler, args, epoch, phase, bar):
+    """One pass over the training data. Returns the mean loss and the accuracy on the way."""
+    model.train()
+    total = 0.0    # sum of the loss over the samples seen
+    right = 0      # samples with IoU >= 0.5
+    seen = 0
+    for step, batch in enumerate(loader):
+        # The schedule counts the steps of the phase; epochs count from 1 over the whole run.
+        done = (epoch - 1 - phase.first) * len(loader) + step
+        factor = rate_factor(args, done, len(loader), phase.last - phase.first)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+
+        optimizer.zero_grad(set_to_none=True)
+        size = len(batch["boxes"])
+        loss = 0.0
+        for start in range(0, size, args.micro_batch):    # gradient accumulation over micro-batches
+            micro = {}
+            for name, tensor in batch.items():
+                part = tensor[start:start + args.micro_batch]
+                micro[name] = part.to(args.device, non_blocking=True)
+
+            # Images and texts in, boxes out: text encoder, vision encoder, grounding encoder.
+            with autocast(args):
+                grounding = model(*[micro[name] for name in INPUTS])
+
+            # The loss is a mean over the micro-batch. Weighted by its share, the parts add up to
+            # the mean over the batch.
+            part_loss = weighted_loss(grounding, micro["boxes"], args) * len(micro["boxes"]) / size
+            scaler.scale(part_loss).backward()
+
+            loss += part_loss.item()
+            ious, _ = losses.iou_and_giou(grounding.boxes.detach(), micro["boxes"])
+            right += (ious >= 0.5).sum().item()
+
+        if not math.isfinite(loss):
+            raise InputError(f"the loss is {loss} at epoch {epoch}, step {step + 1}, samples "
+                             f"{batch['index'].tolist()}: take a smaller --lr, or --amp off; "
+                             f"{args.out}/last.pt holds the last whole epoch")
+        scaler.step(optimizer)    # without fp16 this is optimizer.step()
+        scaler.update()
+
+        total += loss * size
+        seen += size
+        bar.set_postfix_str(f"{phase.name}, epoch {epoch}, loss {total / seen:.3f} "
+                            f"acc {right / seen:.3f}")
+        bar.update()
+    return total / seen, right / seen
+
+
+def fit(model, args, train_loader, val_loader):
+    """Train in phases of epochs. After each epoch: evaluate on val, write everything down.
+    val_loader: None if the dataset has no val; the last epoch then counts as the best."""
+    out = Path(args.out)
+    phases = plan(args)
+    scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.amp == "fp16")
+
+    # A resumed run goes on from `last`; a new run has none.
+    last = read_last(out / "last.pt", model)
+    done = 0         # whole epochs so far
+    best = -1.0      # the best accuracy on val so far
+    log = []         # one dictionary for each epoch
+    if last is not None:
+        done, best, log = last["epoch"], last["best"], last["log"]
+        scaler.load_state_dict(last["scaler"])
+        print(f"resumed after epoch {done}")
+
+    steps = len(train_loader)
+    bar = tqdm(total=phases[-1].last * steps, initial=done * steps, desc=args.method, unit="step")
+    for phase in phases:
+        if done >= phase.last:
+            continue    # this phase was over before the run was resumed
+        if last is not None and done == phase.first:
+            load_tuned(model, last["model"], "last.pt")    # the run stopped between two phases
+        optimizer = begin_phase(model, phase, args)
+        if last is not None and done > phase.first:
+            load_tuned(model, last["model"], "last.pt")    # the run stopped within this phase
+            optimizer.load_state_dict(last["optimizer"])
+        last = None    # later phases go on from the model, and the memory is free again
+
+        for epoch in range(done + 1, phase.last + 1):
+            # Order, transforms and dropout depend on seed and epoch alone, so that an epoch is the
+            # same in a resumed run.
+            set_epoch(train_loader, args.seed, epoch)
+            torch.manual_seed(args.seed * 100_003 + epoch)
+            loss, accuracy = train_epoch(model, train_loader, optimizer, scaler, args, epoch, phase,
+                                         bar)
+
+            line = {"epoch": epoch, "phase": phase.name, "lr": optimizer.param_groups[0]["lr"],
+                    "train_loss": loss, "train_acc@0.5": accuracy,
+                    **validate(model, val_loader, args),
+                    "leaky_pretraining": leaky_pretraining(args)}
+            log.append(line)
+            print_line(line)
+
+            if val_loader is None or line["val_acc@0.5"] >= best:
+                best = line.get("val_acc@0.5", best)
+                save_checkpoint(out / "best.safetensors", model, args, line)
+            write_log(out / "log.jsonl", log)
+            if epoch == phase.last:
+                end_phase(model, phase, out / "best.safetensors", log)
+            # last.pt comes last: a run that is killed before it repeats the epoch and its files.
+            save_last(out / "last.pt", model, optimizer, scaler, epoch, best, log)
+        done = phase.last
+    bar.close()
+
+
+def autocast(args):
+    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
+    return torch.autocast(torch.device(args.device).type, dtype, enabled=dtype is not None)
+
+
+def weighted_loss(grounding, boxes, args):
+    """M²IST Eq. (6) or HiVG Eq. (15), by the weights of the run."""
+    return losses.total_loss(grounding, boxes, args.l1, args.giou, args.contrast, args.focal,
+                             args.dice)
+
+
+def validate(model, loader, args):
+    """The two columns of the log that are about val; none where there is no val."""
+    if loader is None:
+        return {}
+    reached = scores(predict(model, loader, args).ious)
+    return {f"val_{name}": value for name, value in reached.items()}
+
+
+class Predictions(NamedTuple):
+    """What a model says of a whole loader, on the CPU."""
+    boxes: Tensor                # (N, 4)   predicted
+    truths: Tensor               # (N, 4)
+    ious: Tensor                 # (N,)
+    attention: Tensor = None     # (N, Nv)  of [REG], where asked for
+
+
+@torch.no_grad()
+def predict(model, loader, args, attention=False):
+    """Predict the boxes of a whole loader -> Predictions."""
+    model.eval()
+    boxes = []
+    truths = []
+    looks = []
+    for batch in loader:
+        inputs = [batch[name].to(args.device) for name in INPUTS]
+        with autocast(args):
+            grounding = model(*inputs, attention=attention)
+        boxes.append(grounding.boxes.float().cpu())
+        truths.append(batch["boxes"])
+        if attention:
+            looks.append(grounding.attention)
+    boxes = torch.cat(boxes)
+    truths = torch.cat(truths)
+    ious, _ = losses.iou_and_giou(boxes, truths)
+    return Predictions(boxes, truths, ious, torch.cat(looks) if attention else None)
+
+
+def scores(ious):
+    """Acc@0.5: the share of samples with IoU >= 0.5 (M²IST Section IV-A b, HiVG Section 4.1)."""
+    return {"acc@0.5": (ious >= 0.5).float().mean().item(), "mean_iou": ious.mean().item()}
+
+
+# ---------------------------------------------------------------------------------------------
+# Phases: a warm-up without LoRA, then LoRA stage by stage (HiVG Section 4.1)
+
+class Phase(NamedTuple):
+    """Epochs first + 1 .. last of a run."""
+    name: str
+    stage: int           # of LoRA; 0 is without
+    first: int           # epochs of the run before this phase
+    last: int            # epochs of the run at its end
+    lr: float            # peak rate of the grounding encoder
+    lr_encoder: float    # peak rate of all else
+
+
+def plan(args):
+    """The phases of a run. The bridges are trained in all of them [D27]. Stages without
+    --stage-epochs share --epochs and have no warm-up, as adapters are there from the start."""
+    stages = args.stages or 0
+    if stages == 0:
+        return [Phase("training", 0, 0, args.epochs, args.lr, args.lr_encoder)]
+
+    phases = []
+    end = 0
+    if args.stage_epochs > 0:
+        phases.append(Phase("warm-up", 0, 0, args.epochs, args.lr, args.lr_encoder))
+        end = args.epochs
+        epochs = args.stage_epochs
+    else:
+        epochs = args.epochs // stages
+    for stage in range(1, (args.last_stage or stages) + 1):
+        if args.stage_lr:    # one rate for each stage, for both groups of parameters
+            lr = lr_encoder = args.stage_lr[min(stage, len(args.stage_lr)) - 1]
+        else:
+            lr, lr_encoder = args.lr, args.lr_encoder
+        phases.append(Phase(f"stage {stage}", stage, end, end + epochs, lr, lr_encoder))
+        end += epochs
+    return phases
+
+
+def begin_phase(model, phase, args):
+    """Put the pairs of the phase's stage in place, print what is trained, make the optimizer."""
+    # The seed makes the start of A the same whenever the stage begins, in a resumed run too.
+    torch.manual_seed(args.seed * 100_003 + 50_000 + phase.stage)
+    model.begin_stage(phase.stage)
+    parts = [f"{count:,} {group}" for group, count in tuned_groups(model).items()]
+    tqdm.write(f"{phase.name} trains {'; '.join(parts)}")
+    return make_optimizer(model, args, phase)
+
+
+def end_phase(model, phase, best_path, log):
+    """Go on with the weights that were best on val so far, with their pairs merged, be they of this
+    phase or of an earlier one [D33]."""
+    hilora.discard(model)    # back to the weights that the phase began with ...
+    load_tuned(model, read_state(best_path), best_path)    # ... and from there to the best
+    reached = [line.get("val_acc@0.5", 0) for line in log]
+    here = max(reached[phase.first:])
+    before = max(reached[:phase.first], default=0)
+    if here < before:
+        tqdm.write(f"{phase.name} ends worse on val ({here:.4f}) than it began ({before:.4f}): the "
+                   f"weights that it began with are kept")
+
+
+def make_optimizer(model, args, phase):
+    """AdamW with two rates: the grounding encoder's, and that of all that is tuned in or beside the
+    encoders."""
+    head = []
+    rest = []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if name.startswith("grounding."):
+            head.append(p)
+        else:
+            rest.append(p)
+    groups = [dict(params=head, lr=phase.lr, peak=phase.lr),
+              dict(params=rest, lr=phase.lr_encoder, peak=phase.lr_encoder)]
+    return torch.optim.AdamW(groups, weight_decay=args.weight_decay)
+
+
+def rate_factor(args, step, steps, epochs):
+    """What the peak rates are multiplied by at a step (from 0) of a phase that has `epochs` epochs
+    with `steps` steps each."""
+    warm = 1.0
+    if args.warmup > 0:
+        warm = min(1.0, (step + 1) / args.warmup)
+    if args.schedule == "cosine":
+        return warm * 0.5 * (1 + math.cos(math.pi * step / (epochs * steps)))
+    dropped = step // steps >= args.lr_drop
+    return warm * (0.1 if dropped else 1.0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Data for the loop
+
+def load_splits(args):
+    """The samples to train on and to validate on (empty where the dataset has no val)."""
+    listed = data.load_samples(args.dataset, "train", args.root)[:args.limit]
+    train_samples = []
+    for sample in listed:
+        x1, y1, x2, y2 = sample.box
+        if x1 < x2 and y1 < y2:
+            train_samples.append(sample)
+    val_samples = []
+    if "val" in data.split_names(args.dataset, args.root):
+        val_samples = data.load_samples(args.dataset, "val", args.root)[:args.limit]
+    else:
+        print(f"{args.dataset} has no split 'val': the last epoch is kept as the best")
+    print(f"{args.method} {args.size} on {args.dataset}: {len(train_samples)} expressions to train "
+          f"on ({len(listed) - len(train_samples)} left out, without area), {len(val_samples)} to "
+          f"validate; leaky pretraining {leaky_pretraining(args)}")
+    return train_samples, val_samples
+
+
+def make_loader(samples, model, args, train=False, batch_size=None):
+    """The DataLoader of samples for a model. In training, set_epoch must be called before each
+    epoch. Raises InputError if pictures are missing."""
+    spec = model.spec
+    tokenizer = make_tokenizer(spec)
+    augmented = train and args.size != "tiny"
+    mirror = not on_clip(spec)    # HiVG Appendix B mirrors nothing
+    pixels = data.PIXELS[spec["pixels"] or spec["encoders"]]
+    dataset = data.GroundingDataset(samples, spec["image_size"], tokenizer, pixels, train,
+                                    seed=(args.seed, 0), augmented=augmented, mirror=mirror)
+    batch_size = batch_size or args.batch_size
+    return DataLoader(dataset, batch_size, shuffle=train, generator=torch.Generator(),
+                      num_workers=args.workers,
+                      collate_fn=functools.partial(data.collate, pad=tokenizer.pad),
+                      drop_last=train and len(samples) >= batch_size)
+
+
+def set_epoch(loader, seed, epoch):
+    """Draw the order and the transforms of the next epoch from the seed and the epoch alone."""
+    loader.generator.manual_seed(seed * 100_003 + epoch)
+    loader.dataset.seed = (seed, epoch)
+
+
+def leaky_pretraining(args):
+    """Whether the vision encoder's pretraining has seen pictures of val or test: True, False, or
+    None where nobody knows, as with CLIP, whose pictures are not listed anywhere."""
+    if args.weights != "pretrained":
+        return False
+    if METHODS[args.method]["encoders"] == "clip":
+        return None
+    return data.leaky_pretraining(args.dataset, args.vision_weights or DETR_URL)
+
+
+def picture_predictions(model, samples, args, path):
+    """Save a sheet of samples with expression, true box (green), predicted box (magenta) and
+    [REG]'s attention."""
+    loader = make_loader(samples, model, args, batch_size=1)
+    predictions = predict(model, loader, args, attention=True)
+    tiles = []
+    for i, sample in enumerate(samples):
+        picture = data.load_picture(sample.image)
+        pred = data.from_square(predictions.boxes[i], picture.size, model.spec["image_size"])
+        boxes = [(sample.box, data.TRUE), (pred, data.PREDICTED)]
+        caption = f"{sample.text} (IoU {predictions.ious[i]:.2f})"
+        tiles.append(data.draw(picture, caption, boxes, predictions.attention[i]))
+    data.contact_sheet(tiles).save(path)
+
+
+# ---------------------------------------------------------------------------------------------
+# Saving and resuming. A checkpoint holds the tuned weights alone; its metadata rebuilds the rest.
+
+def model_arguments(args):
+    """The arguments of build_model that rebuild the model of a run."""
+    names = ["method", "size", "weights", *[option.name for option in MODEL_OPTIONS]]
+    return {name: getattr(args, name) for name in names}
+
+
+def tuned_state(model, merged=False):
+    """{name: tensor} of all that training has changed so far: what has a gradient, and the weights
+    that LoRA's earlier stages were merged into. merged: the pairs of the present stage in the
+    weights that they are for, not apart."""
+    state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    for name in model.lora_weights():
+        state[name] = model.get_parameter(name).detach()
+    if merged:
+        for name, module in model.named_modules():
+            if isinstance(module, hilora.LoRALinear):
+                del state[f"{name}.A"]
+                del state[f"{name}.B"]
+                state[f"{name}.weight"] = module.merged()
+    return {name: value.cpu().contiguous() for name, value in state.items()}
+
+
+def load_tuned(model, state, source):
+    """Put tuned weights back into a model whose stage has the same pairs. Every key is checked: all
+    that have a gradient must be there, and none that the model has not."""
+    if not any(name.endswith((".A", ".B")) for name in state):
+        hilora.discard(model)    # the weights are merged: there are no pairs to load into
+    wanted = model.state_dict()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    bad = sorted(trained - set(state))
+    bad += sorted(set(state) - set(wanted))
+    for name, value in state.items():
+        if name in wanted and wanted[name].shape != value.shape:
+            bad.append(name)
+    if bad:
+        raise InputError(f"{source}: is of another method or size; {len(bad)} weights do not fit, "
+                         f"{bad[0]} among them")
+    model.load_state_dict(state, strict=False)    # the frozen rest is missing, as checked above
+
+
 def frozen_fingerprint(model, held):
-    """A hash of everything that a checkpoint with the names `held` does not hold, to tell whether it is the same again."""
+    """A hash of everything that a checkpoint with the names `held` does not hold. It tells whether
+    the encoders behind the checkpoint are the same again."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         if name not in held:
             digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
-def tuned_state(model, merged=False):
-    """{name: tensor} of what training has changed, LoRA's pairs apart or, if `merged`, in the weights that they are for."""
-    state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    for name, module in model.named_modules():
-        if isinstance(module, hilora.LoRALinear) and merged:
-            del state[f"{name}.A"], state[f"{name}.B"]
-        if isinstance(module, hilora.LoRALinear) or hasattr(module, "hilora_merged"):          # now, or in an earlier stage
-            state[f"{name}.weight"] = module.merged() if merged and hasattr(module, "merged") else module.weight.detach()
-    return {name: value.cpu().contiguous() for name, value in state.items()}
 
-def load_tuned(model, state, source):
-    """Put tuned weights back, every key checked: all that have a gradient, and none that the model has not."""
-    wanted = model.state_dict()
-    lacking = {name for name, p in model.named_parameters() if p.requires_grad} - set(state)
-    bad = sorted(lacking or set(state) - set(wanted)) or [name for name in state if wanted[name].shape != state[name].shape]
-    if bad:
-        raise InputError(f"{source}: is of another method or size; {len(bad)} weights do not fit, {bad[0]} among them")
-    model.load_state_dict(state, strict=False)          # strict=False: the frozen rest is not in it, as checked above
+def save_checkpoint(path, model, args, line):
+    """Write the tuned weights with the pairs merged, and in the metadata what rebuilds the model.
+    line: the line of the log of this epoch."""
+    config = {"model": model_arguments(args), "args": vars(args), **line,
+              "frozen": frozen_fingerprint(model, tuned_state(model))}
+    state = tuned_state(model, merged=True)
 
-def save_checkpoint(path, model, config):
-    """Write the tuned weights and `config`, whose "model" are build_model's arguments."""
-    metadata = {"config": json.dumps({**config, "frozen": frozen_fingerprint(model, tuned_state(model))})}
-    save_whole(path, lambda partial: save_file(tuned_state(model, merged=True), partial, metadata))
+    def write(partial):
+        save_file(state, partial, {"config": json.dumps(config)})
 
-# --- Training --------------------------------------------------------------------------------------------------------
-def model_arguments(args):                              # what rebuilds the model: build_model's arguments
-    return {key: getattr(args, key, None) for key in ("method", "size", "weights", *OPTIONS)}
+    write_atomically(path, write)
 
-make_tokenizer = functools.lru_cache(data.Tokenizer)            # reading its files takes longer than building a loader
-INPUTS = ("images", "image_padding", "tokens", "token_padding")        # of the model, in a batch
-Phase = namedtuple("Phase", "name stage first last lr lr_encoder")     # epochs first + 1 .. last; stage: LoRA's, 0 for none
 
-def make_loader(samples, args, train, epoch=0):
-    """Batches of a dataset. In training the order and the transforms are drawn from the seed and the epoch alone."""
-    spec = architecture(**model_arguments(args))
-    kind = "text" if spec["family"] == "detr" else "clip"
-    name = spec.get(f"{kind}_weights")
-    if name and Path(name).is_file():                   # of weights alone: the tokenizer is the hub's
-        name = SIZES[args.size][spec["family"]][f"{kind}_weights"]
-    tokenizer = make_tokenizer(args.weights, name, spec["max_tokens"], spec["text"]["vocabulary"], f"--{kind}-weights")
-    transforms = {"mirror": kind == "text"} if args.size != "tiny" else None
-    dataset = data.GroundingDataset(samples, spec["image_size"], tokenizer, train, (args.seed, epoch),
-                                    data.PIXELS[spec["pixels"] or spec["family"]], transforms)
-    order = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
-    return DataLoader(dataset, args.batch_size, shuffle=train, generator=order, num_workers=args.workers,
-                      collate_fn=functools.partial(data.collate, pad=tokenizer.pad),
-                      drop_last=train and len(samples) >= args.batch_size)
+def write_log(path, log):
+    """Write log.jsonl whole, so that no epoch stands there twice."""
+    text = "".join(json.dumps(line) + "\n" for line in log)
 
-def plan(args):
-    """The phases of a run: --epochs without LoRA, then its stages (HiVG Section 4.1). [D27] Bridges are trained in all.
-    Without --stage-epochs there is no warm-up: the stages share --epochs, as adapters have them from the first."""
-    warm = args.epochs if args.stage_epochs or not args.stages else 0
-    each = args.stage_epochs or args.epochs // max(1, args.stages)
-    phases = [Phase("warm-up" if args.stages else "training", 0, 0, warm, args.lr, args.lr_encoder)]
-    for stage in range(1, (args.last_stage or args.stages) + 1):
-        rates = args.stage_lr[:stage][-1:] * 2 or (args.lr, args.lr_encoder)              # the last one for all more
-        phases.append(Phase(f"stage {stage}", stage, phases[-1].last, phases[-1].last + each, *rates))
-    return [phase for phase in phases if phase.last > phase.first]
+    def write(partial):
+        partial.write_text(text)
 
-def to_last_stage(model, args):                         # of its plan, whose pairs count
-    for phase in plan(args):
-        begin_phase(model, phase, args, {"epoch": 0})
-    return model
+    write_atomically(path, write)
 
-def make_optimizer(model, args, phase):
-    """AdamW with two rates: the grounding encoder's, and that of whatever is tuned in or beside the encoders."""
-    tuned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    head, rest = ([p for name, p in tuned if name.startswith("grounding.") is wanted] for wanted in (True, False))
-    groups = [dict(params=head, lr=phase.lr, peak=phase.lr), dict(params=rest, lr=phase.lr_encoder, peak=phase.lr_encoder)]
-    return torch.optim.AdamW(groups, weight_decay=args.weight_decay)
 
-def rate_factor(args, step, steps, epochs):
-    """What the learning rates are multiplied by at a step (from 0) of a phase of `epochs` epochs of `steps` steps."""
-    warm = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
-    if args.schedule == "cosine":
-        return warm * 0.5 * (1 + math.cos(math.pi * step / (epochs * steps)))
-    return warm * (0.1 if step // steps >= args.lr_drop else 1.0)
+def print_line(line):
+    parts = []
+    for name, value in line.items():
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        parts.append(f"{name} {text}")
+    tqdm.write("  ".join(parts))
 
-def autocast(args):
-    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
-    return torch.autocast(torch.device(args.device).type, dtype, enabled=dtype is not None)
 
-def weighted_loss(found, boxes, args):
-    return losses.total_loss(found, boxes, args.l1, args.giou, args.contrast, args.focal, args.dice)
+def save_last(path, model, optimizer, scaler, epoch, best, log):
+    """Write all that a resumed run needs."""
+    tuned = tuned_state(model)
+    last = {"epoch": epoch, "best": best, "log": log, "model": tuned,
+            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+            "frozen": frozen_fingerprint(model, tuned)}
 
-def train_epoch(model, loader, optimizer, scaler, args, epoch, phase, bar):
-    """One pass over the training data. Returns the mean loss and the accuracy on the way."""
-    model.train()
-    total = right = seen = 0
-    for i, batch in enumerate(loader):
-        factor = rate_factor(args, (epoch - 1 - phase.first) * len(loader) + i, len(loader), phase.last - phase.first)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
-        optimizer.zero_grad(set_to_none=True)
-        size, loss = len(batch["boxes"]), 0.0
-        for part in zip(*(v.split(args.micro_batch) for v in batch.values())):
-            *inputs, boxes, _ = (v.to(args.device, non_blocking=True) for v in part)
-            with autocast(args):
-                found = model(*inputs)
-            part_loss = weighted_loss(found, boxes, args) * len(boxes) / size
-            scaler.scale(part_loss).backward()
-            loss += part_loss.item()
-            right += (losses.iou_and_giou(found.boxes.detach(), boxes)[0] >= 0.5).sum().item()
-        if not math.isfinite(loss):
-            raise InputError(f"the loss is {loss} at epoch {epoch}, step {i + 1}, samples {batch['index'].tolist()}: take a "
-                             f"smaller --lr, or --amp off; {args.out}/last.pt holds the last whole epoch")
-        scaler.step(optimizer)
-        scaler.update()
-        total, seen = total + loss * size, seen + size
-        bar.set_postfix_str(f"{phase.name}, epoch {epoch}, loss {total / seen:.3f} acc {right / seen:.3f}")
-        bar.update()
-    return total / seen, right / seen
+    def write(partial):
+        torch.save(last, partial)
 
-@torch.no_grad()
-def predict(model, loader, args, attention=False):
-    """Boxes (N, 4), truths (N, 4) and IoUs (N,) of a whole loader, on the CPU; if asked for, [REG]'s attention (N, Nv) too."""
-    model.eval()
-    rows = []
-    for batch in loader:
-        with autocast(args):
-            found = model(*(batch[k].to(args.device) for k in INPUTS), attention=attention)
-        pred, looks = found.boxes.float().cpu(), [found.attention] if attention else []
-        rows.append((pred, batch["boxes"], losses.iou_and_giou(pred, batch["boxes"])[0], *looks))
-    return [torch.cat(part) for part in zip(*rows)]
+    write_atomically(path, write)
 
-def scores(ious):
-    return {"acc@0.5": (ious >= 0.5).float().mean().item(), "mean_iou": ious.mean().item()}
 
-def picture_predictions(model, samples, args, path):
-    """Save a sheet of samples with expression, true box (green), predicted box (magenta) and [REG]'s attention."""
-    loader, tiles = make_loader(samples, argparse.Namespace(**{**vars(args), "batch_size": 1}), False), []
-    for sample, pred, _, iou, looks in zip(samples, *predict(model, loader, args, attention=True)):
-        picture = data.load_picture(sample.image)
-        boxes = [(sample.box, data.TRUE), (data.from_square(pred, picture.size, loader.dataset.size), data.PREDICTED)]
-        tiles.append(data.draw(picture, f"{sample.text} (IoU {iou:.2f})", boxes, looks))
-    data.contact_sheet(tiles).save(path)
-
-def read_last(path):                    # last.pt of an earlier start of the run, or what a new run begins with
+def read_last(path, model):
+    """last.pt of the run that is to be resumed, or None in a new run. Raises InputError if the file
+    is damaged, or if the encoders are not those that the run began with."""
     if not path.exists():
-        return {"epoch": 0, "best": -1.0, "log": []}
+        return None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: state[key] for key in ("epoch", "best", "log", "model", "frozen", "optimizer", "scaler")}
+        last = torch.load(path, map_location="cpu", weights_only=True)
+        for name in ("epoch", "best", "log", "model", "optimizer", "scaler", "frozen"):
+            last[name]
     except Exception:
-        raise InputError(f"{path}: damaged, or not what train.py writes; start a new run by another --out") from None
+        raise InputError(f"{path}: damaged, or not what train.py writes; start a new run in "
+                         f"another --out") from None
+    model.begin_stage(0)    # the fingerprint is of a model without pairs, or of one that holds them
+    if last["frozen"] != frozen_fingerprint(model, last["model"]):
+        raise InputError(f"{path}: the run began with other encoder weights than these; give it "
+                         f"the same files")
+    return last
 
-def begin_phase(model, phase, args, state):
-    """Bring the model to the beginning of a phase, or to where in it the run stopped -> its optimizer."""
-    hilora.discard(model)                           # of a phase that was over before this start: last.pt has them merged
-    if state["epoch"] == phase.first and "model" in state:
-        load_tuned(model, state["model"], "last.pt")
-    if phase.stage:
-        torch.manual_seed(args.seed * 100_003 + 50_000 + phase.stage)                 # A, the same whenever it is drawn
-        model.begin_stage(phase.stage, args.stages, args.rank, args.alpha, args.deep_to_shallow)
-    optimizer = make_optimizer(model, args, phase)
-    if phase.first < state["epoch"] < phase.last:
-        load_tuned(model, state["model"], "last.pt")
-        optimizer.load_state_dict(state["optimizer"])
-    return optimizer
 
-def end_phase(model, phase, best, lines):
-    """Go on with the weights that were best on val so far, merged, be they of this phase or of an earlier one [D33]."""
-    hilora.discard(model)
-    load_tuned(model, read_state(best), best)
-    reached = [line.get("val_acc@0.5", 0) for line in lines]
-    here, before = max(reached[phase.first:]), max(reached[:phase.first], default=0)
-    if here < before:
-        tqdm.write(f"{phase.name} ends worse on val ({here:.4f}) than it began ({before:.4f}): what it began with is kept")
+def read_args(out):
+    """The options of the run in a folder, or None if there is no run yet."""
+    path = out / "args.json"
+    try:
+        return json.loads(path.read_text())["args"]
+    except (FileNotFoundError, NotADirectoryError):    # killed before its first write
+        print(f"--resume: nothing to go on with in {out} yet, starting a new run")
+        return None
+    except (ValueError, KeyError):
+        raise InputError(f"{path}: not what train.py writes; start a new run in another "
+                         f"--out") from None
 
-def fit(model, args, train_samples, val_samples):
-    """The training loop: phases of epochs, each epoch followed by an evaluation on val and by writing everything down."""
-    out, phases, state = Path(args.out), plan(args), read_last(Path(args.out) / "last.pt")
-    best, lines = state["best"], state["log"]
-    scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.amp == "fp16")
-    steps = len(make_loader(train_samples, args, True))
-    if state["epoch"]:
-        if state["frozen"] != frozen_fingerprint(model, state["model"]):
-            raise InputError(f"{out}/last.pt: the run began with other encoder weights than these; give it the same files")
-        scaler.load_state_dict(state["scaler"])
-        print(f"resumed after epoch {state['epoch']}")
-    with tqdm(total=phases[-1].last * steps, initial=state["epoch"] * steps, desc=args.method, unit="step") as bar:
-        for phase in phases:
-            optimizer = begin_phase(model, phase, args, state)
-            for epoch in range(max(phase.first, state["epoch"]) + 1, phase.last + 1):
-                torch.manual_seed(args.seed * 100_003 + epoch)         # dropout: an epoch is the same, resumed or not
-                loader = make_loader(train_samples, args, True, epoch)
-                loss, accuracy = train_epoch(model, loader, optimizer, scaler, args, epoch, phase, bar)
-                reached = scores(predict(model, make_loader(val_samples, args, False), args)[2]) if val_samples else {}
-                line = {"epoch": epoch, "phase": phase.name, "lr": optimizer.param_groups[0]["lr"], "train_loss": loss,
-                        "train_acc@0.5": accuracy, **{f"val_{name}": value for name, value in reached.items()},
-                        "leaky_pretraining": data.leaky_pretraining(args)}
-                lines.append(line)
-                tqdm.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
-                if line.get("val_acc@0.5", best) >= best:                            # without val the last epoch is the best
-                    best = line.get("val_acc@0.5", best)
-                    config = {"model": model_arguments(args), "args": vars(args), **line}
-                    save_checkpoint(out / "best.safetensors", model, config)
-                save_whole(out / "log.jsonl", lambda path: path.write_text("".join(json.dumps(x) + "\n" for x in lines)))
-                if epoch == phase.last:
-                    end_phase(model, phase, out / "best.safetensors", lines)
-                tuned = tuned_state(model)
-                now = {"epoch": epoch, "best": best, "log": lines, "model": tuned, "optimizer": optimizer.state_dict(),
-                       "frozen": frozen_fingerprint(model, tuned), "scaler": scaler.state_dict()}
-                save_whole(out / "last.pt", lambda path: torch.save(now, path))    # last: a killed run writes the rest again
+
+def write_args(out, args):
+    """Make the folder of a new run, and write args.json."""
+    out.mkdir(parents=True, exist_ok=True)
+    environment = {name: importlib.metadata.version(name)
+                   for name in ("torch", "torchvision", "transformers")}
+    environment["device"] = "cpu"
+    if "cuda" in args.device:
+        environment["device"] = torch.cuda.get_device_name(args.device)
+    text = json.dumps({"args": vars(args), "environment": environment}, indent=1)
+
+    def write(partial):
+        partial.write_text(text)
+
+    write_atomically(out / "args.json", write)
+
+
+def check_out(out, resume):
+    """Refuse a folder that cannot be made, or that holds another run."""
+    for path in (out, *out.parents):
+        if path.exists() and not path.is_dir():
+            raise InputError(f"--out {out}: {path} is a file, not a folder")
+    if resume or not out.exists():
+        return
+    for path in out.iterdir():
+        if path.suffix != ".partial":
+            raise InputError(f"--out {out} already holds a run: give another --out, or --resume to "
+                             f"go on with it")
+
+
+# ---------------------------------------------------------------------------------------------
+# Every row of the papers' tables
+
+# row: what it changes of the defaults of `m2ist` or `hivg` at size base; {} is the default itself.
+ROWS = {
+    "m2ist/I/full": dict(method="full"),
+    "m2ist/I/frozen": dict(method="frozen"),
+    "m2ist/I/adapter": dict(method="adapter"),
+    "m2ist/I/lora": dict(method="lora"),
+    "m2ist/I/adaptformer": dict(method="adaptformer"),
+    "m2ist/I/cm-adapter": dict(method="cm-adapter"),
+    "m2ist/I/mrs-adapter": dict(method="mrs-adapter"),
+    "m2ist/I/m2ist": {},
+    # Table II, by C_d
+    "m2ist/II/8": dict(bottleneck=8),
+    "m2ist/II/32": dict(bottleneck=32),
+    "m2ist/II/128": {},
+    # Table V: which adapters
+    "m2ist/V/a": dict(method="frozen"),
+    "m2ist/V/b": dict(attention_port="none", ffn_port="lea"),
+    "m2ist/V/c": dict(attention_port="none", ffn_port="vea"),
+    "m2ist/V/d": dict(attention_port="none", ffn_port="ea"),
+    "m2ist/V/e": dict(ffn_port="none"),
+    "m2ist/V/f": {},
+    # Table VI: which adapter at which port
+    "m2ist/VI/a": dict(attention_port="ea"),
+    "m2ist/VI/b": dict(ffn_port="iea"),
+    "m2ist/VI/c": dict(attention_port="ea", ffn_port="iea"),
+    "m2ist/VI/d": {},
+    # Table VII: how they are inserted
+    "m2ist/VII/a": dict(insertion="sequential"),
+    "m2ist/VII/b": dict(insertion="parallel"),
+    "m2ist/VII/c": {},
+    # Table VIII: text layers that are paired with vision layers 1-6
+    "m2ist/VIII/a": dict(text_layers=[1, 2, 3, 4, 5, 6]),
+    "m2ist/VIII/b": dict(text_layers=[1, 3, 5, 7, 9, 11]),
+    "m2ist/VIII/c": {},
+    # Table IX [D41]
+    "m2ist/IX/a": dict(interaction_bottleneck=32),
+    "m2ist/IX/b": dict(interaction_bottleneck=64),
+    "m2ist/IX/c": {},
+    # Table X: with LoRA
+    "m2ist/X/a": dict(method="full"),
+    "m2ist/X/b": dict(method="lora"),
+    "m2ist/X/c": {},
+    "m2ist/X/d": dict(method="m2ist+lora"),
+    # HiVG Table 3: bridge and HiLoRA
+    "hivg/3/1": dict(bridge_layers=[], stages=0),
+    "hivg/3/2": dict(stages=0),
+    "hivg/3/3": dict(bridge_layers=[]),
+    "hivg/3/4": {},
+    # Table 4: the bridge
+    "hivg/4/1": dict(bridge_weights="none"),
+    "hivg/4/2": dict(cross_attention=False),
+    "hivg/4/3": dict(bridge_weights="1x1xH"),
+    "hivg/4/4": dict(bridge_weights="nx1xH"),
+    "hivg/4/5": dict(bridge_weights="nxLx1"),
+    "hivg/4/6": {},
+    "hivg/4/7": dict(layer_to_layer=True, bridge_weights="none", text_layers=[4, 8, 12]),
+    "hivg/4/8": dict(text_layers=[12]),
+    # Table 5: HiLoRA
+    "hivg/5/1": dict(last_stage=1),
+    "hivg/5/2": dict(last_stage=2),
+    "hivg/5/3": {},
+    "hivg/5/4": dict(stages=2),
+    "hivg/5/5": dict(stages=4),
+    "hivg/5/6": dict(rank=16),
+    "hivg/5/7": dict(rank=64),
+    "hivg/5/8": dict(deep_to_shallow=True),
+    # Table 9: the constraints [D42]
+    "hivg/9/1": dict(contrast=0.0, focal=0.0, dice=0.0),
+    "hivg/9/2": dict(contrast=0.0),
+    "hivg/9/3": dict(focal=0.0, dice=0.0),
+    "hivg/9/4": {},
+    # Table 10: what the bridge sees of the text
+    "hivg/10/1": dict(bridge_weights="aware"),
+    "hivg/10/2": dict(text_layers=[12]),
+    "hivg/10/3": dict(text_layers=[6, 12]),
+    "hivg/10/4": dict(text_layers=[1, 4, 8, 12]),
+    "hivg/10/5": {},
+    # Table 11: vision layers that are grounded, without bridge, HiLoRA and RTCC
+    "hivg/11/1": dict(vision_layers=[12]),
+    "hivg/11/2": dict(vision_layers=[2, 5, 9]),
+    "hivg/11/3": dict(vision_layers=[2, 5, 9, 12]),
+    "hivg/11/4": dict(vision_layers=[1, 4, 8, 12]),
+    "hivg/11/5": dict(vision_layers=[3, 6, 9, 12]),
+    "hivg/11/6": dict(vision_layers=[6, 7, 8, 9, 10, 11, 12]),
+    "hivg/11/7": dict(vision_layers=[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]),
+    # Fig. 4 (d): from original CLIP to HiVG
+    "hivg/fig4d/original-clip": dict(method="clip-frozen"),
+    "hivg/fig4d/clip-vanilla-lora": dict(method="clip-lora"),
+    "hivg/fig4d/no-hilora-no-macb": dict(bridge_layers=[], stages=0),
+    "hivg/fig4d/no-hilora": dict(stages=0),
+    "hivg/fig4d/vanilla-lora": dict(stages=1, stage_epochs=60),
+    "hivg/fig4d/stage-1": dict(last_stage=1),
+    "hivg/fig4d/stage-2": dict(last_stage=2),
+    "hivg/fig4d/stage-3": {}}
+
+for row in ROWS:
+    if row.startswith("hivg/11/"):
+        ROWS[row].update(bridge_layers=[], stages=0, focal=0.0, dice=0.0)
+
+
+def row_options(row, size):
+    """The options that a row sets, its method among them. Its layers, bottlenecks and epochs are
+    those of size base; the tiny size takes a share of them [D43]."""
+    if row not in ROWS or size == "large":
+        raise InputError(f"there is no row {row!r} of size {size}: `python train.py --row list` "
+                         f"lists the rows; the sizes are base and tiny")
+    options = {"method": row.partition("/")[0], **ROWS[row]}
+    if size == "tiny":
+        for name, value in options.items():
+            options[name] = at_tiny_size(options["method"], name, value)
+    return options
+
+
+def at_tiny_size(method, name, value):
+    """The value of a row's option for the tiny encoders."""
+    if name in ("bottleneck", "interaction_bottleneck"):
+        return value // 4
+    if name == "stage_epochs":
+        return value // 20
+    if name not in ("text_layers", "vision_layers"):
+        return value
+    tower = name.removesuffix("_layers")
+    base_layers = architecture(method, "base")[tower]["layers"]
+    tiny_layers = architecture(method, "tiny")[tower]["layers"]
+    layers = [math.ceil(layer * tiny_layers / base_layers) for layer in value]
+    if METHODS[method]["encoders"] == "detr":
+        return [layers[2], layers[5]]    # two pairs in place of six: the third and the sixth
+    return sorted(set(layers))
+
+
+def print_rows():
+    """The map of the papers' tables."""
+    print(f"{'row':32}what it changes of the method's defaults at size base")
+    for row, options in ROWS.items():
+        parts = [f"{name} {value}" for name, value in options.items()]
+        print(f"{row:32}{', '.join(parts) or 'nothing: the default itself'}")
+
+
+# ---------------------------------------------------------------------------------------------
 
 def main(argv=None):
-    began, args = time.time(), parse_args(argv)
+    began = time.time()
+    args = parse_args(argv)
     out = Path(args.out)
-    if blocked := [path for path in (out, *out.parents) if path.exists() and not path.is_dir()]:
-        raise InputError(f"--out {out}: {blocked[0]} is a file, not a folder")
-    if not args.resume and out.exists() and any(path.suffix != ".partial" for path in out.iterdir()):
-        raise InputError(f"--out {out} already holds a run: give another --out, or --resume to go on with it")
-    splits = data.split_names(args.dataset, args.root)
-    listed = data.load_samples(args.dataset, "train", args.root)[:args.limit]
-    train_samples = [sample for sample in listed if sample.box[0] < sample.box[2] and sample.box[1] < sample.box[3]]
-    val_samples = data.load_samples(args.dataset, "val", args.root)[:args.limit] if "val" in splits else []
-    if not val_samples:
-        print(f"{args.dataset} has no split 'val': the last epoch is kept as the best")
-    with torch.device("meta"):                          # what is wrong with the flags shows now, not after pretraining
-        model = to_last_stage(build_model(**{**model_arguments(args), "weights": "random"}), args)
-    print(f"{args.method} {args.size} on {args.dataset}: {len(train_samples)} expressions to train on ("
-          f"{len(listed) - len(train_samples)} left out, without area), {len(val_samples)} to validate; parameters "
-          f"{count_parameters(model)}; leaky pretraining {data.leaky_pretraining(args)}")
-    if args.weights == "shapes" and args.size == "tiny":
-        pretrain_encoders(args.cache, args.pretext_steps, METHODS[args.method]["family"])
-    torch.manual_seed(args.seed)
+    check_out(out, args.resume)
+    print_recipe(args)
+    train_samples, val_samples = load_splits(args)
+
+    torch.manual_seed(args.seed)    # for the new weights of the model
     model = build_model(**model_arguments(args)).to(args.device)
-    make_loader(train_samples + val_samples, args, False)        # and what files are missing, before --out is made
+    print(f"parameters {count_parameters(model)}")
+    train_loader = make_loader(train_samples, model, args, train=True)
+    val_loader = make_loader(val_samples, model, args) if val_samples else None
+
     if not args.resume:
-        out.mkdir(parents=True, exist_ok=True)
-        environment = {package.__name__: package.__version__ for package in (torch, torchvision, transformers)}
-        environment["device"] = torch.cuda.get_device_name(args.device) if "cuda" in args.device else "cpu"
-        about = {"args": vars(args), "environment": environment}
-        save_whole(out / "args.json", lambda path: path.write_text(json.dumps(about, indent=1)))
-    fit(model, args, train_samples, val_samples)
-    hilora.discard(model)                                   # where a finished run was resumed
-    load_tuned(model, read_state(out / "best.safetensors"), "best.safetensors")
+        write_args(out, args)
+    fit(model, args, train_loader, val_loader)
+
+    best = out / "best.safetensors"
+    load_tuned(model, read_state(best), best)
     picture_predictions(model, data.spread(val_samples or train_samples), args, out / "val.png")
-    print(f"{(time.time() - began) / 60:.1f} minutes; look at {args.out}/val.png; python evaluate.py {args.out}")
+    minutes = (time.time() - began) / 60
+    print(f"{minutes:.1f} minutes; look at {args.out}/val.png; python evaluate.py {args.out}")
+
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)
