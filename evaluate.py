@@ -1,284 +1,813 @@
-"""Evaluate a checkpoint of train.py, or one that the authors of HiVG have released.
+"""Evaluate a trained model, look at its boxes, or count what a method costs.
 
-    python evaluate.py runs/shapes-m2ist-0 --json FILE --figures DIR      every split but train, with sheets of predictions
-    python evaluate.py runs/refcoco-m2ist-0 --image a.jpg --text "the red cup" --save a.png
+    python evaluate.py runs/shapes-m2ist-0
+        accuracy on every split but train
+    python evaluate.py runs/refcoco-m2ist-0 --image a.jpg --text "the red cup"
+        the box of an expression in a picture of one's own
     python evaluate.py best_checkpoint.pth --dataset refcoco --root data
-    python evaluate.py --cost full m2ist m2ist/VII/a                      what methods and rows cost, of random weights
+        accuracy of a checkpoint that HiVG's authors released
+    python evaluate.py --cost full m2ist m2ist/VII/a
+        what methods, and rows of the papers' tables, cost
 
-Acc@0.5: IoU >= 0.5 with the true box (M²IST Section IV-A b, HiVG Section 4.1), of all and by length (HiVG Fig. 4 c).
+From Python, `locate` gives the boxes of any number of expressions in one picture:
+
+    model, config = load_checkpoint("runs/refcoco-m2ist-0")
+    locate(model, "a.jpg", ["the red cup"])
+        [{"text": "the red cup", "box": (x1, y1, x2, y2)}]
+
+The file reads in this order: the command line, accuracy of a dataset (M²IST Section IV-A b, HiVG
+Section 4.1 and Fig. 4 c), one's own pictures, checkpoints of train.py, checkpoints of HiVG's
+authors, what a method costs (M²IST Tables I, V-VII, IX and X), main.
+
+    paper                        here
+    Acc@0.5, Prec@0.5            "acc@0.5"
+    M²IST "Params."              "encoder_tunable"
+    M²IST "Mem."                 "peak_bytes" on a GPU; "saved_bytes" is an exact part of it
+
+    B batch    S side of the padded square picture    T text tokens    Nv vision tokens
+
+Where this file differs from a paper or its released code ("code"):
+
+[D37] evaluation of HiVG's released checkpoints
+    paper   says nothing
+    code    mixes the samples of a batch in the bridges, and lets the bridges see padded text
+    here    keeps the checkpoint's weights and its normalization of pixels; a sample sees its own
+            text alone, and padding is masked
+    why     a box must not depend on the other samples of its batch; the authors' figures may
+            differ from ours by this
 """
 import argparse
+import functools
 import json
 import re
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn as nn
+from PIL import Image, ImageOps
 from safetensors import safe_open
-from safetensors.torch import load_file
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import hilora
 import train
-from model import (CLIP_IGNORED, CLIP_TABLE, DETR_TABLE, InputError, architecture, build_model, count_parameters,
-                   import_weights, plain, read_state)
+from data import InputError, run_command
+from model import (CLIP_IGNORED, CLIP_TABLE, DETR_LAYER, DETR_TABLE, build_model, check_option,
+                   count_parameters, has_bridges, import_weights, make_tokenizer, merge_peft,
+                   read_file, read_state, state_in)
+
+# ---------------------------------------------------------------------------------------------
+# The command line
+
+DEFAULT_BATCH_SIZE = 64    # samples at once, where no gradients need memory
+
+
+def build_parser():
+    """The parser. A flag that is not given is None: the options of the training then hold."""
+    parser = argparse.ArgumentParser(
+        description=__doc__[:__doc__.index("From Python")].rstrip(),
+        usage="python evaluate.py CHECKPOINT [options]\n"
+              "       python evaluate.py --cost METHOD ... [options]",
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=80))
+    add = parser.add_argument
+    add("checkpoint", nargs="?", metavar="CHECKPOINT",
+        help="The --out folder of a run, its best.safetensors, or a released .pth of HiVG.")
+    add("--dataset", metavar="NAME",
+        help="Evaluate on this dataset, named as in train.py (default: that of the training).")
+    add("--root", metavar="DIR",
+        help="Folder of annotations and pictures (default: that of the training).")
+    add("--split", action="append", metavar="NAME",
+        help="Evaluate this split; may be given more than once (default: all but train).")
+    add("--limit", type=int, metavar="N",
+        help="Use only the first N expressions of each split (default: as in training).")
+    add("--figures", metavar="DIR",
+        help="Save a sheet of predictions of each split in this folder (default: none).")
+    add("--image", metavar="FILE",
+        help="Find --text in this picture, in place of a dataset (default: none).")
+    add("--text", action="append", metavar="TEXT",
+        help="An expression; may be given more than once (default: none).")
+    add("--save", metavar="FILE",
+        help="Save the picture with its boxes and [REG]'s attention as this .png or .jpg "
+             "(default: none).")
+    add("--cost", nargs="+", metavar="METHOD",
+        help="Compare the costs of methods or rows (`python train.py --row list` lists the "
+             "rows), in place of a checkpoint.")
+    add("--size", metavar="NAME",
+        help="Size of the models that --cost compares (default: base).")
+    add("--json", metavar="FILE",
+        help="Write the results to this file (default: none).")
+    add("--clip-weights", metavar="NAME",
+        help="Hub name or folder of the CLIP whose tokenizer a released .pth needs (default: "
+             "OpenAI's).")
+    add("--batch-size", type=int, metavar="N",
+        help=f"Samples at once (default: {DEFAULT_BATCH_SIZE}; for --cost the recipe's, or 1 on "
+             f"a CPU).")
+    add("--workers", type=int, metavar="N",
+        help="Processes that load pictures (default: as in training).")
+    add("--device", metavar="NAME", default=train.OPTIONS["device"].default,
+        help="cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu).")
+    return parser
+
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("checkpoint", nargs="?", help="the --out folder of a run, its best.safetensors, or a released .pth of HiVG")
-    add("--cost", nargs="+", help="methods or rows (train.py --rows) to compare, in place of a checkpoint")
-    add("--size", help="of the models that --cost compares (default: base)")
-    add("--dataset", help="as in train.py (default: that of the training)")
-    add("--root", help="folder of annotations and pictures (default: that of the training)")
-    add("--split", action="append", help="only this split; may be given more than once (default: all but train)")
-    add("--image", help="a picture to find --text in, instead of a dataset (default: none)")
-    add("--text", action="append", help="an expression; may be given more than once (default: none)")
-    add("--save", help="FILE.png: the picture with box and attention (default: none)")
-    add("--json", help="file to write the results to (default: none)")
-    add("--figures", help="folder for a sheet of predictions of each split (default: none)")
-    add("--clip-weights", help="hub name or folder of a CLIP, whose tokenizer a released .pth needs (default: OpenAI's)")
-    add("--batch-size", type=int, help="samples at once (default: 64; of --cost the recipe's, on a CPU 1)")
-    add("--workers", type=int, help="processes that load pictures (default: as in training)")
-    add("--limit", type=int, help="only the first N expressions of each split (default: as in training)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1 (default: cuda if any)")
-    asked = parser.parse_args(argv)
-    asked.text = asked.text and [text.encode(errors="replace").decode() for text in asked.text]  # what a shell may let through
-    odd = asked.image or asked.dataset or asked.split or asked.figures if asked.cost else asked.size
-    if bool(asked.checkpoint) == bool(asked.cost) or odd:
-        raise InputError("give a checkpoint to evaluate, or --cost METHOD ... [--size] to compare what methods cost")
-    if bool(asked.image) != bool(asked.text) or asked.save and not asked.image or "" in map(str.strip, asked.text or ()):
-        raise InputError("--image and --text, which must not be empty, go together; --save is for them")
+    """The flags of the command line, with all checks that need no checkpoint."""
+    asked = build_parser().parse_args(argv)
+    if asked.text is not None:
+        asked.text = [without_undecodable_bytes(text) for text in asked.text]
+    check_combination(asked)
+    for name in ("batch_size", "workers", "limit"):
+        value = getattr(asked, name)
+        if value is not None:
+            # These options are for every method, so no spec and no method is needed.
+            check_option(train.OPTIONS[name], value, spec=None, method=None)
+    train.check_device(asked.device)
     return asked
 
-# --- Checkpoints -----------------------------------------------------------------------------------------------------
-def read_config(path):
-    """The config of a checkpoint: a file, or the --out folder of a run, of which best.safetensors is taken."""
-    path = Path(path) / "best.safetensors" if Path(path).is_dir() else Path(path)
+
+def without_undecodable_bytes(text):
+    """A shell may pass bytes that are no text. Python keeps them as lone surrogates, which neither
+    a tokenizer nor a print accepts. Each of them becomes a question mark."""
+    return text.encode(errors="replace").decode()
+
+
+def check_combination(asked):
+    """Refuse flags that do not go together."""
+    usage = ("give a checkpoint to evaluate, or --cost METHOD ... [--size] to compare what "
+             "methods cost")
+    if bool(asked.checkpoint) == bool(asked.cost):
+        raise InputError(usage)
+    if asked.cost and (asked.image or asked.dataset or asked.split or asked.figures):
+        raise InputError(usage)
+    if asked.size and not asked.cost:
+        raise InputError(usage)
+    if asked.clip_weights and not is_released(asked.checkpoint):
+        raise InputError("--clip-weights is for a released .pth of HiVG; a checkpoint of train.py "
+                         "names the CLIP that it was trained on")
+    if bool(asked.image) != bool(asked.text):
+        raise InputError("--image and --text go together: give both of them")
+    if asked.save and not asked.image:
+        raise InputError("--save, --image and --text go together: --save needs the other two")
+    if asked.text:
+        check_texts(asked.text)
+
+
+def is_released(checkpoint):
+    """Whether HiVG's authors wrote this checkpoint: theirs are .pth files, and ours never are."""
+    return checkpoint is not None and checkpoint.endswith(".pth")
+
+
+def make_folders(asked):
+    """Make the folders of all results, before minutes are spent on what could not be written."""
+    for flag in ("json", "save"):
+        path = getattr(asked, flag)
+        if path is None:
+            continue
+        if Path(path).is_dir():
+            raise InputError(f"--{flag} {path}: is a folder; give the name of a file")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if asked.save and Path(asked.save).suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise InputError(f"--save {asked.save}: give the name of a .png or .jpg file")
+    if asked.figures:
+        Path(asked.figures).mkdir(parents=True, exist_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Accuracy of a dataset
+
+LENGTHS = ((1, 5), (6, 10), (11, 20), (21, None))    # bounds in words, ours; None: no upper bound
+
+
+def evaluate_dataset(model, args, asked):
+    """Print and return the results of the splits that are asked for, and draw their figures.
+
+    args: the options of the training, with what is asked here in place of them (merge_options)."""
+    splits = {}
+    for split in chosen_splits(args, asked):
+        samples = data.load_samples(args.dataset, split, args.root)[:args.limit]
+        splits[split] = evaluate_split(model, samples, args, split)
+        if asked.figures:
+            path = Path(asked.figures) / f"{split.replace('/', '-')}.png"
+            train.picture_predictions(model, data.spread(samples), args, path)
+            print(f"{'':8}  {path}")
+    return {"dataset": args.dataset, "method": args.row or args.method,
+            "leaky_pretraining": train.leaky_pretraining(args), "splits": splits}
+
+
+def chosen_splits(args, asked):
+    """Return the splits that are asked for. By default these are all but train; a dataset that has
+    nothing but train is evaluated on train."""
+    if asked.split:
+        return asked.split
+    names = data.split_names(args.dataset, args.root)
+    others = [name for name in names if name != "train"]
+    return others or names
+
+
+def evaluate_split(model, samples, args, split):
+    """Print and return the results of one split."""
+    loader = train.make_loader(samples, model, args)
+    began = time.time()
+    ious = train.predict(model, loader, args).ious
+    pictures = {sample.image_id for sample in samples}
+    row = {**train.scores(ious), "expressions": len(samples), "images": len(pictures),
+           "seconds": time.time() - began}    # of the whole pass, with the loading of pictures
+    print(f"{split:8}  Acc@0.5 {row['acc@0.5']:.4f}  mean IoU {row['mean_iou']:.4f}  "
+          f"{row['expressions']:6} expressions of {row['images']} images in "
+          f"{row['seconds']:.1f} s")
+    print(f"{'':8}  {by_length(samples, ious)}")
+    return row
+
+
+def by_length(samples, ious):
+    """Acc@0.5 by the number of words of the expressions, as HiVG Fig. 4 (c), in one line.
+    ious: (N,), one for each sample."""
+    parts = []
+    for least, most in LENGTHS:
+        chosen = []
+        for sample, iou in zip(samples, ious.tolist()):
+            words = len(sample.text.split())
+            if least <= words and (most is None or words <= most):
+                chosen.append(iou)
+        if chosen:
+            right = sum(iou >= 0.5 for iou in chosen)
+            bounds = f"{least}-{most or ''}"
+            parts.append(f"{bounds} words {right / len(chosen):.4f} of {len(chosen)}")
+    return ", ".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------
+# One's own pictures
+
+class Located(NamedTuple):
+    """What a model finds for one expression."""
+    text: str
+    box: tuple           # (x1, y1, x2, y2) in pixels of the picture as it is seen
+    attention: Tensor    # (Nv,) how [REG] looks at the padded square
+
+
+def locate(model, picture, texts):
+    """Find each of several expressions in one picture.
+
+    model: from build_model or load_checkpoint, on any device; it is put into eval mode.
+    picture: a path or a PIL picture. It is turned upright first if its EXIF data say so.
+    texts: a list of expressions.
+    Returns [{"text", "box"}, ...], where box is (x1, y1, x2, y2) in pixels of the upright picture.
+    """
+    located = ground_texts(model, upright(picture), texts)
+    return [{"text": found.text, "box": found.box} for found in located]
+
+
+def upright(picture):
+    """A path or a PIL picture -> an RGB picture as it is meant to be seen."""
+    if isinstance(picture, Image.Image):
+        return data.to_rgb(ImageOps.exif_transpose(picture))
+    return data.load_picture(Path(picture), upright=True)
+
+
+def check_texts(texts):
+    """Refuse texts that describe nothing, and a single text in place of a list."""
+    if isinstance(texts, str):
+        raise InputError(f"one text was given: {texts!r}; give a list of texts")
+    for text in texts:
+        if not text.strip():
+            raise InputError("--text must not be empty: describe what to find")
+
+
+@torch.no_grad()
+def ground_texts(model, picture, texts):
+    """Ground all texts in one RGB picture, in one batch -> [Located, ...]."""
+    check_texts(texts)
+    if not texts:
+        return []
+    model.eval()
+    spec = model.spec
+    batch = collate_texts(spec, picture, texts)
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+
+    text = model.encode_text(batch["tokens"], batch["token_padding"])
+    # Bridges let each text into the vision tower, which then sees the picture once for each text.
+    # Without bridges the picture is encoded once, however many texts there are.
+    copies = len(texts) if has_bridges(spec) else 1
+    vision = model.encode_image(batch["images"][:copies], batch["image_padding"][:copies], text)
+    # Each text needs a picture: expand() repeats a single one, and leaves the copies as they are.
+    vision = vision._replace(x=vision.x.expand(len(texts), -1, -1),             # (B, Nv, C)
+                             padding=vision.padding.expand(len(texts), -1))     # (B, Nv)
+    grounding = model.ground(vision, text, attention=True)
+
+    located = []
+    for expression, box, attention in zip(texts, grounding.boxes.cpu(), grounding.attention):
+        in_pixels = data.from_square(box, picture.size, spec["image_size"])
+        located.append(Located(expression, in_pixels, attention))
+    return located
+
+
+def collate_texts(spec, picture, texts):
+    """A batch that holds the same picture with each of the texts, as data.collate returns it."""
+    pixels = data.PIXELS[spec["pixels"] or spec["encoders"]]
+    image, padding, _ = data.letterbox(picture, spec["image_size"], pixels=pixels)
+    tokenizer = make_tokenizer(spec)
+    items = []
+    for index, text in enumerate(texts):
+        no_box = [0.0, 0.0, 0.0, 0.0]    # nobody knows the true box
+        items.append(data.Item(image, padding, tokenizer(text), no_box, index))
+    return data.collate(items, tokenizer.pad)
+
+
+def evaluate_image(model, args, asked):
+    """Print and return the boxes of --text in --image, rounded to a tenth of a pixel. Save the
+    tiles with boxes and attention if --save is given."""
+    picture = upright(asked.image)
+    with train.autocast(args):
+        located = ground_texts(model, picture, asked.text)
+
+    results = []
+    for found in located:
+        line = {"text": found.text, "box": [round(v, 1) for v in found.box]}
+        print(json.dumps(line, ensure_ascii=False))
+        results.append(line)
+
+    if asked.save:
+        tiles = []
+        for found in located:
+            boxes = [(found.box, data.PREDICTED)]
+            tiles.append(data.draw(picture, found.text, boxes, found.attention, side=512))
+        data.contact_sheet(tiles, columns=min(len(tiles), 2)).save(asked.save)
+    return results
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints of train.py
+
+def load_checkpoint(path):
+    """A checkpoint -> (model in eval mode, config). The encoders behind the checkpoint must be the
+    ones that it was trained on.
+
+    path: the --out folder of a run, or its best.safetensors."""
+    path = find_checkpoint(path)
+    config = read_config(path)
+    model = build_model(**config["model"])
+    state = read_state(path)
+    train.load_tuned(model, state, path)
+    if train.frozen_fingerprint(model, state) != config["frozen"]:
+        raise InputError(f"{path}: was trained on other encoder weights than these "
+                         f"({config['model']['weights']}); its boxes would be meaningless; give "
+                         f"the encoders the same files as in training")
+    return model.eval(), config
+
+
+def find_checkpoint(path):
+    """The file of a checkpoint. In the --out folder of a run, this is best.safetensors."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "best.safetensors"
     if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint; give the --out folder of a finished epoch, or its best.safetensors")
+        raise InputError(f"{path}: no such checkpoint; give the --out folder of a run that has "
+                         f"finished an epoch, or its best.safetensors")
+    return path
+
+
+def read_config(path):
+    """The metadata that train.save_checkpoint writes: {"model", "args", "frozen", "epoch", ...}."""
     try:
         with safe_open(path, "pt") as file:
             config = json.loads(file.metadata()["config"])
-        return path, {key: config[key] for key in ("model", "frozen", "args", "epoch")} | config
-    except Exception:
-        raise InputError(f"{path}: not a checkpoint of this project (best.safetensors of an --out folder)") from None
+        for name in ("model", "args", "frozen", "epoch"):
+            config[name]
+    except Exception:    # a file of another kind may fail in any manner
+        raise InputError(f"{path}: not a checkpoint of this project (best.safetensors of an --out "
+                         f"folder)") from None
+    return config
 
-def load_checkpoint(path):
-    """A checkpoint -> (model in eval mode, config). The encoders behind it must be the ones it was trained on."""
-    path, config = read_config(path)
-    model = build_model(**config["model"])
-    state = load_file(path)
-    train.load_tuned(model, state, path)
-    if train.frozen_fingerprint(model, state) != config["frozen"]:
-        raise InputError(f"{path}: was trained on other encoder weights than these ({config['model']['weights']}); "
-                         f"its boxes would be meaningless")
-    return model.eval(), config
 
-# HiVG's released checkpoints, when `plain` has taken PEFT out of them -> ClipGrounding.
-BRIDGE = r"clip\.vision_model\.encoder\.layers\.(\d+)\.cross_", r"clip.vision.layers.\1.plugs.attention."
-RELEASED_TABLE = [
-    *((r"clip\." + theirs, "clip." + ours) for theirs, ours in CLIP_TABLE),
-    *((r"vl_" + theirs, "grounding." + ours) for theirs, ours in DETR_TABLE if r"\.encoder\." in theirs),
-    (BRIDGE[0] + r"attn\.(q|k|v|out)_proj\.(.+)", BRIDGE[1] + r"\2.\3"),
-    (BRIDGE[0] + r"(?:mlp\.)?(fc[12]|norm|weights)(.*)", BRIDGE[1] + r"\2\3"),
-    (BRIDGE[0] + r"gate\.(.+)", BRIDGE[1] + r"projection.\2"),
-    *((rf"bbox_embed\.layers\.{i}\.(.+)", rf"grounding.head.{2 * i}.\1") for i in range(3)),
-    (r"(vision|text)_proj\.(.+)", r"grounding.\1_projection.\2"),
-    (r"reg_token\.weight", "grounding.reg"),
-    (r"vl_pos_embed\.weight", "grounding.position"),
-    (r"vl_transformer\.encoder\.norm\.(.+)", r"grounding.norm.\1"),
-    (r"visu_token_(?:mlp\.)?(fc[12]|norm)\.(.+)", r"grounding.region.\1.\2")]
-# What no box of theirs depends on: what their forward never calls, and the head of a loss that is not in the paper [D26].
-UNUSED = r"ml_text_feat_perceiver\.|reg_pos_embed\.|condition_text_pos_embed\.|condition_text_proj\.|seg_conv\d\."
+def merge_options(trained, asked):
+    """The options of an evaluation, as a Namespace. Where several places have a value, a later one
+    wins:
 
-def load_released(path, clip_weights):
-    """A checkpoint of HiVG's authors -> (model in eval mode, config); what it was built with is read off its keys. [D37] Here a
-    sample attends to its own text, and not to padding; its authors' figures were made otherwise."""
-    file = read_state(path, whole=True)
-    state = plain(file.get("model", file), path)
-    if getattr(file.get("args"), "mixup_pretrain", False):                    # its gates and weights are there and never called
-        state = {key: value for key, value in state.items() if ".cross_gate." not in key and ".cross_adaptive_" not in key}
-    bridges = sorted({int(found[1]) for key in state if (found := re.search(r"layers\.(\d+)\.cross_norm", key))})
-    texts = sum(f"layers.{layer}.cross_adaptive_weights." in key for key in state for layer in bridges[:1])
+    1. the defaults of the options, as an older checkpoint may lack the newest options;
+    2. the options of the training, from the checkpoint, but for the batch size;
+    3. what is asked on the command line.
+    """
+    options = {option.name: option.default for option in train.OPTIONS.values()}
+    options.update(trained)
+    options["batch_size"] = DEFAULT_BATCH_SIZE
+    for name, value in vars(asked).items():
+        if name in options and value is not None:
+            options[name] = value
+    if asked.dataset:
+        options["root"] = asked.root    # the training's folder is not another dataset's
+    return argparse.Namespace(**options)
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints that HiVG's authors released
+
+def released_table():
+    """How HiVG's authors name what ClipGrounding holds, once merge_peft has taken PEFT's words out:
+    [(regular expression of their name, our name), ...]. The tables of CLIP and of DETR's layers are
+    parts of it, with a prefix."""
+    layer = r"clip\.vision_model\.encoder\.layers\.(\d+)\.cross_"
+    bridge = r"clip.vision.layers.\1.plugs.attention."
+    table = [
+        (layer + r"attn\.(q|k|v|out)_proj\.(.+)", bridge + r"\2.\3"),
+        (layer + r"(?:mlp\.)?(fc[12]|norm|weights)(.*)", bridge + r"\2\3"),
+        (layer + r"gate\.(.+)", bridge + r"projection.\2"),
+        (r"bbox_embed\.layers\.0\.(.+)", r"grounding.head.0.\1"),    # a ReLU follows each of
+        (r"bbox_embed\.layers\.1\.(.+)", r"grounding.head.2.\1"),    # the first two linears, so
+        (r"bbox_embed\.layers\.2\.(.+)", r"grounding.head.4.\1"),    # ours are 0, 2 and 4
+        (r"(vision|text)_proj\.(.+)", r"grounding.\1_projection.\2"),
+        (r"reg_token\.weight", "grounding.reg"),
+        (r"vl_pos_embed\.weight", "grounding.position"),
+        (r"vl_transformer\.encoder\.norm\.(.+)", r"grounding.norm.\1"),
+        (r"visu_token_(?:mlp\.)?(fc[12]|norm)\.(.+)", r"grounding.region.\1.\2")]
+    for theirs, ours in CLIP_TABLE:
+        table.append((r"clip\." + theirs, "clip." + ours))
+    for theirs, ours in DETR_TABLE:
+        if theirs.startswith(DETR_LAYER):
+            table.append((r"vl_" + theirs, "grounding." + ours))
+    return table
+
+
+# No box of the authors' model depends on these: its forward never calls the first four (but
+# condition_text_proj after training on mixed data, see join_bridges), and seg_conv is the head of a
+# loss that is not in the paper.
+UNUSED = (r"ml_text_feat_perceiver\.|reg_pos_embed\.|condition_text_pos_embed\.|"
+          r"condition_text_proj\.|seg_conv\d\.")
+
+# {number of text layers that the bridges have weights for: these layers}. Trained on mixed data the
+# bridges have no weights, and they see the projected text, our layer 13. With twelve they see all
+# layers, which is our default.
+RELEASED_TEXT_LAYERS = {0: [13], 1: [12], 2: [6, 12]}
+
+RELEASED_SIZES = {768: "base", 1024: "large"}    # by the width of the vision tower
+
+
+def load_released(path, clip_weights=None):
+    """A checkpoint of HiVG's authors -> (model in eval mode, config). The options of the model are
+    read off the names and shapes in the file.
+
+    clip_weights: hub name or folder of the CLIP whose tokenizer is used; None: OpenAI's.
+    """
+    state = read_released(path)
+    bridges = released_bridges(state)
+    texts = count_text_layers(state, bridges)
     try:
-        # Trained on mixed data there are no weights, and one projection of the text as CLIP puts it out.
-        gate = {} if texts else {kind: state.pop(f"condition_text_proj.{kind}") for kind in ("weight", "bias")}
-        for layer in bridges:
-            name = f"clip.vision_model.encoder.layers.{layer}.cross_"
-            weights = [state.pop(f"{name}adaptive_weights.{i}.weight") for i in range(texts)] or [
-                torch.zeros_like(state["clip.text_model.embeddings.position_embedding.weight"])]
-            state |= {f"{name}weights": torch.stack(weights), **{f"{name}gate.{kind}": value for kind, value in gate.items()}}
-        (W1, b1), (W2, b2) = ((state.pop(f"{name}.weight"), state.pop(f"{name}.bias"))
-                              for name in ("ml_visual_projection", "visu_proj"))
-        state |= {"vision_proj.weight": W2 @ W1, "vision_proj.bias": W2 @ b1 + b2}       # two linears in a row are one [D28]
-        size = {768: "base", 1024: "large"}[len(state["clip.vision_model.embeddings.class_embedding"])]
+        join_bridges(state, bridges, texts)
+        join_projections(state)
+        width = len(state["clip.vision_model.embeddings.class_embedding"])
+        size = RELEASED_SIZES[width]
     except KeyError as error:
         raise InputError(f"{path}: {error} is missing") from None
-    options = dict(bridge_layers=[layer + 1 for layer in bridges], pixels="detr",
-                   text_layers={0: [13] if bridges else None, 1: [12], 2: [6, 12]}.get(texts))      # more are all
+
+    options = {"bridge_layers": [layer + 1 for layer in bridges], "pixels": "detr"}
+    if bridges and texts in RELEASED_TEXT_LAYERS:
+        options["text_layers"] = RELEASED_TEXT_LAYERS[texts]
+    if clip_weights is not None:
+        options["clip_weights"] = clip_weights
+
+    # [D37] Our model has the checkpoint's weights and pixels. A sample attends to its own text
+    # alone, and never to padding.
     model = build_model("hivg", size, "random", **options)
-    import_weights(model, state, RELEASED_TABLE, f"{CLIP_IGNORED}|{UNUSED}", path)
-    print(f"{path}: not used, {', '.join(key for key in state if re.match(UNUSED, key))}", file=sys.stderr)
-    args = argparse.Namespace(**{**vars(train.build_parser().parse_args([])), **options, "method": "hivg", "size": size,
-                                 "clip_weights": clip_weights, "dataset": "refcoco"})
-    return model.eval(), {"epoch": "released", "args": vars(train.complete(args))}
+    import_weights(model, state, released_table(), f"{CLIP_IGNORED}|{UNUSED}", path)
+    model.spec["weights"] = "pretrained"    # no longer random: make_tokenizer now takes CLIP's
+    unused = [key for key in state if re.match(UNUSED, key)]
+    print(f"{path}: not used, {', '.join(unused)}", file=sys.stderr)
 
-# --- Accuracy --------------------------------------------------------------------------------------------------------
-def by_length(samples, ious):
-    """Acc@0.5 by number of words, HiVG Fig. 4 (c), as a line; the bounds are ours."""
-    parts = []
-    for least, most in ((1, 5), (6, 10), (11, 20), (21, 1000)):
-        if right := [iou >= 0.5 for s, iou in zip(samples, ious.tolist()) if least <= len(s.text.split()) <= most]:
-            parts.append(f"{least}-{most if most < 1000 else ''} words {sum(right) / len(right):.4f} of {len(right)}")
-    return ", ".join(parts)
+    args = train.resolve({"method": "hivg", "size": size, "dataset": "refcoco", **options})
+    return model.eval(), {"epoch": "released", "args": vars(args)}
 
-def evaluate_dataset(model, args, asked):
-    """Print and return the results of the splits that are asked for, and draw their figures."""
-    names, splits = data.split_names(args.dataset, args.root), {}
-    for split in asked.split or [name for name in names if name != "train"] or names:
-        samples, began = data.load_samples(args.dataset, split, args.root)[:args.limit], time.time()
-        ious = train.predict(model, train.make_loader(samples, args, False), args)[2]
-        row = splits[split] = {**train.scores(ious), "expressions": len(samples), "images": len({s.image_id for s in samples}),
-                               "seconds": time.time() - began}                    # the whole pass, pictures loaded and all
-        print(f"{split:8}  Acc@0.5 {row['acc@0.5']:.4f}  mean IoU {row['mean_iou']:.4f}  {row['expressions']:6} expressions "
-              f"of {row['images']} images in {row['seconds']:.1f} s\n{'':8}  {by_length(samples, ious)}")
-        if args.figures:
-            path = Path(args.figures) / f"{split.replace('/', '-')}.png"
-            train.picture_predictions(model, data.spread(samples), args, path)
-            print(f"{'':8}  {path}")
-    leaky = data.leaky_pretraining(args)
-    return {"dataset": args.dataset, "method": args.row or args.method, "leaky_pretraining": leaky, "splits": splits}
 
-@torch.no_grad()
-def evaluate_image(model, args, asked):
-    """Print and return [{"text", "box": (x1, y1, x2, y2) in pixels of the picture as it is seen}, ...] of one's own."""
-    args = argparse.Namespace(**{**vars(args), "batch_size": 1, "workers": 0})
-    picture, image, results, tiles = data.load_picture(Path(asked.image), upright=True), None, [], []
-    samples = [data.Sample(picture, text, (0, 0, *picture.size), asked.image) for text in asked.text]
-    for text, batch in zip(asked.text, train.make_loader(samples, args, False)):
-        images, padding, *tokens = (batch[name].to(args.device) for name in train.INPUTS)
-        with train.autocast(args):
-            said = model.encode_text(*tokens)
-            if hasattr(model, "clip"):                         # HiVG sees a picture through its text
-                image = model.encode_image(images, padding, said)
-            elif image is None:                                # M²IST does not: it is encoded once for all texts
-                image = model.encode_image(images, padding)
-            found = model.ground(image, said, attention=True)
-        box = data.from_square(found.boxes[0].cpu(), picture.size, images.shape[-1])
-        results.append({"text": text, "box": [round(v, 1) for v in box]})
-        print(json.dumps(results[-1], ensure_ascii=False))
-        tiles.append(data.draw(picture, text, [(box, data.PREDICTED)], found.attention[0], side=512))
-    if asked.save:
-        data.contact_sheet(tiles, min(len(tiles), 2)).save(asked.save)
-    return results
+def read_released(path):
+    """The state dict of a released checkpoint, with LoRA merged and PEFT's words taken out."""
+    content = read_file(path)
+    state = merge_peft(state_in(content, path), path)
 
-# --- What a method costs ---------------------------------------------------------------------------------------------
-# The paper's own "Params." in millions and "Mem." in GB at batch 64: M²IST Tables I, V, VI, VII, IX, X.
-PAPER = {"full": (151, 38.95), "frozen": (0, 14.32), "adapter": (3.27, 28.52), "lora": (2.37, 20.37),
-         "adaptformer": (2.38, 20.37), "cm-adapter": (3.27, 27.19), "mrs-adapter": (1.58, 20.07), "m2ist": (3.19, 15.44),
-         **train.rows("m2ist/V", (0, 14.32), (0.59, 14.90), (1.02, 14.52), (1.61, 15.09), (1.58, 14.84), (3.19, 15.44)),
-         **train.rows("m2ist/VI", (3.22, 15.65), (3.17, 14.84), (3.19, 15.38), (3.19, 15.44)),
-         **train.rows("m2ist/VII", (3.19, 27.19), (3.19, 20.37), (3.19, 15.44)),
-         **train.rows("m2ist/IX", (2.00, 15.34), (2.40, 15.35), (3.19, 15.44)),
-         **train.rows("m2ist/X", (151, 38.95), (2.37, 20.37), (3.19, 15.44), (6.46, 21.68)), "m2ist+lora": (6.46, 21.68)}
+    flags = content.get("args")
+    if getattr(flags, "mixup_pretrain", False):
+        # A model trained on mixed data may hold gates and weights of the bridges, and its forward
+        # never calls them.
+        for key in list(state):
+            if ".cross_gate." in key or ".cross_adaptive_" in key:
+                del state[key]
+    return state
 
-def saved_bytes(model, step):
-    """What autograd keeps for the backward of `step`: distinct storages, those of the model's own tensors apart."""
-    address = lambda tensor: tensor.untyped_storage()._cdata
-    kept = {}                                                   # the tensors too, or an address might be given a second time
-    keep = lambda tensor: (tensor, kept.setdefault(address(tensor), tensor))[0]
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        step()
-    own = {address(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
+
+def released_bridges(state):
+    """The vision layers with a bridge, counted from 0 as the authors do."""
+    bridges = set()
+    for key in state:
+        match = re.search(r"layers\.(\d+)\.cross_norm", key)
+        if match:
+            bridges.add(int(match[1]))
+    return sorted(bridges)
+
+
+def count_text_layers(state, bridges):
+    """How many text layers the bridges have weights for. The first bridge tells it for all."""
+    if not bridges:
+        return 0
+    weights = f"layers.{bridges[0]}.cross_adaptive_weights."
+    return sum(weights in key for key in state)
+
+
+def join_bridges(state, bridges, texts):
+    """Write the weights of each bridge as our CrossModalBridge has them: one tensor `weights`
+    (n, T, H_l) for all n text layers, and a projection ("gate"). Changes `state`; raises KeyError
+    for what is missing."""
+    shared = {}
+    if texts == 0:
+        # Trained on mixed data the bridges have no weights and share one projection, of the text
+        # as CLIP puts it out. Weights of 0 change nothing: w f + f = f.
+        positions = state["clip.text_model.embeddings.position_embedding.weight"]    # (T, H_l)
+        no_weights = torch.zeros_like(positions)[None]                               # (1, T, H_l)
+        for kind in ("weight", "bias"):
+            shared[kind] = state.pop(f"condition_text_proj.{kind}")
+
+    for layer in bridges:
+        name = f"clip.vision_model.encoder.layers.{layer}.cross_"
+        if texts == 0:
+            state[f"{name}weights"] = no_weights
+            for kind, value in shared.items():
+                state[f"{name}gate.{kind}"] = value
+        else:
+            weights = []
+            for i in range(texts):
+                weights.append(state.pop(f"{name}adaptive_weights.{i}.weight"))      # (T, H_l)
+            state[f"{name}weights"] = torch.stack(weights)                           # (n, T, H_l)
+
+
+def join_projections(state):
+    """The authors project the vision features by two linears in a row. Two linears in a row are one
+    linear: W_2 (W_1 x + b_1) + b_2. Changes `state`; raises KeyError for what is missing."""
+    W1 = state.pop("ml_visual_projection.weight")
+    b1 = state.pop("ml_visual_projection.bias")
+    W2 = state.pop("visu_proj.weight")
+    b2 = state.pop("visu_proj.bias")
+    state["vision_proj.weight"] = W2 @ W1
+    state["vision_proj.bias"] = W2 @ b1 + b2
+
+
+# ---------------------------------------------------------------------------------------------
+# What a method costs
+
+class PaperCost(NamedTuple):
+    """What M²IST says that a method costs."""
+    params: float    # "Params.", in millions: what is tuned in or beside the encoders
+    memory: float    # "Mem.", in GB, for training with a batch of 64
+
+
+PAPER = {
+    # M²IST Table I
+    "m2ist/I/full": PaperCost(151, 38.95),
+    "m2ist/I/frozen": PaperCost(0, 14.32),
+    "m2ist/I/adapter": PaperCost(3.27, 28.52),
+    "m2ist/I/lora": PaperCost(2.37, 20.37),
+    "m2ist/I/adaptformer": PaperCost(2.38, 20.37),
+    "m2ist/I/cm-adapter": PaperCost(3.27, 27.19),
+    "m2ist/I/mrs-adapter": PaperCost(1.58, 20.07),
+    "m2ist/I/m2ist": PaperCost(3.19, 15.44),
+    # Table V
+    "m2ist/V/a": PaperCost(0, 14.32),
+    "m2ist/V/b": PaperCost(0.59, 14.90),
+    "m2ist/V/c": PaperCost(1.02, 14.52),
+    "m2ist/V/d": PaperCost(1.61, 15.09),
+    "m2ist/V/e": PaperCost(1.58, 14.84),
+    "m2ist/V/f": PaperCost(3.19, 15.44),
+    # Table VI
+    "m2ist/VI/a": PaperCost(3.22, 15.65),
+    "m2ist/VI/b": PaperCost(3.17, 14.84),
+    "m2ist/VI/c": PaperCost(3.19, 15.38),
+    "m2ist/VI/d": PaperCost(3.19, 15.44),
+    # Table VII
+    "m2ist/VII/a": PaperCost(3.19, 27.19),
+    "m2ist/VII/b": PaperCost(3.19, 20.37),
+    "m2ist/VII/c": PaperCost(3.19, 15.44),
+    # Table IX
+    "m2ist/IX/a": PaperCost(2.00, 15.34),
+    "m2ist/IX/b": PaperCost(2.40, 15.35),
+    "m2ist/IX/c": PaperCost(3.19, 15.44),
+    # Table X; its row (d) has no row in Table I
+    "m2ist/X/a": PaperCost(151, 38.95),
+    "m2ist/X/b": PaperCost(2.37, 20.37),
+    "m2ist/X/c": PaperCost(3.19, 15.44),
+    "m2ist/X/d": PaperCost(6.46, 21.68),
+    "m2ist+lora": PaperCost(6.46, 21.68)}
+
+PAPER_FULL = PAPER["m2ist/I/full"]    # the paper gives its shares of this
+FULL = ("full", "m2ist/I/full", "m2ist/X/a")    # our names of full fine-tuning
+
+
+def paper_cost(name):
+    """What M²IST says of a row or a method, or None. A method is a row of Table I."""
+    return PAPER.get(name, PAPER.get(f"m2ist/I/{name}"))
+
+
+class Trial(NamedTuple):
+    """A model with a random batch."""
+    model: nn.Module
+    inputs: tuple    # images (B, 3, S, S), padding (B, S, S), tokens and padding (B, T)
+    boxes: Tensor    # (B, 4) targets
+
 
 def set_up(args, device, batch):
-    """(model at its last stage, what evaluates a random batch, what gives its loss in training), all on the device."""
-    spec = architecture(**train.model_arguments(args))
+    """Build the model of a run in the last stage of its plan, where all its LoRA pairs are in
+    place, and a batch of random samples -> Trial. Both are on the device."""
     with torch.device(device):
-        model = train.to_last_stage(build_model(**train.model_arguments(args)), args)
-        images = torch.randn(batch, 3, spec["image_size"], spec["image_size"])       # zeros would be slow: denormal gradients
-        tokens, boxes = torch.randint(100, 200, (batch, spec["max_tokens"])), torch.full((batch, 4), 0.5)
-    inputs = images, torch.zeros_like(images[:, 0], dtype=torch.bool), tokens, torch.zeros_like(tokens, dtype=torch.bool)
-    evaluate = lambda: hilora.discard(model) or model.eval()(*inputs)            # without pairs, as a checkpoint is
-    return model, evaluate, lambda: train.weighted_loss(model.train()(*inputs), boxes, args)
+        model = build_model(**train.model_arguments(args))
+        model.begin_stage(train.plan(args)[-1].stage)
+        side = model.spec["image_size"]
+        # Pictures of zeros would be slow: they lead to denormal gradients.
+        images = torch.randn(batch, 3, side, side)
+        image_padding = torch.zeros(batch, side, side, dtype=torch.bool)
+        tokens = torch.randint(100, 200, (batch, model.spec["max_tokens"]))
+        token_padding = torch.zeros_like(tokens, dtype=torch.bool)
+        boxes = torch.full((batch, 4), 0.5)
+    return Trial(model, (images, image_padding, tokens, token_padding), boxes)
+
+
+def training_loss(trial, args):
+    """The loss of one training step."""
+    trial.model.train()
+    grounding = trial.model(*trial.inputs)
+    return train.weighted_loss(grounding, trial.boxes, args)
+
+
+def evaluation_step(trial):
+    """One evaluation. LoRA's pairs are taken out first, as evaluation has them merged."""
+    hilora.discard(trial.model)
+    trial.model.eval()
+    return trial.model(*trial.inputs)
+
+
+def storage_address(tensor):
+    """The same for all tensors that share their memory."""
+    return tensor.untyped_storage()._cdata
+
+
+def saved_bytes(model, step):
+    """How many bytes autograd keeps during step() for the backward pass: each storage once, and not
+    the model's own tensors. M²IST's "Mem." is the peak memory of a GPU; these bytes are a part of
+    it that is the same on every machine."""
+    # {address: a tensor there}. While we hold the tensor, its address is not given out again.
+    kept = {}
+
+    def keep(tensor):
+        kept.setdefault(storage_address(tensor), tensor)
+        return tensor
+
+    def give_back(tensor):
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, give_back):
+        step()
+
+    for tensor in [*model.parameters(), *model.buffers()]:
+        kept.pop(storage_address(tensor), None)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
 
 def count_cost(args):
-    """Parameters, and of one sample MACs of a forward and saved_bytes of a training step, on the meta device, where
-    attention is computed unfused: the same on every machine."""
-    model, evaluate, loss = set_up(args, "meta", 1)
-    found = {**count_parameters(model), "saved_bytes": saved_bytes(model, loss)}
-    evaluate()                                           # the first time takes LoRA's pairs out, as merging does
-    with FlopCounterMode(display=False) as flops:
-        evaluate()
-    return {**found, "macs": flops.get_total_flops() // 2}
+    """Numbers of parameters, and for one sample the MACs of a forward pass and the saved_bytes of a
+    training step. All of this is counted on the meta device, where attention is not fused, so the
+    counts are the same on every machine."""
+    trial = set_up(args, "meta", batch=1)
+    counts = count_parameters(trial.model)
 
-def time_cost(args, batch):
-    """Median seconds of a training and of an evaluation step; on a GPU peak memory. batch: None is the recipe's, on a CPU 1."""
-    from torch.utils.benchmark import Timer          # here, as it may speak up about CUDA where there is none
-    gpu, batch = "cuda" in args.device, batch or (args.batch_size if "cuda" in args.device else 1)
-    torch.cuda.reset_peak_memory_stats(args.device) if gpu else None
-    model, evaluate, loss = set_up(args, args.device, batch)
-    optimizer = train.make_optimizer(model, args, train.plan(args)[-1])
     def step():
+        training_loss(trial, args)
+
+    counts["saved_bytes"] = saved_bytes(trial.model, step)
+    # The counter follows the modules through the graph of autograd, so there is no no_grad here.
+    with FlopCounterMode(display=False) as flops:
+        evaluation_step(trial)
+    counts["macs"] = flops.get_total_flops() // 2    # a product and a sum are one MAC
+    return counts
+
+
+def time_cost(args, batch_size=None):
+    """Median seconds of a training step and of an evaluation step, and on a GPU the peak memory.
+    batch_size: None means the recipe's on a GPU, and 1 on a CPU."""
+    on_gpu = "cuda" in args.device
+    if batch_size is None:
+        batch_size = args.batch_size if on_gpu else 1
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(args.device)
+
+    trial = set_up(args, args.device, batch_size)
+    optimizer = train.make_optimizer(trial.model, args, train.plan(args)[-1])
+
+    def train_step():
         optimizer.zero_grad(set_to_none=True)
-        loss().backward()
+        training_loss(trial, args).backward()
         optimizer.step()
-    timer = lambda work: Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-    seconds = lambda work: timer(work).blocked_autorange(min_run_time=1).median
-    found = {"batch": batch, "train_step_s": seconds(step), "eval_s": seconds(torch.no_grad()(evaluate))}
-    return found | ({"peak_bytes": torch.cuda.max_memory_allocated(args.device)} if gpu else {})
+
+    @torch.no_grad()
+    def eval_step():
+        evaluation_step(trial)
+
+    cost = {"batch": batch_size, "train_step_s": median_seconds(train_step),
+            "eval_s": median_seconds(eval_step)}
+    if on_gpu:
+        cost["peak_bytes"] = torch.cuda.max_memory_allocated(args.device)
+    return cost
+
+
+def median_seconds(work):
+    """The median time of a call of work(), repeated for a second."""
+    from torch.utils.benchmark import Timer    # imported here: it may warn where there is no GPU
+    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=1).median
+
 
 def compare_costs(asked):
-    """Print and return what methods and rows cost, their shares of `full` where it is among them, and the paper's beside."""
-    flags = ["--size", asked.size or "base", "--weights", "random", "--device", asked.device]
-    runs = {name: train.parse_args(["--row" if "/" in name else "--method", name, *flags]) for name in asked.cost}
-    results = [{"method": n, "size": a.size, **count_cost(a), **time_cost(a, asked.batch_size)} for n, a in runs.items()]
-    whole = next((row for row in results if row["method"] in ("full", "m2ist/I/full", "m2ist/X/a")), None)
-    for r in results:
-        share = lambda key: f" ({r[key] / whole[key]:.1%})" if whole and r["method"][:4] not in ("hivg", "clip") else ""
-        print(f"{r['method']}: {r['encoder_tunable']:,} tuned in or beside the encoders{share('encoder_tunable')}, "
-              f"{r['trainable']:,} trainable, {r['total']:,} in all; {r['macs'] / 1e9:.2f} GMACs; "
-              f"{r['saved_bytes'] / 2 ** 20:.1f} MiB saved{share('saved_bytes')}; of {r['batch']}: "
-              f"step {r['train_step_s']:.3f} s, evaluation {r['eval_s']:.3f} s"
-              + (f", peak {r['peak_bytes'] / 2 ** 30:.2f} GiB" if "peak_bytes" in r else ""))
-        if whole and (paper := PAPER.get(r["method"].removeprefix("m2ist/I/"))):
-            print(f"    the paper: {paper[0]} M ({paper[0] / 151:.2%}), {paper[1]} GB ({paper[1] / 38.95:.2%})")
+    """Print and return what methods and rows cost. Where full fine-tuning is among them, print each
+    share of it, and the paper's figures beside."""
+    # All names are checked before the first of them is measured.
+    runs = {name: cost_options(name, asked) for name in asked.cost}
+    results = []
+    for name, args in runs.items():
+        results.append({"method": name, "size": args.size, **count_cost(args),
+                        **time_cost(args, asked.batch_size)})
+
+    full = None
+    for row in results:
+        if row["method"] in FULL:
+            full = row
+            break
+    for row in results:
+        print_cost(row, full)
     return results
 
-def make_folders(asked):                # before minutes are spent on what could not be written
-    for path in filter(None, (asked.json, asked.save)):
-        if Path(path).is_dir() or path == asked.save and Path(path).suffix.lower() not in (".png", ".jpg", ".jpeg"):
-            raise InputError(f"--json and --save take a file, --save a .png or .jpg; {path} is none")
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(asked.figures or ".").mkdir(parents=True, exist_ok=True)
+
+def cost_options(name, asked):
+    """The options of a method or a row, as train.py would run it, but with random weights."""
+    flag = "--row" if "/" in name else "--method"
+    return train.parse_args([flag, name, "--size", asked.size or "base", "--weights", "random",
+                             "--device", asked.device])
+
+
+def print_cost(row, full):
+    """Print one row of costs. full: the row of full fine-tuning, or None."""
+    # Full fine-tuning is about DETR and BERT, so a method on CLIP has no share of it.
+    compared = full
+    if row["method"].startswith(("hivg", "clip")):
+        compared = None
+    line = (f"{row['method']}: {row['encoder_tunable']:,} tuned in or beside the encoders"
+            f"{share(row, compared, 'encoder_tunable')}, {row['trainable']:,} trainable, "
+            f"{row['total']:,} in all; {row['macs'] / 1e9:.2f} GMACs; "
+            f"{row['saved_bytes'] / 2 ** 20:.1f} MiB saved{share(row, compared, 'saved_bytes')}; "
+            f"batch {row['batch']}: step {row['train_step_s']:.3f} s, evaluation "
+            f"{row['eval_s']:.3f} s")
+    if "peak_bytes" in row:
+        line += f", peak {row['peak_bytes'] / 2 ** 30:.2f} GiB"
+    print(line)
+
+    paper = paper_cost(row["method"])
+    if full is not None and paper is not None:
+        print(f"    the paper: {paper.params} M ({paper.params / PAPER_FULL.params:.2%}), "
+              f"{paper.memory} GB ({paper.memory / PAPER_FULL.memory:.2%})")
+
+
+def share(row, full, name):
+    """A row's share of full fine-tuning as " (12.3%)", or nothing."""
+    if full is None:
+        return ""
+    return f" ({row[name] / full[name]:.1%})"
+
+
+# ---------------------------------------------------------------------------------------------
 
 def evaluate_checkpoint(asked):
-    released = asked.checkpoint.endswith(".pth")
-    model, config = load_released(asked.checkpoint, asked.clip_weights) if released else load_checkpoint(asked.checkpoint)
-    # The flags of the training, with what was asked here in their place; an older run lacks the newest flags.
-    said, new = {flag: v for flag, v in vars(asked).items() if v is not None}, vars(train.build_parser().parse_args([]))
-    args = argparse.Namespace(**{**new, **vars(asked), **config["args"], "batch_size": 64, **said})
-    if asked.dataset:
-        args.root = asked.root                            # the training's folder is not another dataset's
+    """Load the checkpoint and evaluate it on a picture or on a dataset."""
+    if is_released(asked.checkpoint):
+        model, config = load_released(asked.checkpoint, asked.clip_weights)
+    else:
+        model, config = load_checkpoint(asked.checkpoint)
+    args = merge_options(config["args"], asked)
     model.to(args.device)
+
     if asked.image:
         return evaluate_image(model, args, asked)
-    name, leaky = args.row or args.method, data.leaky_pretraining(args)
-    print(f"{name} {args.size} on {args.dataset}, epoch {config['epoch']}; leaky pretraining {leaky}")
+    print(f"{args.row or args.method} {args.size} on {args.dataset}, epoch {config['epoch']}; "
+          f"leaky pretraining {train.leaky_pretraining(args)}")
     return evaluate_dataset(model, args, asked)
+
 
 def main(argv=None):
     asked = parse_args(argv)
-    train.check(asked)
     make_folders(asked)
-    result = compare_costs(asked) if asked.cost else evaluate_checkpoint(asked)
+    if asked.cost:
+        result = compare_costs(asked)
+    else:
+        result = evaluate_checkpoint(asked)
     if asked.json:
         Path(asked.json).write_text(json.dumps(result, indent=1) + "\n")
     return result
 
+
 if __name__ == "__main__":
-    train.run(main)
+    run_command(main)

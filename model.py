@@ -543,7 +543,8 @@ class GroundingModel(nn.Module):
     def trim(self, tokens, padding):
         """Cut tokens and padding, both (B, T), to max_tokens. Only padding may be cut off."""
         limit = self.spec["max_tokens"]
-        if not padding[:, limit:].all():
+        # The values are looked at only where something is cut off: on the meta device there are none.
+        if tokens.shape[1] > limit and not padding[:, limit:].all():
             raise ValueError(f"a text has more than max_tokens = {limit} tokens")
         return tokens[:, :limit], padding[:, :limit]
 
@@ -1185,11 +1186,15 @@ def read_file(path):
 
 
 def read_state(path):
-    """The state dict of a file, whether it stands alone or under "model"."""
-    content = read_file(path)
+    """The state dict of a file."""
+    return state_in(read_file(path), path)
+
+
+def state_in(content, source):
+    """The state dict in the content of a file: all of it, or its part named "model"."""
     state = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise InputError(f"{path}: not a file of weights (it holds no names)")
+        raise InputError(f"{source}: not a file of weights (it holds no names)")
     return state
 
 
