@@ -54,8 +54,8 @@ Where this file differs from a paper or its released code ("code"):
     paper   an adapter adds its own input, M²IST Eqs. (1), (4), (5)
     code    it does not
     here    it does not, unless `residual` is set
-    why     in a side network this residual would add the output of the frozen encoder once more in
-            every layer
+    why     in a side network this residual would add a_l and g_l themselves, which the encoder has
+            already added to its own stream
 
 [D5] the factor s of IEA
     paper   s = 0.1 for all adapters
@@ -70,7 +70,7 @@ Where this file differs from a paper or its released code ("code"):
     why     the paper first
 
 [D9] the tokens that an adapter of a side network reads
-    paper   "processed tokens from" the attention and the feed-forward network
+    paper   the processed tokens from the attention and from the feed-forward network
     code    vision: before the residual; text: after the residual and its LayerNorm, and the output
             of the adapters then passes BERT's own LayerNorms
     here    before the residual, for both modalities; the output of the adapters is added as it is
@@ -221,7 +221,7 @@ class InteractionAdapter(PairAdapter):
         return self._scaled(x, f)                                 # M²IST Eq. (5)
 
     def _project(self, x, down, own_up):
-        z = F.relu(down(x))           # (B, N, C_d); the text has this ReLU, Eqs. (2) and (3) do not
+        z = F.relu(down(x))           # (B, N, C_d); the ReLU is in Section III-B a, not in the Eqs.
         shared = self.shared_up(z)    # (B, N, C_i), the "interacted tokens" of Fig. 2
         if own_up is None:
             return shared
@@ -266,10 +266,11 @@ class ExpertPair(PairAdapter):
 
 
 # --- The adapters by name -------------------------------------------------------------------------
-# To add an adapter, write a subclass of PairAdapter, a function like the four below, and a row in
-# ADAPTERS. Its name is then a valid value of attention_port and ffn_port. `options` holds
-# bottleneck, interaction_dim, interaction_bottleneck, scale and residual. The names of the
-# adapter's last linears must end in "up", so that AdapterNetworks.insert finds them.
+# To add an adapter, write a subclass of PairAdapter and a row in ADAPTERS: its name, and what is
+# called with (vision_dim, text_dim, options) to make one, a function like the four below or the
+# class itself. The name is then a valid value of --attention-port and --ffn-port. `options` holds
+# bottleneck, interaction_dim, interaction_bottleneck, scale and residual. To start as the identity
+# when inserted, an adapter names its last linears so that they end in "up".
 
 
 def make_iea(vision_dim, text_dim, options):

@@ -3,12 +3,12 @@
 This file imports torch alone.
 
     layers        1  2  3  4 | 5  6  7  8 | 9 10 11 12      L = 12 layers in G = 3 groups
-    stage 1      [ a fresh pair ]                           each stage trains its pairs alone,
-    stage 2      [       a fresh pair     ]                 and merges them: W <- W + α/r B A
+    stage 1      [ a fresh pair ]                           a stage trains its own fresh pairs,
+    stage 2      [       a fresh pair     ]                 then merges them: W <- W + α/r B A
     stage 3      [             a fresh pair            ]
 
     HiVG Eq. (5)        LoRALinear.forward     a linear with a low-rank pair
-    HiVG Eq. (6)        stage_targets          which layers have a pair in stage j
+    HiVG Eq. (6)        stage_targets          its condition: which layers have a pair in stage j
     HiVG Eq. (7)        stage_targets          deeper layers, l > j L / G, keep W alone
     HiVG Eq. (8)        LoRALinear.forward     the other layers sum the pairs of all stages up to j
 
@@ -17,8 +17,8 @@ Symbols (paper = here):
     l = layer, or number            L = len(layers)     G = groups     j = stage
     ceil(l G / L) = layer_group     C = the layers with a bridge
 
-Eqs. (7) and (8) are the two cases of Eq. (6) with the input x of a CLIP layer filled in: x is
-f_v^{l-1}, and in the layers l ∈ C the bridge (adapters.py) has added f_v^sa to this input.
+Eqs. (7) and (8) are the two cases of Eq. (6) with the input of a CLIP layer filled in for x:
+f_v^{l-1}, and in the layers l ∈ C the bridge's f_v^sa as well [D44].
 
 The sum over k in Eqs. (6) and (8) is never written as a sum: the pairs of the stages before j are
 merged into W, and stage j adds its own. So after the last stage the model has no module more than
@@ -45,13 +45,20 @@ Where this file differs from a paper or its released code ("code"):
     paper   Gaussian; its deviation is not given
     code    Kaiming uniform, with a dropout of 0.1 before A
     here    N(0, 1/r²), no dropout
-    why     the paper first; 1/r is the usual deviation
+    why     the paper first; the deviation is our choice
 
 [D24] the pairs of the stages
     paper   a fresh pair in each stage, merged after the stage, Eq. (6); groups of L / G layers
     code    one pair that all stages train, never merged; the first 5, 8, 12 layers, for ViT-L too
     here    as the paper
     why     the paper first
+
+[D44] the place of f_v^sa in Eqs. (7) and (8)
+    paper   the equations add it to the input of layer l; Section 3.2 adds it after the attention
+    code    adds it after the attention
+    here    adds it after the attention: q, k, v and out of this layer do not see it, its
+            feed-forward network and all later layers do
+    why     Section 3.2 and Fig. 7 describe the block, the equations sum it up
 """
 import math
 from typing import NamedTuple
@@ -98,11 +105,11 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         """x: (..., k). Returns (..., d)."""
-        # W already holds the merged pairs of earlier stages, so W x is W_0 x and the terms k < j
-        # of the sum over k in Eq. (8). B A x is the term k = j.
+        # W already holds the merged pairs of earlier stages: W x = W_0 x + the terms k < j of the
+        # sum in Eqs. (6) and (8). B A x is the term k = j. x has or has not seen a bridge [D44].
         h = F.linear(x, self.weight, self.bias)
         delta = F.linear(F.linear(x, self.A), self.B)
-        return h + self.scale * delta    # HiVG Eq. (5), HiVG Eq. (8)
+        return h + self.scale * delta    # HiVG Eq. (5); HiVG Eqs. (6), (8), the case l <= j L / G
 
     @torch.no_grad()
     def merged(self):

@@ -13,7 +13,7 @@ Symbols (paper = here):
     t_i, v_i = rows of text, image (Eqs. 9, 10)     s_i = s     m_d = mask
     λ_focal = focal     λ_dice = dice
 
-Shapes: B boxes of a batch, N pairs of a text and an image, or N image tokens, C channels.
+Shapes: B samples of a batch, N image tokens, C channels. (N in Eqs. (9), (10) is B here.)
 
 A box is (cx, cy, w, h) in [0, 1] of the padded square image. All losses are computed in float32,
 whatever precision the model runs in: the area of a small box is a product of two small numbers, and
@@ -35,8 +35,8 @@ Where this file differs from a paper or its released code ("code"):
 
 [D17] the box mask of HiVG Eq. (13)
     paper   the mask is downsampled to the grid of tokens by "nearest"
-    code    a token is positive if the pixel at its cell's corner is; a small box may have no
-            positive token
+    code    a token is positive if the pixel at its cell's corner lies in the box; a small box may
+            have no positive token
     here    a token is positive if its cell's centre is in the box; a box without any centre gets
             the one cell that holds the centre of the box
     why     every target needs at least one positive token
@@ -45,7 +45,7 @@ Where this file differs from a paper or its released code ("code"):
     paper   tokens outside the box are negatives
     code    padded tokens are negatives too
     here    padded tokens count for nothing
-    why     a padded token shows nothing that could be told apart from the target
+    why     padding shows no object, so it is no evidence against the text
 
 [D19] the normalization in HiVG Eq. (12)
     paper   the similarity is computed "after applying normalization and an MLP projection"
@@ -121,10 +121,10 @@ def box_loss(pred, target, l1=1.0, giou=1.0):
 
     # [D1] Both papers write smooth L1; the released code has plain L1.
     smooth_l1 = F.smooth_l1_loss(pred, target, reduction="none").sum(-1).mean()
-    _, overlap = iou_and_giou(pred, target)
+    _, giou_of_pairs = iou_and_giou(pred, target)    # (B,)
     # [D2] M²IST does not give λ, which is `giou` here; its released code adds the two terms with
     # weight 1.
-    return l1 * smooth_l1 + giou * (1 - overlap).mean()    # M²IST Eq. (6), HiVG Eq. (14)
+    return l1 * smooth_l1 + giou * (1 - giou_of_pairs).mean()    # M²IST Eq. (6), HiVG Eq. (14)
 
 
 # --- The contrastive constraint: HiVG Eqs. (9)-(11) -----------------------------------------------
@@ -133,7 +133,7 @@ def box_loss(pred, target, l1=1.0, giou=1.0):
 def contrastive_loss(text, image, temperature):
     """L_CLC of HiVG Eq. (11): in a batch, each text must pick its image, and each image its text.
 
-    text, image: (N, C) embeddings; row i of both belongs to pair i. They are normalised here.
+    text, image: (B, C) embeddings; row i of both belongs to pair i. They are normalised here.
     temperature: τ, taken from CLIP (0.01 after CLIP's pretraining). Returns a float32 scalar. As in
     the paper, all other pairs are negatives. An image that occurs twice in the batch is then a
     negative of its own second text.
@@ -141,7 +141,7 @@ def contrastive_loss(text, image, temperature):
     text = F.normalize(text.float(), dim=-1)
     image = F.normalize(image.float(), dim=-1)
 
-    # Cosine similarities over τ, (N, N): row i is text i, column j is image j.
+    # Cosine similarities over τ, (B, B): row i is text i, column j is image j.
     logits = text @ image.T / temperature
     pair = torch.arange(len(logits), device=logits.device)    # the right column of row i is i
     t2i = F.cross_entropy(logits, pair)      # HiVG Eq. (9)

@@ -49,7 +49,8 @@ Where this file differs from a paper or its released code ("code"):
     paper   3.19M
     code    counts the shared projection twice, and two norms for each VEA and LEA
     here    2,975,232, where each tensor counts once
-    why     the paper's way of counting gives 3,185,664, so the architecture is the same
+    why     the code's way of counting gives 3,185,664, so the architecture is the same; tests/
+            test_rows.py explains the other counts of the paper's tables row by row
 
 [D16] layers of the bridges, and text layers that they see
     paper   vision layers 4, 8, 12 (L: 6, 12, 18, 24); text layers 1-12
@@ -60,9 +61,10 @@ Where this file differs from a paper or its released code ("code"):
 [D23] parameters of HiVG
     paper   206M in all, 41M of them updated (L: 468M, 52M)
     code    213-237M and 64-87M, with the parts that it never uses
-    here    211,027,461 and 40,768,512 (L: 561,573,381 and 99,618,816)
-    why     206M leaves out the perceiver, projections, positions and the MLP of Eq. (12); four
-            bridges that see twelve text layers are alone more than the 52M of L
+    here    211,027,461 when merged, and 40,768,512 in the last stage, its pairs included
+            (L: 561,573,381 and 99,618,816)
+    why     206M seems to leave out the perceiver, projections, positions and the MLP of Eq. (12);
+            four bridges that see twelve text layers are alone more than the 52M of L
 
 [D25] linears that LoRA adapts in CLIP
     paper   Q, K, V "and the fully connected matrix in the update layer", Appendix B
@@ -78,10 +80,10 @@ Where this file differs from a paper or its released code ("code"):
     why     two linears in a row are one linear
 
 [D29] box head
-    paper   three linears with a ReLU each
-    code    no ReLU after the last linear; a sigmoid
+    paper   HiVG: three linears with a ReLU each; M²IST: an MLP with a linear output layer
+    code    both: no ReLU after the last linear, and a sigmoid
     here    as the code
-    why     with a last ReLU no coordinate could lie between 0 and 1/2
+    why     a sigmoid after a ReLU is never below 1/2
 
 [D30] padded patches of CLIP's vision tower
     paper   says nothing
@@ -107,8 +109,9 @@ Where this file differs from a paper or its released code ("code"):
     code    contains none of these methods
     here    all at the layers of M³ISA, s = 0.1; C_i = 256 where a part is shared; LoRA on q and v
             with r = alpha = 96; MRS-Adapter one for each layer (its source: one for all layers)
-    why     the paper's 1.58M of MRS-Adapter is 6 + 6 layers exactly and its 2.37M of LoRA nearly
-            (2.36M); its other counts cannot be derived
+    why     the paper's 1.58M of MRS-Adapter is 6 + 6 layers exactly if the shared projection
+            counts twice [D11], its 2.37M of LoRA is nearly ours (2.36M); its other counts cannot
+            be derived
 """
 import argparse
 import functools
@@ -466,7 +469,7 @@ class GroundingEncoder(nn.Module):
         """Join [REG], text and vision tokens -> Sequence. A text may be trimmed to the longest of
         its batch; every token keeps the position that it has in a full sequence."""
         B, T = text.padding.shape
-        Nv = vision.padding.shape[1]
+        V = vision.padding.shape[1]    # vision tokens: Nv cells, and with `clip` [CLS] before them
         reg = self.reg.expand(B, 1, -1)
         reg_padding = text.padding.new_zeros(B, 1)
         x_v = self.vision_projection(vision.x)                                # HiVG Eq. (1)
@@ -475,8 +478,8 @@ class GroundingEncoder(nn.Module):
             # HiVG Eq. (2): [REG], [CLS], the cells of the picture, the text.
             x = torch.cat([reg, x_v, x_l], dim=1)
             padding = torch.cat([reg_padding, vision.padding, text.padding], dim=1)
-            position = self.position[:1 + Nv + T]
-            cells = slice(2, 1 + Nv)
+            position = self.position[:1 + V + T]
+            cells = slice(2, 1 + V)                                           # after [REG], [CLS]
         else:
             # M²IST Section III-A c: [REG], the text, the cells of the picture.
             x = torch.cat([reg, x_l, x_v], dim=1)
@@ -543,7 +546,7 @@ class GroundingModel(nn.Module):
     def trim(self, tokens, padding):
         """Cut tokens and padding, both (B, T), to max_tokens. Only padding may be cut off."""
         limit = self.spec["max_tokens"]
-        # The values are looked at only where something is cut off: on the meta device there are none.
+        # On the meta device a mask has no values to look at, and nothing is cut off there.
         if tokens.shape[1] > limit and not padding[:, limit:].all():
             raise ValueError(f"a text has more than max_tokens = {limit} tokens")
         return tokens[:, :limit], padding[:, :limit]
@@ -553,8 +556,9 @@ class GroundingModel(nn.Module):
 
     def begin_stage(self, stage):
         """Begin LoRA stage `stage`: fresh pairs, whose product is 0, in the layers that the stage
-        trains. Stage 0 has no pairs. Pairs of an earlier stage must have been merged by now
-        (hilora.merge); whatever pairs are left are taken out unmerged."""
+        trains. Stage 0 has no pairs. Pairs of an earlier stage must be in the weights by now
+        (hilora.merge, or merged weights that were loaded); whatever pairs are left are taken out
+        unmerged."""
         hilora.discard(self)
         self.stage = stage
         if stage == 0:
@@ -635,7 +639,7 @@ class DetrBert(GroundingModel):
     def encode(self, modality, encoder, inputs, padding):
         # M²IST's memory saving is this block: with nothing to train inside the encoder, it runs
         # without autograd. No activation is kept, and the backward pass ends in the side network
-        # (the red dashed arrow of Fig. 2).
+        # (the red dashed arrow of Fig. 2). For M²IST the next line is `with torch.no_grad()`.
         tuned = any(p.requires_grad for p in encoder.parameters())    # in full, or by LoRA
         trains_inside = tuned or self.insertion != "side"
         with torch.set_grad_enabled(trains_inside and torch.is_grad_enabled()):
@@ -655,8 +659,8 @@ class ClipGrounding(GroundingModel):
     """Every method on CLIP, HiVG Section 3.1: the two towers, the bridges in the vision tower, the
     grounding encoder. CLIP is frozen but for its LoRA pairs.
 
-    Paper's m, n: len(self.levels), the vision layers whose features are grounded, and
-    len(self.text_layers), the text layers that a bridge sees.
+    Paper's m = len(self.levels), the vision layers whose features are grounded (--vision-layers),
+    and n = len(self.text_layers), the text layers that a bridge sees.
     """
 
     def __init__(self, clip, spec):
@@ -708,6 +712,9 @@ class ClipGrounding(GroundingModel):
     def encode_image(self, images, image_padding, text=None):
         """images (B, 3, S, S), image_padding (B, S, S), text from encode_text -> Encoded, x
         (B, 1 + Nv, m H_v). The text is needed: the bridges let it into the vision tower."""
+        if text is None:
+            raise ValueError("the vision tower of CLIP needs the text, from encode_text, for its "
+                             "bridges")
         states = [*text.states, text.x]
         seen = [states[layer - 1] for layer in self.text_layers]
         vision = self.clip.vision(images, image_padding, context=(seen, text.padding))
@@ -739,7 +746,7 @@ SIZES = {
     "base": {
         # M²IST Sections III-A and IV-B. Dropout and heads as in the released code.
         "detr": dict(
-            image_size=640, stride=32, max_tokens=20,
+            image_size=640, stride=32, max_tokens=20, backbone="resnet50",
             vision=dict(channels=2048, dim=256, heads=8, hidden=2048, layers=6, dropout=0.1),
             text=dict(vocabulary=30522, positions=512, dim=768, heads=12, hidden=3072, layers=12,
                       dropout=0.1),
@@ -772,7 +779,7 @@ SIZES = {
     # takes several times as long to predict anything but the mean box.
     "tiny": {
         "detr": dict(
-            image_size=64, stride=8, max_tokens=20,
+            image_size=64, stride=8, max_tokens=20, backbone="small stem",
             vision=dict(channels=64, dim=64, heads=4, hidden=128, layers=2, dropout=0.0),
             text=dict(vocabulary=256, positions=32, dim=96, heads=4, hidden=192, layers=4,
                       dropout=0.0),
@@ -795,7 +802,8 @@ SIZES = {
 # ports (names from ADAPTERS), no LoRA.
 FROZEN = dict(encoders="detr", tune_encoders=False, insertion="side", attention_port="none",
               ffn_port="none", scale=0.1, lora_targets=(), stages=0)
-# LoRA on DETR and BERT is one stage that lasts the whole training [D39]: the model is built in it.
+# LoRA on DETR and BERT is one stage that lasts the whole training [D39]. The model is built in that
+# stage, so that what is counted is what the method's name says.
 LORA = dict(lora_targets=("q", "v"), stages=1, first_stage=1)
 # On CLIP, stages follow a warm-up without LoRA, in which the model is built.
 ON_CLIP = dict(encoders="clip", lora_targets=("q", "k", "v", "out"))    # [D25]
@@ -816,7 +824,7 @@ METHODS = {
     "mrs-adapter": dict(FROZEN, insertion="parallel", ffn_port="iea"),      # Yuan, TGRS 2023
     "m2ist": dict(FROZEN, attention_port="iea", ffn_port="ea"),             # Tables I, V (f) [D11]
     "m2ist+lora": {**FROZEN, "attention_port": "iea", "ffn_port": "ea", **LORA},    # Table X
-    "clip-frozen": dict(PLAIN_CLIP, stages=0),                              # HiVG Fig. 4 (d)
+    "clip-frozen": dict(PLAIN_CLIP, lora_targets=(), stages=0),             # HiVG Fig. 4 (d)
     "clip-lora": dict(PLAIN_CLIP, stages=1),                                # ... with vanilla LoRA
     "hivg": ON_CLIP}                                                        # [D23]
 
@@ -856,18 +864,19 @@ def has_bridges(spec):
 
 
 def can_have_lora(spec):
-    """methods with linears for LoRA: those on CLIP, lora and m2ist+lora"""
+    """methods with linears for LoRA: lora, m2ist+lora, clip-lora and hivg"""
     return len(spec["lora_targets"]) > 0
 
 
 def has_lora(spec):
-    """runs with LoRA, that is with --stages of 1 or more"""
+    """runs with LoRA (--stages of 1 or more)"""
     return can_have_lora(spec) and spec["stages"] > 0
 
 
 class Option(NamedTuple):
-    """One option. The parser, the checks, --help and build_model read all of it from here.
-    Its default is the row of SIZES, METHODS or RECIPES (train.py) that names it, else `default`."""
+    """One option. The parser, the checks, --help and build_model read all of it from here. A
+    default that depends on size, method or dataset is the entry of SIZES, METHODS or RECIPES
+    (train.py) with its name; train.resolve has their order."""
     name: str                     # as an argument; the flag has dashes: max_tokens, --max-tokens
     type: type                    # int, float, str, or bool for a switch
     group: str                    # its heading in --help
@@ -893,43 +902,49 @@ MODEL_OPTIONS = [
            "naming.", "HiVG 4.1", only=on_clip),
     Option("pixels", str, "weights", "Normalise pixels as this encoder's pretraining did.",
            "released code; the encoder's own if not given", choices=data.PIXELS),
-    Option("attention_port", str, "M²IST", "Adapter at the attention ports.", "Tables V, VI",
+    Option("attention_port", str, "M²IST", "Adapter at the attention ports.", "M²IST Tables V, VI",
            choices=ADAPTERS, only=on_detr),
-    Option("ffn_port", str, "M²IST", "Adapter at the feed-forward ports.", "Tables V, VI",
+    Option("ffn_port", str, "M²IST", "Adapter at the feed-forward ports.", "M²IST Tables V, VI",
            choices=ADAPTERS, only=on_detr),
     Option("insertion", str, "M²IST", "Where adapters work: beside the encoder or inside it.",
-           "Table VII", choices=("side", "sequential", "parallel"), only=has_adapters),
-    Option("bottleneck", int, "M²IST", "C_d, the bottleneck of VEA and LEA.", "IV-B b", at_least=1,
+           "M²IST Table VII", choices=("side", "sequential", "parallel"), only=has_adapters),
+    Option("bottleneck", int, "M²IST", "C_d, the bottleneck of VEA and LEA.", "M²IST IV-B b",
+           at_least=1,
            only=has_adapters),
-    Option("interaction_dim", int, "M²IST", "C_i, the shared channels of IEA.", "IV-B b",
+    Option("interaction_dim", int, "M²IST", "C_i, the shared channels of IEA.", "M²IST IV-B b",
            at_least=1, only=has_adapters),
-    Option("interaction_bottleneck", int, "M²IST", "C_d of IEA.", "IV-C a", at_least=1,
+    Option("interaction_bottleneck", int, "M²IST", "C_d of IEA.", "M²IST IV-C a", at_least=1,
            only=has_adapters, flag=False),
-    Option("scale", float, "M²IST", "s, the scale of all adapters.", "IV-B b", at_least=0,
+    Option("scale", float, "M²IST", "s, the scale of all adapters.", "M²IST IV-B b", at_least=0,
            only=has_adapters),
     Option("residual", bool, "M²IST", "Adapters add their own input, as Eqs. (1), (4), (5) say.",
            "released code", default=False, only=has_side_network),
     Option("text_layers", int, "M²IST", "M²IST pairs these with vision layers 1, 2, ...; HiVG's "
-           "bridges see these (13: the projected text).", "Table VIII c, HiVG Table 10; HiVG: all",
+           "bridges see these (13: the projected text).",
+           "M²IST Table VIII c, HiVG Table 10; HiVG: all if not given",
            at_least=1, several="+", only=has_text_layers),
-    Option("vision_layers", int, "HiVG", "Ground the features of these vision layers.", "4.1",
+    Option("vision_layers", int, "HiVG", "Ground the features of these vision layers.", "HiVG 4.1",
            at_least=1, several="+", only=on_clip),
-    Option("bridge_layers", int, "HiVG", "Vision layers with a cross-modal bridge.", "4.1",
+    Option("bridge_layers", int, "HiVG", "Vision layers with a cross-modal bridge.", "HiVG 4.1",
            at_least=1, several="*", only=on_clip),
     Option("bridge_weights", str, "HiVG", "Shape of the bridges' sample-agnostic weights.",
-           "Tables 4, 10", default="nxLxH", choices=BRIDGE_WEIGHTS, only=has_bridges, flag=False),
-    Option("cross_attention", bool, "HiVG", "Bridges have cross-attention.", "Table 4",
+           "HiVG Tables 4, 10", default="nxLxH", choices=BRIDGE_WEIGHTS, only=has_bridges,
+           flag=False),
+    Option("cross_attention", bool, "HiVG", "Bridges have cross-attention.", "HiVG Table 4",
            default=True, only=has_bridges, flag=False),
-    Option("layer_to_layer", bool, "HiVG", "Each bridge sees one of the text layers.", "Table 4",
+    Option("layer_to_layer", bool, "HiVG", "Each bridge sees one of the text layers.",
+           "HiVG Table 4",
            default=False, only=has_bridges, flag=False),
-    Option("region_text", bool, "HiVG", "The MLP of Eq. (12) exists.", "3.4", default=True,
+    Option("region_text", bool, "HiVG", "The MLP of Eq. (12) exists.", "HiVG 3.4", default=True,
            only=on_clip, flag=False),
     Option("stages", int, "HiVG", "G, the stages and layer groups of LoRA; 0 is without LoRA.",
-           "4.1", default=0, at_least=0, only=can_have_lora),
-    Option("rank", int, "HiVG", "r of LoRA.", "Table 8", at_least=1, only=has_lora),
-    Option("alpha", float, "HiVG", "α of LoRA; pairs are scaled by α / r.", "Table 8",
-           at_least=1e-6, only=has_lora),
-    Option("deep_to_shallow", bool, "HiVG", "Stages begin at the last vision layers.", "Table 5",
+           "HiVG 4.1", default=0, at_least=0, only=can_have_lora),
+    Option("rank", int, "HiVG", "r of LoRA.", "HiVG Table 8; D39 on DETR and BERT", at_least=1,
+           only=has_lora),
+    Option("alpha", float, "HiVG", "α of LoRA; pairs are scaled by α / r.",
+           "HiVG Table 8; D39 on DETR and BERT", at_least=1e-6, only=has_lora),
+    Option("deep_to_shallow", bool, "HiVG", "Stages begin at the last vision layers.",
+           "HiVG Table 5",
            default=False, only=has_lora, flag=False)]
 
 
@@ -940,8 +955,12 @@ def check_option(option, value, spec, method):
         raise InputError(f"{flag} is for {option.only.__doc__}, not for --method {method}")
     if option.choices is not None:
         one_of(flag, value, list(option.choices))
-    values = value if isinstance(value, (list, tuple)) else [value]
+    if option.several and not isinstance(value, (list, tuple)):
+        raise InputError(f"{flag} is {value!r}; it must be a list")
+    values = value if option.several else [value]
     for number in values:
+        if option.at_least is not None and not isinstance(number, (int, float)):
+            raise InputError(f"{flag} is {number!r}; it must be a number")
         if option.at_least is not None and not option.at_least <= number < math.inf:
             raise InputError(f"{flag} is {number}; it must be {option.at_least} or more")
 
@@ -994,7 +1013,7 @@ def build_encoders(spec):
             vision = ClipVision(spec["image_size"], spec["stride"], **spec["vision"])
             text = ClipText(**spec["text"])
             return {"clip": Clip(vision, text)}
-        if spec["stride"] == 32:
+        if spec["backbone"] == "resnet50":
             backbone = resnet50_body()
         else:
             backbone = SmallStem(spec["vision"]["channels"])
@@ -1053,10 +1072,12 @@ def make_tokenizer(spec):
     if spec["weights"] != "pretrained":
         return cached_tokenizer(spec["max_tokens"])
     name = spec[f"{kind}_weights"]
-    if Path(name).is_file():                    # it holds weights alone; the hub has the tokenizer
-        sizes = [size[spec["encoders"]] for size in SIZES.values() if spec["encoders"] in size]
-        same = [size for size in sizes if size["text"] == spec["text"]]
-        name = same[0][f"{kind}_weights"]
+    if Path(name).is_file():
+        # A file holds weights alone. The tokenizer then is that of the hub's encoder of this size.
+        for size in SIZES.values():
+            row = size.get(spec["encoders"])
+            if row is not None and row["text"] == spec["text"]:
+                name = row[f"{kind}_weights"]
     return cached_tokenizer(spec["max_tokens"], name, spec["text"]["vocabulary"], flag)
 
 
@@ -1077,32 +1098,36 @@ def count_parameters(model):
 
 def tuned_groups(model):
     """What a model trains in its present stage: {a group's name: its number of parameters}."""
-    layers = {}
     counts = {}
+    layers = {}    # the encoder layers that a group is in, where it is in some of them only
     for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        tower = re.match(r"(?:clip\.)?(vision|text)\.(?:layers\.(\d+)\.)?", name)
-        if name.startswith("grounding."):
-            group = "grounding encoder and box head"
-        elif name.startswith("adapters."):
-            group = "adapters"
-        elif ".plugs." in name:
-            group = "cross-modal bridges, vision layers"
-        elif name.endswith((".A", ".B")):
-            group = f"LoRA pairs on {', '.join(model.spec['lora_targets'])}, {tower[1]} layers"
-        else:
-            group = f"{tower[1]} encoder"
-        counts[group] = counts.get(group, 0) + p.numel()
-        if group.endswith("layers"):
-            layers.setdefault(group, set()).add(int(tower[2]) + 1)
+        if p.requires_grad:
+            group, layer = group_of(name, model.spec)
+            counts[group] = counts.get(group, 0) + p.numel()
+            layers.setdefault(group, set())
+            if layer is not None:
+                layers[group].add(layer)
 
     named = {}
     for group, count in counts.items():
-        if group in layers:
-            group = f"{group} {' '.join(str(layer) for layer in sorted(layers[group]))}"
-        named[group] = count
+        numbers = [str(layer) for layer in sorted(layers[group])]
+        named[" ".join([group, *numbers])] = count
     return named
+
+
+def group_of(name, spec):
+    """The group of a trained parameter, and its encoder layer or None."""
+    if name.startswith("grounding."):
+        return "grounding encoder and box head", None
+    if name.startswith("adapters."):
+        return "adapters", None
+    match = re.match(r"(?:clip\.)?(vision|text)\.(?:layers\.(\d+)\.)?", name)
+    tower, index = match.groups()
+    if ".plugs." in name:
+        return "cross-modal bridges at vision layers", int(index) + 1
+    if name.endswith((".A", ".B")):
+        return f"LoRA pairs on {'/'.join(spec['lora_targets'])} of {tower} layers", int(index) + 1
+    return f"{tower} encoder", None
 
 
 def what_trains(method, stage, size="base", **options):
@@ -1199,8 +1224,8 @@ def state_in(content, source):
 
 
 def merge_peft(state, source):
-    """A state dict without PEFT's words in its names, and with its LoRA pairs merged:
-    W + α/r B A. The α/r of HiVG is 16/32; no file says so, so that no other rank can be read."""
+    """A state dict without PEFT's words in its names, and with its LoRA pairs merged: W + α/r B A.
+    The files do not hold α. HiVG has α = 16 for r = 32; another rank is refused."""
     plain = {}
     for key, value in state.items():
         plain[re.sub(r"base_model\.model\.|base_layer\.|default\.", "", key)] = value
@@ -1243,6 +1268,7 @@ def load_hub(module, weights, flag, table, ignored):
         key = re.sub("beta$", "bias", key)
         state[key] = value
 
+    # A file of HiVG's has its CLIP under "clip.", with its bridges inside, as "cross_...".
     prefix = "clip." if any(key.startswith("clip.") for key in state) else ""
     other = [key for key in state if not key.startswith(prefix) or ".cross_" in key]
     if other:

@@ -29,7 +29,7 @@ Where this file differs from a paper or its released code ("code"):
     paper   60 in Section 4.1, 80 in Table 8
     code    80 in the warm-up, 60, 60, 40 in the stages, on each of seven GPUs
     here    80 (L: 32)
-    why     the table is the longer list
+    why     Table 8 gives base and large apart, Section 4.1 gives one number
 
 [D27] what HiVG's first phase trains
     paper   "the grounding encoder, regression head"
@@ -94,8 +94,9 @@ from model import (DETR_URL, METHODS, MODEL_OPTIONS, SIZES, Option, architecture
                    tuned_groups)
 
 # ---------------------------------------------------------------------------------------------
-# Recipes: the defaults that depend on the run. A row applies if the run's encoders, size, method
-# and dataset have all of the words before the colon. Where two rows apply, the lower one wins.
+# Recipes: the defaults that depend on the run. The key of a row is a set of words. The row applies
+# if each of its words is the run's encoders ("clip" for hivg and clip-*, "detr" for the others), or
+# its size, method or dataset. Where two rows apply, the lower one wins.
 
 RECIPES = {
     "detr": dict(l1=1.0, giou=1.0, contrast=0.0, focal=0.0, dice=0.0, stage_epochs=0, stage_lr=[]),
@@ -165,15 +166,16 @@ RUN_OPTIONS = [
     Option("schedule", str, "training", "step: a tenth after --lr-drop epochs; cosine: to zero.",
            "M²IST IV-B c, HiVG's released code", choices=("step", "cosine")),
     Option("lr_drop", int, "training", "Epochs before the step.", "M²IST IV-B c", at_least=1),
-    Option("warmup", int, "training", "Steps of linear warm-up.", "released code", at_least=0),
+    Option("warmup", int, "training", "Steps over which the rates rise linearly at the start of a "
+           "phase.", "released code", at_least=0),
     Option("weight_decay", float, "training", "Weight decay of AdamW.", "M²IST IV-B c",
            default=1e-4, at_least=0),
-    Option("last_stage", int, "HiVG", "Stop after this stage.", "Table 5", at_least=1,
+    Option("last_stage", int, "HiVG", "Stop after this stage.", "HiVG Table 5", at_least=1,
            only=has_lora, flag=False),
     Option("stage_epochs", int, "HiVG", "Epochs of each stage; 0: the stages share --epochs, and "
-           "no warm-up precedes them.", "Table 8", at_least=0, only=has_lora),
+           "no phase without LoRA precedes them.", "HiVG Table 8", at_least=0, only=has_lora),
     Option("stage_lr", float, "HiVG", "Rate of each stage; the last one serves all further stages.",
-           "Table 8", at_least=0, several="+", only=has_lora),
+           "HiVG Table 8", at_least=0, several="+", only=has_lora),
     Option("l1", float, "losses", "Weight of smooth L1.", "M²IST Eq. (6), HiVG Table 8",
            at_least=0),
     Option("giou", float, "losses", "λ of M²IST Eq. (6), the weight of GIoU.",
@@ -222,14 +224,23 @@ def add_flag(group, option, args):
     text = option.help
     if option.choices is not None:
         text += f" One of {', '.join(option.choices)}."
-    if args is not None:
+    if args is not None and applies(option, args):
         text += f" ({option.source}; default: {shown(option, args)})"
+    elif args is not None:
+        text += f" ({option.source}; not for {args.method})"
     flag = f"--{option.name.replace('_', '-')}"
     if option.type is bool:
         group.add_argument(flag, action="store_true", help=text)
     else:
         metavar = {int: "N", float: "X", str: "NAME"}[option.type]
         group.add_argument(flag, type=option.type, nargs=option.several, metavar=metavar, help=text)
+
+
+def applies(option, args):
+    """Whether the method of a run takes an option."""
+    if option.only is None:
+        return True
+    return option.only(architecture(args.method, args.size, **model_options(args)))
 
 
 def shown(option, args):
@@ -302,17 +313,23 @@ def resolve(given):
     method = given.get("method") or row.get("method") or OPTIONS["method"].default
     one_of("--method", method, METHODS)
 
+    # 1. What somebody chose: the recipe, the row, the command line.
     chosen = {**recipe(method, size, dataset), **row, **given}
+
+    # 2. The options of the model; None where the method does not take an option.
     of_model = {o.name: chosen[o.name] for o in MODEL_OPTIONS if o.name in chosen}
     spec = architecture(method, size, **of_model)
     values = {name: option.default for name, option in OPTIONS.items()}
     for option in MODEL_OPTIONS:
         applies = option.only is None or option.only(spec)
         values[option.name] = spec[option.name] if applies else None
+
+    # 3. All options, and the checks of those on the command line.
     values.update(chosen, method=method, size=size, dataset=dataset)
     for name, value in given.items():
         check_option(OPTIONS[name], value, spec, method)
 
+    # 4. Defaults that follow from other options.
     if values["weights"] is None:
         values["weights"] = "shapes" if size == "tiny" else "pretrained"
     if values["micro_batch"] is None:
@@ -328,8 +345,10 @@ def resolve(given):
 
 def check_stages(values, spec):
     stages = spec["stages"]
-    if values["stage_epochs"] == 0 and values["epochs"] < stages:
-        raise InputError(f"--stages {stages} need as many --epochs, or --stage-epochs of 1 or more")
+    epochs = values["epochs"]
+    if stages > 0 and values["stage_epochs"] == 0 and epochs % stages != 0:
+        raise InputError(f"--epochs is {epochs}, which --stages {stages} cannot share: give a "
+                         f"multiple of {stages}, or --stage-epochs of 1 or more")
     if values["last_stage"] is not None and values["last_stage"] > stages:
         raise InputError(f"the last stage is {values['last_stage']}, but --stages is {stages}")
 
@@ -356,7 +375,8 @@ def print_recipe(args):
     for group in GROUPS:
         parts = []
         for option in OPTIONS.values():
-            if option.group == group and getattr(args, option.name) is not None:
+            given = getattr(args, option.name) is not None
+            if option.group == group and given and applies(option, args):
                 parts.append(f"{option.name} {shown(option, args)}")
         if parts:
             print(f"{group}: {', '.join(parts)}")
@@ -440,11 +460,13 @@ def fit(model, args, train_loader, val_loader):
     for phase in phases:
         if done >= phase.last:
             continue    # this phase was over before the run was resumed
+        # A run that stopped between two phases has a last.pt with merged weights, to be loaded
+        # before the new pairs come; a run that stopped within a phase has one with the pairs.
         if last is not None and done == phase.first:
-            load_tuned(model, last["model"], "last.pt")    # the run stopped between two phases
+            load_tuned(model, last["model"], "last.pt")
         optimizer = begin_phase(model, phase, args)
         if last is not None and done > phase.first:
-            load_tuned(model, last["model"], "last.pt")    # the run stopped within this phase
+            load_tuned(model, last["model"], "last.pt")
             optimizer.load_state_dict(last["optimizer"])
         last = None    # later phases go on from the model, and the memory is free again
 
@@ -535,15 +557,15 @@ class Phase(NamedTuple):
     """Epochs first + 1 .. last of a run."""
     name: str
     stage: int           # of LoRA; 0 is without
-    first: int           # epochs of the run before this phase
-    last: int            # epochs of the run at its end
+    first: int           # how many epochs of the run come before this phase
+    last: int            # the number of its last epoch
     lr: float            # peak rate of the grounding encoder
     lr_encoder: float    # peak rate of all else
 
 
 def plan(args):
     """The phases of a run. The bridges are trained in all of them [D27]. Stages without
-    --stage-epochs share --epochs and have no warm-up, as adapters are there from the start."""
+    --stage-epochs (LoRA on DETR and BERT) share --epochs and begin at epoch 1, as adapters do."""
     stages = args.stages or 0
     if stages == 0:
         return [Phase("training", 0, 0, args.epochs, args.lr, args.lr_encoder)]
@@ -557,7 +579,7 @@ def plan(args):
     else:
         epochs = args.epochs // stages
     for stage in range(1, (args.last_stage or stages) + 1):
-        if args.stage_lr:    # one rate for each stage, for both groups of parameters
+        if args.stage_lr:    # one rate for each stage and all that it trains, as released
             lr = lr_encoder = args.stage_lr[min(stage, len(args.stage_lr)) - 1]
         else:
             lr, lr_encoder = args.lr, args.lr_encoder
@@ -579,14 +601,16 @@ def begin_phase(model, phase, args):
 def end_phase(model, phase, best_path, log):
     """Go on with the weights that were best on val so far, with their pairs merged, be they of this
     phase or of an earlier one [D33]."""
-    hilora.discard(model)    # back to the weights that the phase began with ...
-    load_tuned(model, read_state(best_path), best_path)    # ... and from there to the best
+    # This is the merge of HiVG Section 3.3: best.safetensors holds W + α/r B A. load_tuned first
+    # takes the pairs out, which leaves the weights that the phase began with; where the best are of
+    # an earlier phase, they lack the layers that only this phase has changed.
+    load_tuned(model, read_state(best_path), best_path)
     reached = [line.get("val_acc@0.5", 0) for line in log]
     here = max(reached[phase.first:])
     before = max(reached[:phase.first], default=0)
     if here < before:
-        tqdm.write(f"{phase.name} ends worse on val ({here:.4f}) than it began ({before:.4f}): the "
-                   f"weights that it began with are kept")
+        tqdm.write(f"{phase.name} ends worse on val ({here:.4f} at best) than it began "
+                   f"({before:.4f}): the weights that it began with are kept")
 
 
 def make_optimizer(model, args, phase):
@@ -691,16 +715,21 @@ def picture_predictions(model, samples, args, path):
 # ---------------------------------------------------------------------------------------------
 # Saving and resuming. A checkpoint holds the tuned weights alone; its metadata rebuilds the rest.
 
+def model_options(args):
+    """The options of a run that its model takes."""
+    return {option.name: getattr(args, option.name) for option in MODEL_OPTIONS}
+
+
 def model_arguments(args):
     """The arguments of build_model that rebuild the model of a run."""
-    names = ["method", "size", "weights", *[option.name for option in MODEL_OPTIONS]]
-    return {name: getattr(args, name) for name in names}
+    return {"method": args.method, "size": args.size, "weights": args.weights,
+            **model_options(args)}
 
 
 def tuned_state(model, merged=False):
-    """{name: tensor} of all that training has changed so far: what has a gradient, and the weights
-    that LoRA's earlier stages were merged into. merged: the pairs of the present stage in the
-    weights that they are for, not apart."""
+    """{name: tensor} of all that training has changed so far: what requires a gradient, and the
+    weights that LoRA's earlier stages were merged into. merged: whether the pairs of the present
+    stage are added to their weights, or are tensors of their own."""
     state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     for name in model.lora_weights():
         state[name] = model.get_parameter(name).detach()
@@ -714,10 +743,11 @@ def tuned_state(model, merged=False):
 
 
 def load_tuned(model, state, source):
-    """Put tuned weights back into a model whose stage has the same pairs. Every key is checked: all
-    that have a gradient must be there, and none that the model has not."""
+    """Put tuned weights back into a model. If `state` holds no pairs, because they are merged, the
+    pairs of the model are taken out first. Every key is checked: all that require a gradient must
+    be there, and none that the model lacks."""
     if not any(name.endswith((".A", ".B")) for name in state):
-        hilora.discard(model)    # the weights are merged: there are no pairs to load into
+        hilora.discard(model)
     wanted = model.state_dict()
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     bad = sorted(trained - set(state))
@@ -797,7 +827,8 @@ def read_last(path, model):
     except Exception:
         raise InputError(f"{path}: damaged, or not what train.py writes; start a new run in "
                          f"another --out") from None
-    model.begin_stage(0)    # the fingerprint is of a model without pairs, or of one that holds them
+    # last.pt holds all pairs that there were; the model must have none when the rest is hashed.
+    model.begin_stage(0)
     if last["frozen"] != frozen_fingerprint(model, last["model"]):
         raise InputError(f"{path}: the run began with other encoder weights than these; give it "
                          f"the same files")
@@ -847,7 +878,7 @@ def check_out(out, resume):
 
 
 # ---------------------------------------------------------------------------------------------
-# Every row of the papers' tables
+# The rows of M²IST's Tables I, II, V-X and of HiVG's Tables 3-5, 9-11 and Fig. 4 (d)
 
 # HiVG Table 11 has neither bridge nor HiLoRA nor RTCC.
 FEATURES_ALONE = dict(bridge_layers=[], stages=0, focal=0.0, dice=0.0)
@@ -855,7 +886,7 @@ FEATURES_ALONE = dict(bridge_layers=[], stages=0, focal=0.0, dice=0.0)
 # row: what it changes of the defaults of `m2ist` or `hivg` at size base; {} is the default itself.
 ROWS = {
     "m2ist/I/full": dict(method="full"),
-    "m2ist/I/frozen": dict(method="frozen"),
+    "m2ist/I/frozen": dict(method="frozen"),    # V (a), beside the methods of Table I
     "m2ist/I/adapter": dict(method="adapter"),
     "m2ist/I/lora": dict(method="lora"),
     "m2ist/I/adaptformer": dict(method="adaptformer"),

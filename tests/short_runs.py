@@ -1,0 +1,59 @@
+"""Short runs of train.py, and what the tests ask of the folder of a run."""
+import json
+from pathlib import Path
+
+import torch
+
+import model as m
+import train
+from test_data import as_refer, pictures
+
+# 60 expressions in batches of 16 are three steps an epoch: the last batch is not full.
+FAST = ["--size", "tiny", "--weights", "random", "--limit", "60", "--batch-size", "16",
+        "--epochs", "3", "--warmup", "0", "--device", "cpu"]
+
+# Two epochs of warm-up, two of stage 1, two of stage 2.
+HIVG = ["--method", "hivg", "--epochs", "2", "--stages", "2", "--stage-epochs", "2", "--rank", "4"]
+
+
+def add_dropout(patch):
+    """Give the tiny models dropout, so that a random number that is drawn out of turn shows."""
+    for spec in m.SIZES["tiny"].values():
+        patch.setitem(spec, "grounding", {**spec["grounding"], "dropout": 0.1})
+
+
+def run(out, *flags):
+    """Train with the flags of FAST and some more, which win. Returns the folder of the run."""
+    train.main([*FAST, "--out", str(out), *flags])
+    return Path(out)
+
+
+def read_log(out):
+    """The lines of log.jsonl as dictionaries."""
+    lines = Path(out, "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def last_weights(out):
+    """The tuned weights at the end of a run."""
+    return torch.load(Path(out, "last.pt"), weights_only=True)["model"]
+
+
+def same(a, b):
+    """Whether two state dicts are equal bit by bit."""
+    if a.keys() != b.keys():
+        return False
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def up_and_down(ious):
+    """A stand-in for train.scores. The accuracy depends on the model alone, and from epoch to epoch
+    it goes up and down."""
+    return {"acc@0.5": ious.mean().item() * 1e4 % 1, "mean_iou": 0.0}
+
+
+def write_refcoco(root):
+    """Write a small RefCOCO with its pictures. Returns the flags that train on it."""
+    as_refer(root)
+    pictures(root / "images/train2014")
+    return ["--dataset", "refcoco", "--root", str(root)]

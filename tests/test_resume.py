@@ -1,0 +1,255 @@
+"""train.py after an interruption: a resumed run ends as an uninterrupted one, bit by bit."""
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import evaluate
+import train
+from data import InputError
+from short_runs import FAST, HIVG, last_weights, read_log, run, same, up_and_down
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = pytest.mark.usefixtures("cpu_with_dropout")
+
+
+class Dying:
+    """A stand-in for write_atomically that stops the run in place of one of its writes.
+
+    write: the number of the write, from 1. file: count the writes of this file alone.
+    """
+
+    def __init__(self, write, file=None):
+        self.write = write
+        self.file = file
+        self.real = train.write_atomically
+        self.writes = 0
+
+    def __call__(self, path, write):
+        if self.file is None or Path(path).name == self.file:
+            self.writes += 1
+        if self.writes == self.write:
+            Path(f"{path}.1.partial").write_bytes(b"half")
+            raise KeyboardInterrupt
+        self.real(path, write)
+
+
+def die(monkeypatch, dying, out, *flags):
+    """Begin a run that stops at a write."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "write_atomically", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run(out, *flags)
+
+
+def assert_same_run(a, b):
+    """Logs, last weights and best weights are equal bit by bit."""
+    assert (a / "log.jsonl").read_bytes() == (b / "log.jsonl").read_bytes()
+    assert same(last_weights(a), last_weights(b))
+    assert same(load_file(a / "best.safetensors"), load_file(b / "best.safetensors"))
+
+
+# --- Interruptions --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", range(1, 11))
+def test_a_run_that_dies_at_any_write_resumes_to_the_same_weights(tmp_path, monkeypatch, m2ist_run,
+                                                                 write):
+    """The writes are args.json, then best.safetensors, log.jsonl and last.pt in each epoch."""
+    dead = tmp_path / "dead"
+    die(monkeypatch, Dying(write), dead)
+
+    # Before args.json is written, nothing is known of the run but its folder.
+    flags = FAST if write == 1 else []
+    train.main([*flags, "--out", str(dead), "--resume"])
+
+    assert_same_run(m2ist_run, dead)
+    resumed, _ = evaluate.load_checkpoint(dead)
+    whole, _ = evaluate.load_checkpoint(m2ist_run)
+    assert same(resumed.state_dict(), whole.state_dict())
+
+
+def test_a_run_makes_ten_writes(tmp_path, monkeypatch):
+    """Three epochs write ten files, so the test above meets every write."""
+    dying = Dying(write=11)
+    monkeypatch.setattr(train, "write_atomically", dying)
+    run(tmp_path / "a")
+    assert dying.writes == 10
+
+
+@pytest.mark.parametrize("epoch, file", [
+    (2, "last.pt"),      # the warm-up is over, and last.pt does not know
+    (3, "log.jsonl"),    # between the warm-up and stage 1
+    (4, "last.pt"),      # stage 1 is over, and last.pt does not know
+    (5, "log.jsonl"),    # between stage 1 and stage 2
+    (6, "last.pt"),      # at the very end
+])
+def test_hivg_that_dies_at_a_write_resumes_into_the_right_stage(tmp_path, monkeypatch, hivg_run,
+                                                                epoch, file):
+    """A run of HiLoRA goes on in the stage and with the pairs that it had."""
+    monkeypatch.setattr(train, "scores", up_and_down)
+    dead = tmp_path / "dead"
+    die(monkeypatch, Dying(epoch, file), dead, *HIVG)
+    train.main(["--out", str(dead), "--resume", "--stages", "2"])    # a flag that the run has
+    assert_same_run(hivg_run, dead)
+
+
+def test_the_scaler_of_fp16_goes_on_where_it_was(tmp_path, monkeypatch):
+    """The scaler counts the steps without overflow: one in each of two epochs."""
+    dead = tmp_path / "dead"
+    die(monkeypatch, Dying(2, "last.pt"), dead, "--amp", "fp16", "--epochs", "2", "--limit", "16")
+    train.main(["--out", str(dead), "--resume"])
+    last = torch.load(dead / "last.pt", weights_only=True)
+    assert last["scaler"]["_growth_tracker"] == 2
+
+
+RESUME_ONE_AND_RUN_ANOTHER = """
+import sys, train
+killed, whole, *flags = sys.argv[1:]
+train.main(["--out", killed, "--resume"])
+train.main([*flags, "--out", whole])
+"""
+
+
+def test_a_run_killed_by_sigkill_resumes_to_the_same_weights(tmp_path):
+    """SIGKILL, which no program can catch, leaves a folder that can be resumed."""
+    killed = tmp_path / "killed"
+    whole = tmp_path / "whole"
+    flags = [*FAST, "--epochs", "6", "--limit", "120"]
+    command = [sys.executable, str(ROOT / "train.py"), *flags, "--out", str(killed)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (killed / "log.jsonl").exists() and time.time() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert 1 <= len(read_log(killed)) < 6
+
+    command = [sys.executable, "-c", RESUME_ONE_AND_RUN_ANOTHER, str(killed), str(whole), *flags]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    assert_same_run(whole, killed)
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, capsys):
+    """--resume of a finished run says where the run stopped, and changes no file of training."""
+    out = run(tmp_path / "a", "--epochs", "1")
+    names = ("args.json", "log.jsonl", "last.pt", "best.safetensors")
+    before = {name: (out / name).read_bytes() for name in names}
+    train.main(["--out", str(out), "--resume"])
+    assert "resumed after epoch 1" in capsys.readouterr().out
+    assert {name: (out / name).read_bytes() for name in names} == before
+
+
+def test_resume_without_a_run_starts_one(tmp_path, capsys):
+    """--resume can stand in a command that is always the same, in the first run too."""
+    out = run(tmp_path / "a", "--epochs", "1", "--resume")
+    assert "starting a new run" in capsys.readouterr().out
+    assert len(read_log(out)) == 1
+
+
+def test_a_resumed_run_may_change_what_makes_no_difference(tmp_path):
+    """--device and --workers are not part of what a run computes."""
+    out = run(tmp_path / "a", "--epochs", "1")
+    args = train.parse_args(["--out", str(out), "--resume", "--device", "cpu", "--workers", "2"])
+    assert args.workers == 2
+    assert args.epochs == 1
+
+
+def test_a_run_of_an_older_version_gets_the_defaults_of_newer_options(tmp_path):
+    """args.json of an older version lacks the newest options."""
+    saved = train.parse_args(FAST)
+    del saved.weight_decay
+    saved.out = str(tmp_path / "a")
+    train.write_args(tmp_path / "a", saved)
+    args = train.parse_args(["--out", str(tmp_path / "a"), "--resume"])
+    assert args.weight_decay == 1e-4
+    assert args.batch_size == 16
+
+
+# --- Runs that cannot be resumed ------------------------------------------------------------------
+
+
+def test_a_folder_that_holds_a_run_is_never_overwritten(tmp_path):
+    """A second run into a folder, or a resumed run with other options, is refused."""
+    out = run(tmp_path / "a", "--epochs", "1")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    with pytest.raises(InputError, match="--resume"):
+        run(out)
+    for flag, value in (("--lr", "0.5"), ("--method", "frozen"), ("--size", "base")):
+        with pytest.raises(InputError, match=f"{flag} is {value}"):
+            train.main(["--out", str(out), "--resume", flag, value])
+
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_file_that_was_half_written_is_no_run(tmp_path):
+    """A folder that holds nothing but a .partial file takes a new run."""
+    (tmp_path / "args.json.1.partial").write_bytes(b"half")
+    train.check_out(tmp_path, resume=False)
+    (tmp_path / "args.json").write_bytes(b"whole")
+    with pytest.raises(InputError, match="already holds a run"):
+        train.check_out(tmp_path, resume=False)
+
+
+def test_a_folder_of_a_run_cannot_be_a_file(tmp_path):
+    """--out names the file that stands in the path."""
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "a"):
+        with pytest.raises(InputError, match="file is a file, not a folder"):
+            train.check_out(out, resume=False)
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """A run of one epoch, for tests that leave its files as they are or put them back."""
+    return run(tmp_path_factory.mktemp("short") / "a", "--epochs", "1")
+
+
+def test_other_encoders_are_named(short_run, monkeypatch):
+    """A run is not resumed with other encoders, as if another file stood behind --vision-weights
+    by now."""
+    monkeypatch.setattr(train, "frozen_fingerprint", lambda model, held: "another")
+    with pytest.raises(InputError, match="last.pt: the run began with other encoder weights"):
+        train.main(["--out", str(short_run), "--resume"])
+
+
+@pytest.mark.parametrize("file, content, message", [
+    ("last.pt", b"PK, the beginning of an archive", "last.pt: damaged"),
+    ("args.json", b"{", "args.json: not what train.py writes"),
+    ("args.json", b"{}", "args.json: not what train.py writes"),
+])
+def test_damaged_files_are_named(short_run, file, content, message):
+    """A file that train.py cannot read gives one line with the name of the file."""
+    assert_named(short_run, file, content, message)
+
+
+def test_a_truncated_last_pt_is_named(short_run):
+    """The first thousand bytes of last.pt are no last.pt."""
+    half = (short_run / "last.pt").read_bytes()[:1000]
+    assert_named(short_run, "last.pt", half, "last.pt: damaged")
+
+
+def test_a_last_pt_that_lacks_a_part_is_named(short_run, tmp_path):
+    """A file that torch.save wrote may still lack the weights."""
+    torch.save({"epoch": 1}, tmp_path / "part.pt")
+    part = (tmp_path / "part.pt").read_bytes()
+    assert_named(short_run, "last.pt", part, "last.pt: damaged")
+
+
+def assert_named(out, file, content, message):
+    """With this content in one of its files a run is not resumed, and the message says why."""
+    whole = (out / file).read_bytes()
+    (out / file).write_bytes(content)
+    try:
+        with pytest.raises(InputError, match=message):
+            train.main(["--out", str(out), "--resume"])
+    finally:
+        (out / file).write_bytes(whole)
