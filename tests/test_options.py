@@ -228,22 +228,20 @@ def test_help_of_a_flag_has_its_sentence_choices_source_and_default(capsys):
     text = help_of(capsys)
     assert help_of_flag(text, "--insertion") == (
         "--insertion NAME Where adapters work: beside the encoder or inside it. One of side, "
-        "sequential, parallel. (Table VII; default: side)")
+        "sequential, parallel. (M²IST Table VII; default: side)")
     for name, option in train.OPTIONS.items():
         if option.flag:
             found = help_of_flag(text, f"--{name.replace('_', '-')}")
-            assert "default: " in found, name
+            assert "default: " in found or "not for m2ist)" in found, name
 
 
 @pytest.mark.parametrize("flags, flag, default", [
     ([], "--method", "m2ist"),
     ([], "--bottleneck", "32"),
     ([], "--text-layers", "3 4"),
-    ([], "--rank", "none"),
     ([], "--residual", "off"),
     (["--residual"], "--residual", "on"),
     (["--method", "hivg"], "--method", "hivg"),
-    (["--method", "hivg"], "--bottleneck", "none"),
     (["--method", "hivg"], "--rank", "32"),
     (["--method", "hivg"], "--stages", "3"),
     (["--method", "hivg"], "--stage-lr", "0.0008 0.0006 0.0004"),
@@ -257,6 +255,14 @@ def test_help_of_a_flag_has_its_sentence_choices_source_and_default(capsys):
 def test_help_shows_the_defaults_of_the_command_line_at_hand(capsys, flags, flag, default):
     """The defaults depend on method, size, dataset and row."""
     assert help_of_flag(help_of(capsys, *flags), flag).endswith(f"default: {default})")
+
+
+@pytest.mark.parametrize("method, flag", [("m2ist", "--rank"), ("hivg", "--bottleneck"),
+                                          ("frozen", "--scale"), ("clip-frozen", "--stages")])
+def test_help_says_which_flags_are_not_for_the_method_at_hand(capsys, method, flag):
+    """An option that the method does not take has no default."""
+    found = help_of_flag(help_of(capsys, "--method", method), flag)
+    assert found.endswith(f"not for {method})")
 
 
 def test_help_does_not_import_transformers():

@@ -464,9 +464,12 @@ def test_further_stages_take_the_last_rate():
 
 def test_stages_without_epochs_of_their_own_share_those_of_the_run():
     """--stage-epochs 0: no warm-up, and each stage has its share of --epochs."""
-    rows = phases("--method", "hivg", *BASE, "--stage-epochs", "0", "--epochs", "50")
+    flags = ["--method", "hivg", *BASE, "--stage-epochs", "0"]
+    rows = phases(*flags, "--epochs", "48")
     assert [row[:4] for row in rows] == [
         ("stage 1", 1, 0, 16), ("stage 2", 2, 16, 32), ("stage 3", 3, 32, 48)]
+    with pytest.raises(InputError, match="--epochs is 50, which --stages 3 cannot share"):
+        phases(*flags, "--epochs", "50")
 
 
 def test_plain_clip_trains_as_long_as_hivg():
