@@ -225,3 +225,36 @@ def test_the_readme_has_the_commands_that_ci_runs():
     assert test_command in ci
     assert "python -m pytest" not in ci.replace(test_command, "")
     assert "pip install -r requirements.txt && python train.py\n" in README
+
+
+@pytest.mark.parametrize("module", ["adapters", "hilora"])
+def test_the_readme_has_the_example_of_the_docstring(module):
+    """The examples to copy are those that test_adapters.py and test_hilora.py execute."""
+    docstring = ast.get_docstring(ast.parse(source(module)))
+    blocks = re.findall(r"```python\n(.+?)```", README, re.S)
+    indented = [block.replace("\n", "\n    ").strip() for block in blocks]
+    examples = [block for block in indented if block in docstring]
+    assert len(examples) == 1
+    assert len(examples[0].splitlines()) <= 10
+
+
+def test_the_readmes_exercises_name_tests_and_functions_that_there_are():
+    """Each row of the reading table leads to a function and to a test."""
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", README)
+    assert len(named) >= 10
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), test
+    places = re.findall(r"`(\w+)\.py` `(\w+)(?:\.(\w+))?`", README)
+    assert len(places) >= 10
+    for module, name, method in places:
+        assert re.search(rf"^(def|class) {name}\b", source(module), re.M), name
+        assert f"    def {method}(" in source(module) or method == "", method
+
+
+def test_the_readmes_counts_are_those_of_the_models():
+    """The table of costs has the exact numbers of tuned parameters."""
+    for method in ("full", "frozen", "lora", "m2ist"):
+        with torch.device("meta"):
+            counts = m.count_parameters(m.build_model(method, "base", "random"))
+        row = re.search(rf"^\| `{method}` \| ([\d,]+) \| .*(?:MiB)", README, re.M)
+        assert int(row[1].replace(",", "")) == counts["encoder_tunable"], method

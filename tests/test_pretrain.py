@@ -1,0 +1,183 @@
+"""assets/pretrain_tiny.py: the pretext tasks, and the encoders that were shipped from them."""
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import losses
+import model as m
+
+ASSETS = Path(__file__).parent.parent / "assets"
+
+
+def load_script():
+    """The script as a module; it lies in a folder that is no package."""
+    spec = importlib.util.spec_from_file_location("pretrain_tiny", ASSETS / "pretrain_tiny.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+pretrain_tiny = load_script()
+
+
+# --- The shipped files ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoders, method", [("detr", "m2ist"), ("clip", "hivg")])
+def test_the_shipped_encoders_are_those_of_a_model_with_weights_shapes(encoders, method):
+    """Every tensor of the file is in the model, in float32, and was changed by the pretraining."""
+    shipped = load_file(m.SHAPES_WEIGHTS[encoders])
+    model = m.build_model(method, "tiny", "shapes").state_dict()
+    random = m.build_model(method, "tiny", "random").state_dict()
+    changed = 0
+    for name, value in shipped.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(model[name], value), name
+        changed += not torch.equal(random[name], value)
+    # Only rows of embeddings that no text reaches, and the like, may stay as they were drawn.
+    assert changed >= 0.95 * len(shipped)
+
+
+def test_the_shipped_files_are_small():
+    """A clone stays small: under 4 MB together."""
+    assert sum(path.stat().st_size for path in m.SHAPES_WEIGHTS.values()) < 4e6
+
+
+def test_the_script_writes_what_the_model_loads(tmp_path):
+    """Two runs of three steps give the same bits, under the names of the shipped file."""
+    for folder in ("a", "b"):
+        pretrain_tiny.main(["detr", "clip", "--steps", "3", "--out", str(tmp_path / folder)])
+    for encoders, path in m.SHAPES_WEIGHTS.items():
+        a = load_file(tmp_path / "a" / path.name)
+        b = load_file(tmp_path / "b" / path.name)
+        shipped = load_file(path)
+        assert a.keys() == b.keys() == shipped.keys()
+        for name, value in a.items():
+            assert torch.equal(value, b[name]), name
+            assert value.shape == shipped[name].shape, name
+
+
+def test_the_script_overwrites_nothing():
+    """The shipped files are the reference: they are refused as a target."""
+    with pytest.raises(data.InputError, match="tiny-detr.safetensors is there already.*--out"):
+        pretrain_tiny.main(["detr"])
+    with pytest.raises(data.InputError, match="the encoders.*detr, clip"):
+        pretrain_tiny.main(["bert"])
+
+
+# --- The pretext tasks ----------------------------------------------------------------------------
+
+
+def test_pretext_vision_asks_for_the_object_that_covers_a_cell():
+    """Colour, shape and box of each covered cell are those of a thing whose box holds its centre."""
+    task = pretrain_tiny.PretextVision(torch.nn.Identity())
+    centres = torch.tensor([[(x + 0.5) / 8, (y + 0.5) / 8] for y in range(8) for x in range(8)])
+    for number in range(50):
+        _, _, owner, things = pretrain_tiny.scene_item("detr", number)
+        colour, shape, boxes = [part[0] for part in task.targets(owner[None], [things])]
+        scene = data.scene(number).things
+        assert [thing for thing, _ in things] == scene
+
+        covered = colour < len(data.COLOURS)
+        assert torch.equal(covered, owner >= 0)
+        found = {(task.colours[c], data.SHAPES[s]) for c, s in zip(colour[covered], shape[covered])}
+        assert found == {(thing.colour, thing.shape) for thing in scene}
+
+        corners = losses.to_corners(boxes)
+        left_of_centre = (corners[:, :2] - 1e-3 <= centres).all(1)
+        right_of_centre = (centres <= corners[:, 2:] + 1e-3).all(1)
+        assert (left_of_centre & right_of_centre)[covered].all()
+
+
+def test_pretext_scenes_are_of_the_train_split_alone(monkeypatch):
+    """No picture of val or of a test split is seen."""
+    seen = []
+
+    def fake_item(encoders, number):
+        seen.append(number)
+        return torch.zeros(1), torch.zeros(1), torch.zeros(1), []
+
+    monkeypatch.setattr(pretrain_tiny, "scene_item", fake_item)
+    for _ in range(20):
+        pretrain_tiny.random_scenes("clip")
+    split = data.SHAPES_SPLITS["train"]
+    assert split.first == 0
+    assert 0 <= min(seen) and split.scenes * 0.9 < max(seen) < split.scenes
+
+
+def test_pretext_text_hides_words_and_asks_for_all():
+    """15% of the real tokens are masked; the loss is over every real token."""
+    torch.manual_seed(0)
+    encoder = m.build_encoders({"encoders": "detr", **m.SIZES["tiny"]["detr"]})["text"]
+    task = pretrain_tiny.PretextText(encoder)
+    shown = []
+    encoder.register_forward_pre_hook(lambda module, inputs: shown.append(inputs))
+    asked = []
+    head = task.head.forward
+    task.head.forward = lambda x: asked.append(x.shape) or head(x)
+
+    real = hidden = 0
+    for _ in range(20):
+        assert task().isfinite()
+        tokens, padding = shown[-1]
+        real += int((~padding).sum())
+        hidden += int((tokens == task.tokenizer.mask).sum())
+        assert asked[-1][:2] == tokens.shape
+    assert 0.13 < hidden / real < 0.17
+
+
+def test_captions_say_what_an_object_is_and_where():
+    """Size, colour and shape, then a place in words or as on a map."""
+    rng = data.seeded(0)
+    thing = data.Thing("red", "circle", "small", 20, 100, 12)
+    captions = {pretrain_tiny.caption(rng, thing, [0.1, 0.7, 0.2, 0.2]) for _ in range(100)}
+    expected = set()
+    for size in ("small ", "little ", ""):
+        expected.add(f"{size}red circle bottom left")
+        expected.add(f"{size}red circle a 6")
+    assert captions == expected
+
+    middle = pretrain_tiny.caption(data.seeded(1), thing, [0.5, 0.5, 0.2, 0.2])
+    assert middle.split()[-1] in ("circle", "5")    # no word for the middle
+    tokenizer = data.Tokenizer(20)
+    for text in captions:
+        assert tokenizer.wordpiece.unk_token_id not in tokenizer(text)
+
+
+def test_the_contrast_of_objects_is_of_the_cells_that_an_object_covers(monkeypatch):
+    """The feature of an object is the mean of the tokens of its cells; its text is its caption."""
+    torch.manual_seed(0)
+    task = pretrain_tiny.PretextClip(m.build_model("clip-frozen", "tiny", "random").clip)
+    monkeypatch.setattr(pretrain_tiny, "BATCH", 4)
+    batch = pretrain_tiny.random_scenes("clip")
+    tokens = task.encoder.vision(batch.images, batch.padding).x
+    texts = []
+    pooled = []
+
+    def fake_texts(captions):
+        texts.append(captions)
+        return torch.randn(len(captions), 64)
+
+    def fake_embed(x):
+        pooled.append(x)
+        return torch.randn(len(x), 64)
+
+    task.embed_texts = fake_texts
+    task.encoder.vision.embed = fake_embed
+    assert task.loss(batch).isfinite()
+
+    objects, whole = texts
+    assert len(whole) == 4
+    assert len(set(objects)) == len(objects) == len(pooled[-1])
+    for text, row in zip(objects, pooled[-1]):
+        distances = []
+        for picture in range(4):
+            for index, (thing, _) in enumerate(batch.things[picture]):
+                if text in whole[picture] and f"{thing.colour} {thing.shape}" in text:
+                    mean = tokens[picture, 1:][batch.owner[picture] == index].mean(0)
+                    distances.append((row - mean).abs().max().item())
+        assert min(distances) < 1e-5
