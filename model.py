@@ -847,7 +847,8 @@ def has_adapters(spec):
 
 
 def has_side_network(spec):
-    """side networks; an inserted adapter always adds its input"""
+    """side networks"""
+    # An inserted adapter always adds its input, as the residual of the sublayer does.
     return has_adapters(spec) and spec["insertion"] == "side"
 
 

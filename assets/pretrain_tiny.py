@@ -11,12 +11,14 @@ picture or box:
     PretextText      the words of a text, some of which are masked
     PretextClip      contrast of pictures with captions that say what an object is and where
 
-On two cores of an AMD EPYC server, with torch 2.15 and two threads, DETR and BERT's counterparts take
-1.5 minutes and CLIP's 4. The last losses are 0.17 (vision), 0.09 (text) and 1.18 (clip), and the files
-are bitwise the shipped ones. These are the reference: another kind of processor, or another number of
-threads, sums floats in another order and makes weights that differ in their last bits.
+On two cores of an AMD EPYC server, with torch 2.15 and two threads, DETR and BERT's counterparts
+take 1.5 minutes and CLIP's 4. The last losses are 0.17 (vision), 0.09 (text) and 1.18 (clip), and
+the files are bitwise the shipped ones. The shipped files are the reference: another kind of
+processor, or another number of threads, sums floats in another order and makes weights that differ
+in their last bits.
 """
 import argparse
+import functools
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -193,8 +195,8 @@ class PretextClip(nn.Module):
         return self.encoder.text(tokens, tokens == self.tokenizer.pad).embedding
 
     def random_captions(self, things):
-        """The caption of each whole picture, and {caption of an object: (picture, its index)}. Of two
-        objects with the same caption the last one counts."""
+        """The caption of each whole picture, and {caption of an object: (picture, its index)}. Of
+        two objects with the same caption the last one counts."""
         whole = []
         objects = {}
         for picture, inside in enumerate(things):
@@ -245,7 +247,8 @@ def pretrain(name, encoder, steps):
 
 
 def pretrain_encoders(encoders, steps):
-    """The state dict of the pretrained tiny encoders: DETR and BERT's ("detr") or CLIP's ("clip")."""
+    """The state dict of the tiny encoders after their pretraining. "detr" stands for the
+    counterparts of DETR and BERT, "clip" for those of CLIP."""
     modules = model.build_encoders({"encoders": encoders, **model.SIZES["tiny"][encoders]})
     for name, encoder in modules.items():
         pretrain(name, encoder, steps)
@@ -261,18 +264,24 @@ def main(argv=None):
                         help="folder for the files (default: that of this script)")
     parser.add_argument("--steps", type=int, metavar="N",
                         help="optimizer steps of each task (default: 800 for detr, 1200 for clip)")
+    parser.add_argument("--force", action="store_true", help="overwrite files that are there")
     asked = parser.parse_args(argv)
+    if asked.steps is not None and asked.steps < 1:
+        raise data.InputError(f"--steps is {asked.steps}; it must be 1 or more")
     paths = {}
     for encoders in asked.encoders or STEPS:
-        data.one_of("the encoders", encoders, STEPS)
-        paths[encoders] = asked.out / f"tiny-{encoders}.safetensors"
-        if paths[encoders].exists():
-            raise data.InputError(f"{paths[encoders]} is there already: give another folder by --out")
+        data.one_of("encoders", encoders, STEPS)
+        path = asked.out / f"tiny-{encoders}.safetensors"
+        if path.exists() and not asked.force:
+            raise data.InputError(f"{path} is there already: give another folder by --out, or "
+                                  f"--force to overwrite it")
+        paths[encoders] = path
 
     asked.out.mkdir(parents=True, exist_ok=True)
     for encoders, path in paths.items():
-        state = pretrain_encoders(encoders, asked.steps or STEPS[encoders])
-        save_file(state, path)
+        steps = STEPS[encoders] if asked.steps is None else asked.steps
+        state = pretrain_encoders(encoders, steps)
+        data.write_atomically(path, functools.partial(save_file, state))
         print(path)
 
 
