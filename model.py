@@ -848,7 +848,7 @@ def has_adapters(spec):
 
 def has_side_network(spec):
     """side networks"""
-    # An inserted adapter always adds its input, as the residual of the sublayer does.
+    # The output of an inserted adapter is always added to its port, so --residual is not for it.
     return has_adapters(spec) and spec["insertion"] == "side"
 
 
