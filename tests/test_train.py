@@ -115,16 +115,21 @@ def test_a_run_begins_with_its_recipe_and_with_what_it_trains(tmp_path, capsys):
         "warm-up", "stage 1", "stage 2"]
 
 
-def test_the_loss_and_the_accuracy_of_the_log_are_means_over_the_samples(monkeypatch):
-    """The loss of a micro-batch counts by its share, and an IoU of one half is right."""
-    args = train.parse_args([*FAST, "--batch-size", "10", "--micro-batch", "4", "--lr", "0"])
-    samples = data.load_samples("shapes", "train")[:10]
+def without_dropout(count, *flags):
+    """Options, a new model and a loader of the first samples, with no random number in a step."""
+    args = train.parse_args([*FAST, *flags])
     torch.manual_seed(0)
     model = m.build_model(**train.model_arguments(args))
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    loader = train.make_loader(samples, model, args, train=True)
+    samples = data.load_samples("shapes", "train")[:count]
+    return args, model, train.make_loader(samples, model, args, train=True)
+
+
+def test_the_loss_and_the_accuracy_of_the_log_are_means_over_the_samples(monkeypatch):
+    """The loss of a micro-batch counts by its share, and an IoU of one half is right."""
+    args, model, loader = without_dropout(10, "--batch-size", "10", "--micro-batch", "4", "--lr", "0")
     train.set_epoch(loader, 0, 1)
     batch = next(iter(loader))
     found = model(*[batch[name] for name in train.INPUTS])
@@ -150,14 +155,7 @@ def test_the_loss_and_the_accuracy_of_the_log_are_means_over_the_samples(monkeyp
 
 def test_a_step_has_the_gradient_of_its_own_batch_alone():
     """At a rate of 0, the gradients after an epoch are those of its last batch."""
-    args = train.parse_args([*FAST, "--batch-size", "4", "--lr", "0", "--lr-encoder", "0"])
-    samples = data.load_samples("shapes", "train")[:8]
-    torch.manual_seed(0)
-    model = m.build_model(**train.model_arguments(args))
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    loader = train.make_loader(samples, model, args, train=True)
+    args, model, loader = without_dropout(8, "--batch-size", "4")
     phase = train.plan(args)[0]._replace(lr=0.0, lr_encoder=0.0)
     optimizer = torch.optim.SGD([dict(params=model.parameters(), lr=0.0, peak=0.0)])
 
