@@ -129,7 +129,7 @@ def without_dropout(count, *flags):
 
 def test_the_loss_and_the_accuracy_of_the_log_are_means_over_the_samples(monkeypatch):
     """The loss of a micro-batch counts by its share, and an IoU of one half is right."""
-    args, model, loader = without_dropout(10, "--batch-size", "10", "--micro-batch", "4", "--lr", "0")
+    args, model, loader = without_dropout(10, "--batch-size", "10", "--micro-batch", "4")
     train.set_epoch(loader, 0, 1)
     batch = next(iter(loader))
     found = model(*[batch[name] for name in train.INPUTS])
