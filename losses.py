@@ -5,7 +5,8 @@
     HiVG Eqs. (9)-(11)     contrastive_loss     texts and images of a batch are matched, as in CLIP
     HiVG Eqs. (12)-(13)    RegionText, box_mask, region_text_loss
                                                 image tokens in the box are matched to the text
-    HiVG Eq. (15)          total_loss           the sum of the three losses
+    HiVG Eq. (15)          loss_parts, total_loss
+                                                the terms of the three losses, and their sum
 
 Symbols (paper = here):
     b (M²IST), B̂ (HiVG) = pred        b̂ (M²IST), B (HiVG) = target        λ_l1 = l1
@@ -22,10 +23,11 @@ half precision rounds this product to zero.
 Where this file differs from a paper or its released code ("code"):
 
 [D1] the first term of the box loss
-    paper   smooth L1, in M²IST Eq. (6) and in HiVG Eq. (14)
-    code    plain L1, in both repositories
-    here    smooth L1 with β = 1
-    why     the paper first
+    paper   smooth L1, in M²IST Eq. (6) and in HiVG Eq. (14); no β is given
+    code    plain L1, in both repositories, which is smooth L1 with β = 0
+    here    β = 0 by default; `beta` sets it
+    why     the papers' figures were made with plain L1; with β = 1 and coordinates in [0, 1] the
+            term is about a hundredth of the loss: four errors of 0.05 give 0.005 in place of 0.2
 
 [D2] the weight λ of GIoU in M²IST Eq. (6)
     paper   the value of λ is not given
@@ -110,21 +112,43 @@ def iou_and_giou(a, b):
     return iou, giou
 
 
-def box_loss(pred, target, l1=1.0, giou=1.0):
-    """L of M²IST Eq. (6), and L_BOX of HiVG Eq. (14): l1 · smooth L1 + giou · (1 - GIoU).
+def clamp_to_square(boxes):
+    """Cut off what lies outside of the square [0, 1] x [0, 1]. For predictions alone: a box loss
+    needs the gradient of the part outside.
 
-    pred, target: (B, 4) as (cx, cy, w, h) in [0, 1]. Returns a float32 scalar. The four coordinates
-    are summed and the batch is averaged, as in the released code of both papers.
+    boxes: (..., 4) as (cx, cy, w, h). Returns (..., 4) as (cx, cy, w, h).
+    """
+    x1, y1, x2, y2 = to_corners(boxes).clamp(0, 1).unbind(-1)
+    return torch.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], dim=-1)
+
+
+def box_terms(pred, target, beta=0.0):
+    """The two terms of M²IST Eq. (6): smooth L1, and 1 - GIoU.
+
+    pred, target: (B, 4) as (cx, cy, w, h) in [0, 1]. beta: β of smooth L1, see box_loss. Returns
+    two float32 scalars. The four coordinates are summed and the batch is averaged, as in the
+    released code of both papers.
     """
     pred = pred.float()
     target = target.float()
 
-    # [D1] Both papers write smooth L1; the released code has plain L1.
-    smooth_l1 = F.smooth_l1_loss(pred, target, reduction="none").sum(-1).mean()
+    # [D1] Both papers write smooth L1 without a β; the released code has plain L1.
+    smooth_l1 = F.smooth_l1_loss(pred, target, reduction="none", beta=beta).sum(-1).mean()
     _, giou_of_pairs = iou_and_giou(pred, target)    # (B,)
+    return smooth_l1, (1 - giou_of_pairs).mean()
+
+
+def box_loss(pred, target, l1=1.0, giou=1.0, beta=0.0):
+    """L of M²IST Eq. (6), and L_BOX of HiVG Eq. (14): l1 · smooth L1 + giou · (1 - GIoU).
+
+    pred, target: (B, 4) as (cx, cy, w, h) in [0, 1]. beta: β of smooth L1. An error below β costs
+    error² / 2β, a larger one costs error - β / 2; with β = 0 this is plain L1. Returns a float32
+    scalar.
+    """
+    smooth_l1, one_minus_giou = box_terms(pred, target, beta)
     # [D2] M²IST does not give λ, which is `giou` here; its released code adds the two terms with
     # weight 1.
-    return l1 * smooth_l1 + giou * (1 - giou_of_pairs).mean()    # M²IST Eq. (6), HiVG Eq. (14)
+    return l1 * smooth_l1 + giou * one_minus_giou    # M²IST Eq. (6), HiVG Eq. (14)
 
 
 # --- The contrastive constraint: HiVG Eqs. (9)-(11) -----------------------------------------------
@@ -236,23 +260,32 @@ def region_text_loss(scores, mask, padding, focal=20.0, dice=2.0):
 # --- The sum: HiVG Eq. (15) -----------------------------------------------------------------------
 
 
-def total_loss(found, boxes, l1, giou, contrast=0.0, focal=0.0, dice=0.0):
-    """L_total of HiVG Eq. (15). With contrast, focal and dice at 0 this is M²IST's loss, Eq. (6).
+def loss_parts(found, boxes, l1, giou, contrast=0.0, focal=0.0, dice=0.0, beta=0.0):
+    """The terms of HiVG Eq. (15), each with its weight: {"l1", "giou", "contrast", "region_text"}.
+    With contrast, focal and dice at 0 the first two remain, which are M²IST's loss, Eq. (6).
 
     found: what a grounding model returns. `.boxes` is always needed, `.text`, `.image` and
     `.temperature` for the contrastive loss, `.scores` and `.padding` for the region-text loss.
     boxes: (B, 4), the true boxes. HiVG's Table 8 has l1 = 2, giou = 2, focal = 20, dice = 2, and
-    Eq. (15) has contrast = 1. A loss whose coefficient is 0 is not computed.
+    Eq. (15) has contrast = 1. A loss whose coefficient is 0 is not computed. beta: β of smooth L1.
     """
-    # [D26] The paper sums three losses; the released code adds that of a segmentation head.
-    loss = box_loss(found.boxes, boxes, l1, giou)    # HiVG Eq. (14)
+    smooth_l1, one_minus_giou = box_terms(found.boxes, boxes, beta)
+    parts = {"l1": l1 * smooth_l1, "giou": giou * one_minus_giou}    # HiVG Eq. (14)
 
     if contrast:
-        loss = loss + contrast * contrastive_loss(found.text, found.image, found.temperature)
+        parts["contrast"] = contrast * contrastive_loss(found.text, found.image, found.temperature)
 
     if focal or dice:
         side = math.isqrt(found.scores.shape[1])    # the image tokens form a square grid
         mask = box_mask(boxes, side)
-        loss = loss + region_text_loss(found.scores, mask, found.padding, focal, dice)
+        parts["region_text"] = region_text_loss(found.scores, mask, found.padding, focal, dice)
 
-    return loss    # HiVG Eq. (15)
+    return parts
+
+
+def total_loss(found, boxes, l1, giou, contrast=0.0, focal=0.0, dice=0.0, beta=0.0):
+    """L_total of HiVG Eq. (15), and with contrast, focal and dice at 0 M²IST's loss, Eq. (6): the
+    sum of loss_parts, which says what the arguments are. Returns a float32 scalar."""
+    # [D26] The paper sums three losses; the released code adds that of a segmentation head.
+    parts = loss_parts(found, boxes, l1, giou, contrast, focal, dice, beta)
+    return sum(parts.values())    # HiVG Eq. (15)

@@ -178,6 +178,8 @@ RUN_OPTIONS = [
            "HiVG Table 8", at_least=0, several="+", only=has_lora),
     Option("l1", float, "losses", "Weight of smooth L1.", "M²IST Eq. (6), HiVG Table 8",
            at_least=0),
+    Option("beta", float, "losses", "β of smooth L1; 0 is plain L1.", "released code, D1",
+           default=0.0, at_least=0),
     Option("giou", float, "losses", "λ of M²IST Eq. (6), the weight of GIoU.",
            "released code, HiVG Table 8", at_least=0),
     Option("contrast", float, "losses", "Weight of HiVG Eq. (11).", "HiVG Eq. (15)", at_least=0,
@@ -505,7 +507,7 @@ def autocast(args):
 def weighted_loss(grounding, boxes, args):
     """M²IST Eq. (6) or HiVG Eq. (15), by the weights of the run."""
     return losses.total_loss(grounding, boxes, args.l1, args.giou, args.contrast, args.focal,
-                             args.dice)
+                             args.dice, args.beta)
 
 
 def validate(model, loader, args):

@@ -32,12 +32,12 @@ def literal_iou_and_giou(a, b):
     return iou, iou - (hull - union) / hull
 
 
-def literal_smooth_l1(x, y):
-    """Smooth L1 with β = 1."""
+def literal_smooth_l1(x, y, beta=0.0):
+    """Smooth L1; with β = 0 it is plain L1."""
     d = abs(x - y)
-    if d < 1:
-        return 0.5 * d * d
-    return d - 0.5
+    if d < beta:
+        return 0.5 * d * d / beta
+    return d - 0.5 * beta
 
 
 def random_boxes(count, seed):
@@ -61,8 +61,9 @@ def test_iou_and_giou_follow_their_definition():
         assert giou[i].item() == pytest.approx(expected_giou, abs=1e-5)
 
 
+@pytest.mark.parametrize("beta", [0, 0.1, 1])
 @pytest.mark.parametrize("l1, giou", [(1, 1), (2, 2), (1, 0), (0, 1)])
-def test_box_loss_is_m2ist_eq_6(l1, giou):
+def test_box_loss_is_m2ist_eq_6(l1, giou, beta):
     """The box loss is the mean over the batch of l1 · smooth L1 + giou · (1 - GIoU)."""
     pred = random_boxes(50, seed=3)
     target = random_boxes(50, seed=4)
@@ -70,12 +71,35 @@ def test_box_loss_is_m2ist_eq_6(l1, giou):
     total = 0.0
     for p, t in zip(pred, target):
         for x, y in zip(p, t):
-            total += l1 * literal_smooth_l1(x, y)
+            total += l1 * literal_smooth_l1(x, y, beta)
         _, overlap = literal_iou_and_giou(p, t)
         total += giou * (1 - overlap)
 
-    loss = losses.box_loss(torch.tensor(pred), torch.tensor(target), l1, giou)
+    loss = losses.box_loss(torch.tensor(pred), torch.tensor(target), l1, giou, beta)
     assert loss.item() == pytest.approx(total / 50, rel=1e-5)
+
+
+def test_smooth_l1_is_plain_l1_by_default():
+    """D1: without a β, four errors of 0.05 cost 0.2; with β = 1 they cost 0.005."""
+    target = torch.tensor([[0.5, 0.5, 0.4, 0.4]])
+    pred = target + 0.05
+    assert losses.box_loss(pred, target, giou=0).item() == pytest.approx(0.2, rel=1e-5)
+    assert losses.box_loss(pred, target, giou=0, beta=1).item() == pytest.approx(0.005, rel=1e-5)
+
+
+def test_a_prediction_is_cut_off_at_the_border_of_the_square():
+    """The part of a box outside of [0, 1] goes, and a box inside stays as it is."""
+    boxes = torch.tensor([[0.1, 0.5, 0.4, 0.2], [0.9, 1.0, 0.4, 0.2], [0.5, 0.5, 0.2, 0.4]])
+    expected = torch.tensor([[0.15, 0.5, 0.3, 0.2], [0.85, 0.95, 0.3, 0.1], [0.5, 0.5, 0.2, 0.4]])
+    assert torch.allclose(losses.clamp_to_square(boxes), expected)
+
+
+def test_the_loss_takes_a_box_that_reaches_out_of_the_square_whole():
+    """What lies outside of the square costs, so that there is a gradient back."""
+    target = torch.tensor([[0.1, 0.5, 0.2, 0.2]])
+    pred = torch.tensor([[0.0, 0.5, 0.4, 0.2]])    # cut off, this box would be the target
+    assert torch.allclose(losses.clamp_to_square(pred), target)
+    assert losses.box_loss(pred, target).item() > 0.5
 
 
 def test_a_perfect_box_costs_nothing():
@@ -322,6 +346,28 @@ def test_total_loss_is_hivg_eqs_14_and_15():
     assert total(2, 2, 1, 20, 2) == pytest.approx(box + clc + rtcc, rel=1e-4)    # Eq. (15)
     assert total(2, 2, 0, 20, 2) == pytest.approx(box + rtcc, rel=1e-4)
     assert total(2, 2, 1, 0, 0) == pytest.approx(box + clc, rel=1e-4)
+
+
+def test_the_parts_of_the_loss_are_named_and_sum_to_it():
+    """Without a constraint its part is not there, and the total is the sum of the parts."""
+    torch.manual_seed(0)
+    found = SimpleNamespace(
+        boxes=torch.rand(4, 4),
+        text=torch.randn(4, 8),
+        image=torch.randn(4, 8),
+        temperature=torch.tensor(0.1),
+        scores=torch.randn(4, 9),
+        padding=torch.zeros(4, 9, dtype=torch.bool),
+    )
+    target = torch.rand(4, 4)
+    weights = dict(l1=2, giou=3, contrast=0.5, focal=20, dice=2, beta=0.1)
+    parts = losses.loss_parts(found, target, **weights)
+    assert list(parts) == ["l1", "giou", "contrast", "region_text"]
+    assert parts["l1"] == losses.box_loss(found.boxes, target, l1=2, giou=0, beta=0.1)
+    assert parts["giou"] == losses.box_loss(found.boxes, target, l1=0, giou=3)
+    total = losses.total_loss(found, target, **weights)
+    assert total.item() == pytest.approx(sum(part.item() for part in parts.values()), rel=1e-6)
+    assert list(losses.loss_parts(found, target, 1, 1)) == ["l1", "giou"]
 
 
 def test_total_loss_without_constraints_needs_boxes_alone():
