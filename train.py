@@ -422,7 +422,7 @@ def train_epoch(model, loader, optimizer, scaler, args, epoch, phase, bar):
             scaler.scale(part_loss).backward()
 
             loss += part_loss.item()
-            ious, _ = losses.iou_and_giou(grounding.boxes.detach(), micro["boxes"])
+            ious = measured_ious(grounding.boxes.detach(), micro["boxes"])
             right += (ious >= 0.5).sum().item()
 
         if not math.isfinite(loss):
@@ -543,8 +543,15 @@ def predict(model, loader, args, attention=False):
             looks.append(grounding.attention)
     boxes = torch.cat(boxes)
     truths = torch.cat(truths)
-    ious, _ = losses.iou_and_giou(boxes, truths)
+    ious = measured_ious(boxes, truths)
     return Predictions(boxes, truths, ious, torch.cat(looks) if attention else None)
+
+
+def measured_ious(boxes, truths):
+    """The IoU that Acc@0.5 counts, (N,). Predictions are cut off at the border of the square first,
+    as in the released code of both papers; the loss takes them whole."""
+    ious, _ = losses.iou_and_giou(losses.clamp_to_square(boxes), truths)
+    return ious
 
 
 def scores(ious):

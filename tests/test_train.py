@@ -185,9 +185,9 @@ def test_micro_batches_add_up_to_the_batch(tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     """The message names the epoch, the step and the samples."""
     def no_number(pred, *_, **__):
-        return pred.sum() * float("nan")
+        return pred.sum() * float("nan"), pred.sum()
 
-    monkeypatch.setattr(losses, "box_loss", no_number)
+    monkeypatch.setattr(losses, "box_terms", no_number)
     with pytest.raises(InputError, match=r"loss is nan at epoch 1, step 1, samples \[\d+, .*--lr"):
         run(tmp_path / "a")
 
@@ -507,6 +507,34 @@ def test_accuracy_counts_an_iou_of_one_half_as_right():
     reached = train.scores(torch.tensor([0.5, 0.49, 0.9, 0.0]))
     assert reached["acc@0.5"] == 0.5
     assert reached["mean_iou"] == pytest.approx((0.5 + 0.49 + 0.9) / 4)
+
+
+def test_predictions_are_cut_off_at_the_square_before_their_iou():
+    """The metric clamps a prediction as both released codes do; the true box stays as it is."""
+    truths = torch.tensor([[0.1, 0.5, 0.2, 0.2]])
+    boxes = torch.tensor([[0.0, 0.5, 0.4, 0.2]])    # half of it lies outside; the rest is right
+    assert train.measured_ious(boxes, truths).item() == pytest.approx(1)
+    whole, _ = losses.iou_and_giou(boxes, truths)
+    assert whole.item() == pytest.approx(0.5)
+
+
+def test_predict_cuts_predictions_off():
+    """A model whose boxes reach out of the square is measured by their part inside."""
+    args, model, loader = without_dropout(8, "--batch-size", "8")
+
+    def outside(images, image_padding, tokens, token_padding, attention=False):
+        x1, y1, x2, y2 = losses.to_corners(truths).unbind(-1)
+        # The box goes on to the left, beyond the border, by as much as there is inside of it.
+        return m.Grounding(torch.stack([x2 - x2, (y1 + y2) / 2, 2 * x2, y2 - y1], dim=-1))
+
+    train.set_epoch(loader, 0, 1)
+    truths = next(iter(loader))["boxes"]
+    truths[:, 0] = truths[:, 2] / 2    # every true box begins at the left border
+    model.forward = outside
+    batch = next(iter(loader))
+    batch["boxes"] = truths
+    predictions = train.predict(model, [batch], args)
+    assert torch.allclose(predictions.ious, torch.ones(8), atol=1e-5)
 
 
 def test_mixed_precision_is_off_unless_asked_for():
