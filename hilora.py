@@ -43,9 +43,10 @@ Where this file differs from a paper or its released code ("code"):
 
 [D20] the initial A
     paper   Gaussian; its deviation is not given
-    code    Kaiming uniform, with a dropout of 0.1 before A
-    here    N(0, 1/r²), no dropout
-    why     the paper first; the deviation is our choice
+    code    Kaiming uniform, of deviation 1 / sqrt(3k), with a dropout of 0.1 before A
+    here    N(0, 1 / (3k)), where k is the number of inputs; no dropout
+    why     the paper first, with the deviation of the code, PEFT and loralib. A deviation that
+            falls with r would make ranks differ in their first effect too
 
 [D24] the pairs of the stages
     paper   a fresh pair in each stage, merged after the stage, Eq. (6); groups of L / G layers
@@ -97,8 +98,10 @@ class LoRALinear(nn.Module):
         self.scale = alpha / rank      # "We then scale ΔWx by α/r", Section 3.3
 
         # A is Gaussian and B is 0, so ΔW = BA is 0 when a stage starts. The stage begins where the
-        # last one ended. [D20] The paper does not give the deviation of A.
-        A = self.weight.new_empty(rank, linear.in_features).normal_(std=1 / rank)
+        # last one ended. [D20] The paper does not give the deviation of A; 1 / sqrt(3k) is that of
+        # the released code. It does not depend on the rank.
+        k = linear.in_features
+        A = self.weight.new_empty(rank, k).normal_(std=1 / math.sqrt(3 * k))
         B = self.weight.new_zeros(linear.out_features, rank)
         self.A = nn.Parameter(A)    # (r, k)
         self.B = nn.Parameter(B)    # (d, r)

@@ -71,15 +71,26 @@ def test_lora_linear_takes_over_the_weights_of_its_linear():
     assert set(pair.state_dict()) == {"weight", "bias", "A", "B"}
 
 
-def test_a_is_gaussian_of_deviation_1_by_r_and_b_is_zero():
-    """A is drawn from N(0, 1/r²), and B starts at 0."""
+@pytest.mark.parametrize("rank", [8, 64])
+def test_a_is_gaussian_of_variance_1_by_3k_at_any_rank_and_b_is_zero(rank):
+    """A is drawn from N(0, 1 / (3k)), whatever the rank, and B starts at 0."""
     torch.manual_seed(0)
-    pair = hilora.LoRALinear(nn.Linear(4000, 4), rank=8, alpha=16)
-    assert abs(pair.A.std().item() - 1 / 8) < 0.002
-    assert abs(pair.A.mean().item()) < 0.003
+    k = 4000
+    pair = hilora.LoRALinear(nn.Linear(k, 4), rank, alpha=16)
+    deviation = 1 / math.sqrt(3 * k)
+    assert pair.A.std().item() == pytest.approx(deviation, rel=0.02)
+    assert abs(pair.A.mean().item()) < 0.03 * deviation
     kurtosis = (pair.A / pair.A.std()).pow(4).mean().item()
     assert abs(kurtosis - 3) < 0.1    # a uniform distribution would give 1.8
     assert not pair.B.any()
+
+
+def test_the_start_of_a_has_the_deviation_of_kaiming_uniform():
+    """The start of nn.Linear is the one that PEFT and loralib give A, and has the same deviation."""
+    torch.manual_seed(0)
+    linear = nn.Linear(4000, 64)    # nn.Linear draws its weight by Kaiming uniform with a = sqrt(5)
+    pair = hilora.LoRALinear(nn.Linear(4000, 4), rank=64)
+    assert pair.A.std().item() == pytest.approx(linear.weight.std().item(), rel=0.02)
 
 
 # --- Groups and stages ----------------------------------------------------------------------------
