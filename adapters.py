@@ -267,10 +267,11 @@ class ExpertPair(PairAdapter):
 
 # --- The adapters by name -------------------------------------------------------------------------
 # To add an adapter, write a subclass of PairAdapter and a row in ADAPTERS: its name, and what is
-# called with (vision_dim, text_dim, options) to make one, a function like the four below or the
-# class itself. The name is then a valid value of --attention-port and --ffn-port. `options` holds
-# bottleneck, interaction_dim, interaction_bottleneck, scale and residual. To start as the identity
-# when inserted, an adapter names its last linears so that they end in "up".
+# called with (vision_dim, text_dim, options) to make one, a function like make_iea or the class
+# itself. The name is then a valid value of --attention-port and --ffn-port. `options` holds
+# bottleneck, interaction_dim, interaction_bottleneck, scale, residual, and modalities: those that
+# have a layer here. To start as the identity when inserted, an adapter names its last linears so
+# that they end in "up".
 
 
 def make_iea(vision_dim, text_dim, options):
@@ -278,21 +279,25 @@ def make_iea(vision_dim, text_dim, options):
                               options["interaction_dim"], options["scale"], options["residual"])
 
 
-def make_ea(vision_dim, text_dim, options):
+def make_experts(vision_dim, text_dim, options, wanted):
+    """The experts of the wanted modalities, but for a modality that has no layer here."""
+    modalities = [modality for modality in wanted if modality in options["modalities"]]
     return ExpertPair(vision_dim, text_dim, options["bottleneck"], options["scale"],
-                      options["residual"])
+                      options["residual"], modalities)
+
+
+def make_ea(vision_dim, text_dim, options):
+    return make_experts(vision_dim, text_dim, options, ("vision", "text"))
 
 
 def make_vea(vision_dim, text_dim, options):
     """The vision expert alone, Table V (c)."""
-    return ExpertPair(vision_dim, text_dim, options["bottleneck"], options["scale"],
-                      options["residual"], modalities=("vision",))
+    return make_experts(vision_dim, text_dim, options, ("vision",))
 
 
 def make_lea(vision_dim, text_dim, options):
     """The language expert alone, Table V (b)."""
-    return ExpertPair(vision_dim, text_dim, options["bottleneck"], options["scale"],
-                      options["residual"], modalities=("text",))
+    return make_experts(vision_dim, text_dim, options, ("text",))
 
 
 ADAPTERS = {
@@ -314,11 +319,13 @@ class M3ISA(nn.ModuleDict):
     VEA and LEA at the feed-forward port (Table VI d).
 
     attention_port, ffn_port: a name from ADAPTERS. interaction_bottleneck: the C_d of
-    IEA. The other options are those of the adapters.
+    IEA. modalities: those that have a layer here; a text layer without a vision layer has
+    ("text",). The other options are those of the adapters.
     """
 
     def __init__(self, vision_dim, text_dim, attention_port="iea", ffn_port="ea", bottleneck=128,
-                 interaction_dim=256, interaction_bottleneck=128, scale=0.1, residual=False):
+                 interaction_dim=256, interaction_bottleneck=128, scale=0.1, residual=False,
+                 modalities=("vision", "text")):
         super().__init__()
         options = {
             "bottleneck": bottleneck,
@@ -326,14 +333,19 @@ class M3ISA(nn.ModuleDict):
             "interaction_bottleneck": interaction_bottleneck,
             "scale": scale,
             "residual": residual,
+            "modalities": modalities,
         }
         for port, name in (("attention", attention_port), ("ffn", ffn_port)):
             if name not in ADAPTERS:
                 raise ValueError(f"there is no adapter {name!r} for the {port} port: "
                                  f"choose one of {', '.join(ADAPTERS)}")
             make = ADAPTERS[name]
-            if make is not None:
-                self[port] = make(vision_dim, text_dim, options)
+            if make is None:
+                continue
+            self[port] = make(vision_dim, text_dim, options)
+            if not set(self[port].modalities) <= set(modalities):
+                raise ValueError(f"the adapter {name!r} joins a vision layer and a text layer: "
+                                 f"give as many text layers as vision layers")
 
 
 class Inserted(nn.Module):
@@ -373,13 +385,14 @@ class AdapterNetworks(nn.Module):
     and s_L is added to the output of the encoder. The other two forms, "sequential" and "parallel",
     write the ports of the encoder's layers; `insert` sets them up.
 
-    layers: how many pairs of layers there are. text_layers: the text layers that are paired with
-    the vision layers 1 .. layers, in this order. options: those of M3ISA.
+    layers: how many vision layers have adapters. text_layers: the text layers that are paired with
+    the vision layers 1 .. layers, in this order. Text layers beyond them have adapters of their
+    own, which only experts can be. options: those of M3ISA.
     """
 
     def __init__(self, vision_dim, text_dim, layers, text_layers, **options):
         super().__init__()
-        if len(text_layers) != layers:
+        if len(text_layers) < layers:
             raise ValueError(f"{layers} vision layers cannot be paired with text layers "
                              f"{list(text_layers)}")
         self.layers = {
@@ -387,8 +400,11 @@ class AdapterNetworks(nn.Module):
             "text": list(text_layers),    # [D6] the paper's best is 7-12, the released code has 1-6
         }
         self.blocks = nn.ModuleList()
-        for _ in range(layers):
-            self.blocks.append(M3ISA(vision_dim, text_dim, **options))
+        for number in range(len(text_layers)):
+            modalities = ("vision", "text")
+            if number >= layers:
+                modalities = ("text",)
+            self.blocks.append(M3ISA(vision_dim, text_dim, modalities=modalities, **options))
 
     def adapts(self, modality):
         """Say whether any adapter adapts this modality. If none does, it has no side network."""

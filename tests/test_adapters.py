@@ -188,10 +188,28 @@ def test_the_terms_of_a_layer_are_summed_before_they_are_added():
     assert torch.equal(networks.side("vision", x0, ports), s)
 
 
-def test_as_many_text_layers_as_vision_layers_are_needed():
+def test_each_vision_layer_needs_a_text_layer():
     """Two vision layers cannot be paired with one text layer."""
     with pytest.raises(ValueError, match="paired"):
         AdapterNetworks(4, 6, layers=2, text_layers=[1])
+
+
+def test_further_text_layers_have_language_experts_alone():
+    """Experts need no partner: with two vision layers and three text layers, the third text layer
+    has an LEA and no VEA."""
+    networks = AdapterNetworks(4, 6, layers=2, text_layers=[1, 2, 4], attention_port="ea",
+                               ffn_port="vea")
+    assert networks.layers == {"vision": [1, 2], "text": [1, 2, 4]}
+    adapted = [[pair.modalities for pair in block.values()] for block in networks.blocks]
+    both = ["vision", "text"]
+    assert adapted == [[both, ["vision"]], [both, ["vision"]], [["text"], []]]
+    assert networks.blocks[2]["attention"].vea is None
+
+
+def test_an_adapter_that_joins_two_layers_needs_both():
+    """IEA cannot be at a text layer that has no vision layer beside it."""
+    with pytest.raises(ValueError, match="'iea' joins a vision layer and a text layer"):
+        AdapterNetworks(4, 6, layers=2, text_layers=[1, 2, 4], interaction_dim=2)
 
 
 @pytest.mark.parametrize("attention, ffn, kinds", [

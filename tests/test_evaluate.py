@@ -856,7 +856,7 @@ def test_what_is_evaluated_is_merged():
 
 def test_the_pairs_of_the_last_stage_are_counted():
     """The last phase of the training has pairs in all layers; an evaluation has them merged."""
-    assert cost("m2ist/I/lora")["encoder_tunable"] == 2_359_296
+    assert cost("m2ist/I/lora")["encoder_tunable"] == 2_365_440
     assert cost("hivg/3/4")["encoder_tunable"] == 40_768_512
     trial = evaluate.set_up(arguments("hivg/3/4", "--size", "base"), "meta", batch=1)
     assert trial.model.stage == 3

@@ -86,7 +86,7 @@ def test_a_is_gaussian_of_variance_1_by_3k_at_any_rank_and_b_is_zero(rank):
 
 
 def test_the_start_of_a_has_the_deviation_of_kaiming_uniform():
-    """The start of nn.Linear is the one that PEFT and loralib give A, and has the same deviation."""
+    """PEFT and loralib start A as nn.Linear starts a weight, which has the same deviation."""
     torch.manual_seed(0)
     linear = nn.Linear(4000, 64)    # nn.Linear draws its weight by Kaiming uniform with a = sqrt(5)
     pair = hilora.LoRALinear(nn.Linear(4000, 4), rank=64)
