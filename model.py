@@ -116,6 +116,15 @@ Where this file differs from a paper or its released code ("code"):
     why     r = 55 gives 2,365,440, the paper's 2.37M; MRS-Adapter gives its 1.58M exactly if the
             shared projection counts twice [D11]; Adapter (5.57M; paper 3.27M), AdaptFormer (2.79M;
             2.38M) and CM-Adapter (2.76M; 3.27M) follow the words, and no reading gives the counts
+
+[D45] start of attention in the grounding encoder
+    paper   Xavier, M²IST Section IV-B a
+    code    Xavier of q, k, v packed in one (3C, C) matrix: deviation 0.0442 for C = 256; biases
+            of the feed-forward network as nn.Linear has them
+    here    as the code; at the tiny size Xavier of q, k and v apart, 0.0625 in place of 0.0442 if C
+            were 256, and biases of 0
+    why     the papers' figures were made with it; with the wider start logits double and attention
+            begins peaked, which on `shapes` was learned from earlier, in one run each
 """
 import argparse
 import functools
@@ -164,7 +173,7 @@ class TransformerLayer(nn.Module):
     """
 
     def __init__(self, dim, heads, hidden, activation="relu", pre_norm=False, dropout=0.0,
-                 ffn_dropout=0.0, eps=1e-5, causal=False):
+                 ffn_dropout=0.0, eps=1e-5, causal=False, packed_start=False):
         super().__init__()
         self.heads = heads
         self.activation = ACTIVATIONS[activation]
@@ -182,10 +191,25 @@ class TransformerLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.ffn_dropout = nn.Dropout(ffn_dropout)
         self.plugs = nn.ModuleDict()
-        # M²IST Section IV-B a: Xavier for the V-L encoder. Loaded weights replace it elsewhere.
-        for linear in (self.q, self.k, self.v, self.out, self.fc1, self.fc2):
-            nn.init.xavier_uniform_(linear.weight)
+        self.init_weights(packed_start)
+
+    def init_weights(self, packed_start):
+        """M²IST Section IV-B a: Xavier for the V-L encoder. Loaded weights replace it elsewhere.
+
+        packed_start: begin as nn.TransformerEncoderLayer does after Xavier, with q, k, v packed in
+        one (3C, C) matrix; Xavier's deviation falls with the number of rows, so that q, k, v begin
+        smaller, by 1 / √2, than as matrices of their own [D45].
+        """
+        gain = 1 / math.sqrt(2) if packed_start else 1.0
+        for linear in (self.q, self.k, self.v):
+            nn.init.xavier_uniform_(linear.weight, gain)
             nn.init.zeros_(linear.bias)
+        for linear in (self.out, self.fc1, self.fc2):
+            nn.init.xavier_uniform_(linear.weight)
+        nn.init.zeros_(self.out.bias)
+        if not packed_start:    # else the biases of the feed-forward network keep nn.Linear's start
+            nn.init.zeros_(self.fc1.bias)
+            nn.init.zeros_(self.fc2.bias)
 
     def forward(self, x, padding=None, position=None, context=None):
         """x, position: (B, N, C). padding: (B, N), not together with causal. context: anything
@@ -451,8 +475,8 @@ class GroundingEncoder(nn.Module):
     """
 
     def __init__(self, vision_dim, text_dim, vision_tokens, max_tokens, dim, heads, hidden, layers,
-                 dropout, pre_norm=False, position_std=1.0, clip=False, region_text=False,
-                 region_hidden=None):
+                 dropout, pre_norm=False, position_std=1.0, packed_start=True, clip=False,
+                 region_text=False, region_hidden=None):
         super().__init__()
         self.max_tokens = max_tokens
         self.clip = clip
@@ -461,7 +485,8 @@ class GroundingEncoder(nn.Module):
         self.reg = nn.Parameter(torch.randn(1, dim))
         tokens = 1 + max_tokens + vision_tokens
         self.position = nn.Parameter(position_std * torch.randn(tokens, dim))
-        self.layers = stack(layers, dim, heads, hidden, "relu", pre_norm, dropout, dropout)
+        self.layers = stack(layers, dim, heads, hidden, "relu", pre_norm, dropout, dropout,
+                            packed_start=packed_start)
         # A post-norm layer ends in a norm of its own; a pre-norm stack needs a last one.
         self.norm = nn.LayerNorm(dim) if pre_norm else nn.Identity()
         # [D29] Three linears with a ReLU between them; the sigmoid follows in forward.
@@ -781,7 +806,8 @@ SIZES = {
             clip_weights="openai/clip-vit-large-patch14")},
     # Ours, small enough to learn `shapes` on two cores in minutes. The grounding encoder is
     # pre-norm, as HiVG's, with small positions: with post-norm and positions from N(0, 1) a run
-    # takes several times as long to predict anything but the mean box.
+    # takes several times as long to predict anything but the mean box. Attention starts wider, see
+    # [D45].
     "tiny": {
         "detr": dict(
             image_size=64, stride=8, max_tokens=20, backbone="small stem",
@@ -789,7 +815,7 @@ SIZES = {
             text=dict(vocabulary=256, positions=32, dim=96, heads=4, hidden=192, layers=4,
                       dropout=0.0),
             grounding=dict(dim=96, heads=6, hidden=192, layers=3, dropout=0.0, pre_norm=True,
-                           position_std=0.1),
+                           position_std=0.1, packed_start=False),
             text_layers=[3, 4], bottleneck=32, interaction_dim=64, interaction_bottleneck=32,
             rank=14, alpha=14.0),
         "clip": dict(
@@ -798,7 +824,7 @@ SIZES = {
             text=dict(vocabulary=256, positions=32, dim=64, heads=4, hidden=128, layers=3,
                       embedding=64),
             grounding=dict(dim=96, heads=6, hidden=192, layers=3, dropout=0.0, pre_norm=True,
-                           position_std=0.1),
+                           position_std=0.1, packed_start=False),
             region_hidden=96, vision_layers=[1, 2, 4, 6], bridge_layers=[2, 4, 6],
             stages=3, rank=32, alpha=16.0)}}
 

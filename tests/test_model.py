@@ -140,6 +140,46 @@ def test_a_layer_is_attention_and_a_feed_forward_network(pre_norm, activation):
     assert torch.allclose(found_x[0], x, atol=1e-6)
 
 
+def test_the_grounding_encoder_starts_as_nn_transformer_encoder_layer_after_xavier():
+    """[D45] TransVG and HiVG apply Xavier to each matrix of nn's layer; q, k, v are packed in one."""
+    torch.manual_seed(0)
+    C = 256
+    theirs = torch.nn.TransformerEncoderLayer(C, 8, 2048)
+    for p in theirs.parameters():
+        if p.dim() > 1:
+            torch.nn.init.xavier_uniform_(p)
+    ours = m.TransformerLayer(C, 8, 2048, packed_start=True)
+
+    for name, rows in zip("qkv", theirs.self_attn.in_proj_weight.chunk(3)):
+        weight = ours.get_submodule(name).weight
+        assert weight.std().item() == pytest.approx(0.0442, rel=0.02)
+        assert weight.std().item() == pytest.approx(rows.std().item(), rel=0.02)
+        assert weight.abs().max().item() == pytest.approx(rows.abs().max().item(), rel=0.01)
+    for mine, other in ((ours.out, theirs.self_attn.out_proj), (ours.fc1, theirs.linear1),
+                        (ours.fc2, theirs.linear2)):
+        assert mine.weight.std().item() == pytest.approx(other.weight.std().item(), rel=0.02)
+        assert mine.bias.std().item() == pytest.approx(other.bias.std().item(), rel=0.3)
+    for linear in (ours.q, ours.k, ours.v, ours.out):
+        assert not linear.bias.any()
+    assert not theirs.self_attn.in_proj_bias.any()
+
+
+@pytest.mark.parametrize("method, size, deviation", [
+    ("m2ist", "base", 0.0442), ("hivg", "base", 0.0312), ("hivg", "large", 0.0255),
+    ("m2ist", "tiny", 0.1021), ("hivg", "tiny", 0.1021)])
+def test_the_start_of_attention_at_each_size(method, size, deviation):
+    """[D45] sqrt(2 / (C + 3C)) at size base and large, sqrt(2 / (C + C)) at size tiny."""
+    C = m.SIZES[size][m.METHODS[method]["encoders"]]["grounding"]["dim"]
+    rows = C if size == "tiny" else 3 * C
+    assert deviation == pytest.approx((2 / (C + rows)) ** 0.5, abs=1e-4)
+    torch.manual_seed(0)
+    spec = m.architecture(method, size)
+    grounding = m.GroundingEncoder(8, 8, vision_tokens=4, max_tokens=4, **spec["grounding"])
+    for layer in grounding.layers:
+        for linear in (layer.q, layer.k, layer.v):
+            assert linear.weight.std().item() == pytest.approx(deviation, rel=0.02)
+
+
 def test_attention_map_is_the_weights_that_the_layer_uses():
     """The first token's attention output is out(weights v), and padding has the weight 0."""
     torch.manual_seed(0)
