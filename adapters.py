@@ -63,11 +63,13 @@ Where this file differs from a paper or its released code ("code"):
     here    s for all adapters
     why     the paper first
 
-[D6] the text layers that are paired with vision layers 1-6
-    paper   7-12 are best, M²IST Table VIII c
-    code    1-6
-    here    the caller chooses; model.py has 7-12
-    why     the paper first
+[D6] the text layers that are paired with vision layers 1-6, and where their side network starts
+    paper   7-12 are best, M²IST Table VIII c; adapters' outputs are added "along with the original
+            vision/language tokens"
+    code    1-6; starts from the output of BERT's embeddings, which is the input of layer 1
+    here    the caller chooses the layers and gives x0; model.py has 7-12, and starts from the
+            embeddings, or by --side-start paired from x_6, the input of the first paired layer
+    why     the paper first; with layers 7-12 x_6 is as good a reading of "original" tokens
 
 [D9] the tokens that an adapter of a side network reads
     paper   the processed tokens from the attention and from the feed-forward network
@@ -417,9 +419,9 @@ class AdapterNetworks(nn.Module):
     def side(self, modality, x0, ports):
         """Run the side network of one modality.
 
-        x0: (B, N, C), the tokens that entered the first encoder layer. ports: for each layer of the
-        encoder, {"attention": a_l, "ffn": g_l}. Returns s_L (B, N, C), to be added to the output of
-        the encoder.
+        x0: (B, N, C), the tokens that entered the first encoder layer (or, see D6, the first paired
+        layer). ports: for each layer of the encoder, {"attention": a_l, "ffn": g_l}. Returns s_L
+        (B, N, C), to be added to the output of the encoder.
         """
         s = x0    # s_0 = x_0
         for layer, block in zip(self.layers[modality], self.blocks):

@@ -678,8 +678,18 @@ class DetrBert(GroundingModel):
         x = encoded.x
         if self.insertion == "side" and self.adapters.adapts(modality):
             # Section III-B b: the output of the side network is added to that of the encoder.
-            x = x + self.adapters.side(modality, encoded.x0, encoded.ports)
+            start = self.side_start(modality, encoded)
+            x = x + self.adapters.side(modality, start, encoded.ports)
         return Encoded(x, encoded.padding)
+
+    def side_start(self, modality, encoded):
+        """s_0 of a side network, (B, N, C): the input of the encoder's first layer or, with
+        --side-start paired, that of its first paired layer (D6 in adapters.py). For vision, whose
+        first layer is paired, the two are the same."""
+        first = min(self.adapters.layers[modality])
+        if self.spec["side_start"] == "paired" and first > 1:
+            return encoded.states[first - 2]    # x_{first - 1}; states[0] is x_1
+        return encoded.x0
 
     def ground(self, vision, text, attention=False):
         return self.grounding(vision, text, attention)
@@ -951,6 +961,9 @@ MODEL_OPTIONS = [
            only=has_adapters),
     Option("residual", bool, "M²IST", "Adapters add their own input, as Eqs. (1), (4), (5) say.",
            "released code", default=False, only=has_side_network),
+    Option("side_start", str, "M²IST", "Where a side network starts: at the encoder's input, or at "
+           "that of the first paired layer.", "released code, D6", default="input",
+           choices=("input", "paired"), only=has_side_network),
     Option("text_layers", int, "M²IST", "M²IST pairs these with vision layers 1, 2, ...; HiVG's "
            "bridges see these (13: the projected text).",
            "M²IST Table VIII c, HiVG Table 10; else all if not given",

@@ -371,6 +371,19 @@ def test_m2ist_adds_the_side_networks_to_the_outputs_of_the_encoders():
     assert torch.allclose(found_l.x, texts.x + s_l, atol=1e-5)
 
 
+def test_a_side_network_may_start_at_its_first_paired_layer():
+    """D6: s_0 of the text is then x_2, the input of layer 3; vision starts as before."""
+    plain = tiny().eval()
+    paired = tiny(side_start="paired").eval()
+    images, image_padding, tokens, token_padding = inputs()
+    texts = plain.text(tokens, token_padding)
+    moved = texts.states[1] - texts.x0    # x_2 - x_0
+    before = plain.encode_text(tokens, token_padding).x
+    assert torch.allclose(paired.encode_text(tokens, token_padding).x, before + moved, atol=1e-5)
+    assert torch.equal(paired.encode_image(images, image_padding).x,
+                       plain.encode_image(images, image_padding).x)
+
+
 def test_m2ist_puts_reg_the_text_and_the_picture_in_one_sequence():
     """M²IST Section III-A c: [REG], the projected text, the projected picture."""
     model = tiny().eval()

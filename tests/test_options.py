@@ -91,6 +91,7 @@ def test_every_method_is_in_a_set_above():
     (["--interaction-dim", "4"], WITH_ADAPTERS, "methods with an adapter at a port"),
     (["--scale", "0.5"], WITH_ADAPTERS, "methods with an adapter at a port"),
     (["--residual"], {"m2ist", "m2ist+lora"}, "side networks"),
+    (["--side-start", "paired"], {"m2ist", "m2ist+lora"}, "side networks"),
     (["--text-layers", "1", "2"], WITH_ADAPTERS | {"hivg"}, "methods with adapters or bridges"),
     (["--vision-layers", "1"], ON_CLIP, "methods on CLIP"),
     (["--bridge-layers", "1"], ON_CLIP, "methods on CLIP"),
