@@ -90,12 +90,14 @@ Where this file differs from a paper or its released code ("code"):
     code    it views the text as (batch, heads, ...) in the wrong order, so a sample attends to
             other samples' texts
     here    each sample attends to its own text
-    why     a box must not depend on the rest of the batch
+    why     a box must not depend on the rest of the batch. At the code's batch of 60, with texts of
+            10 tokens padded to 77, a sample's 77 keys hold 1.3 rows of its own text on average, and
+            52 of the 60 samples see no real token of their own
 
 [D15] padded text in the bridge
     paper   texts are padded to 77 tokens
     code    padding is not masked in the bridge
-    here    padding is masked
+    here    padding is masked, but for released checkpoints (D47 in model.py)
     why     a text gives the same box whether it is padded or trimmed
 
 [D38] the initial weights of inserted adapters

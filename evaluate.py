@@ -31,8 +31,8 @@ Where this file differs from a paper or its released code ("code"):
 [D37] evaluation of HiVG's released checkpoints
     paper   says nothing
     code    mixes the samples of a batch in the bridges, and lets the bridges see padded text
-    here    keeps the checkpoint's weights and its normalization of pixels; a sample sees its own
-            text alone, and padding is masked
+    here    keeps the checkpoint's weights, its normalization of pixels and its rules of padding
+            (D47 in model.py); a sample sees its own text alone, as in the code at batch 1
     why     a box must not depend on the other samples of its batch; the authors' figures may
             differ from ours by this
 """
@@ -463,14 +463,15 @@ def load_released(path, clip_weights=None):
     except KeyError as error:
         raise InputError(f"{path}: {error} is missing") from None
 
-    options = {"bridge_layers": [layer + 1 for layer in bridges], "pixels": "detr"}
+    options = {"bridge_layers": [layer + 1 for layer in bridges], "pixels": "detr",
+               "released_rules": True}
     if bridges and texts in RELEASED_TEXT_LAYERS:
         options["text_layers"] = RELEASED_TEXT_LAYERS[texts]
     if clip_weights is not None:
         options["clip_weights"] = clip_weights
 
-    # [D37] Our model has the checkpoint's weights and pixels. A sample attends to its own text
-    # alone, and never to padding.
+    # [D37] Our model has the checkpoint's weights, pixels and rules of padding. A sample attends to
+    # its own text alone.
     model = build_model("hivg", size, "random", **options)
     import_weights(model, state, released_table(), f"{CLIP_IGNORED}|{UNUSED}", path)
     model.spec["weights"] = "pretrained"    # no longer random: make_tokenizer now takes CLIP's

@@ -88,7 +88,7 @@ Where this file differs from a paper or its released code ("code"):
 [D30] padded patches of CLIP's vision tower
     paper   says nothing
     code    the grounding encoder masks a patch if more than half of it is padding
-    here    it masks a patch if all of it is padding
+    here    it masks a patch if all of it is padding; released checkpoints keep their rule [D47]
     why     an object at the edge of the picture should be seen
 
 [D31] start of CLIP's vision tower
@@ -125,6 +125,16 @@ Where this file differs from a paper or its released code ("code"):
             were 256, and biases of 0
     why     the papers' figures were made with it; with the wider start logits double and attention
             begins peaked, which on `shapes` was learned from earlier, in one run each
+
+[D47] padding in HiVG's released checkpoints
+    paper   texts are padded to 77 tokens, pictures to a square; nothing on masks
+    code    pads texts by the id 0, which the bridges do not mask [D15], and masks a patch if more
+            than half of it is padding [D30]
+    here    so with `released_rules`, which evaluate.py sets for a released .pth; our own training
+            pads a batch to its longest text, masks padding in the bridges, and masks a patch if
+            all of it is padding
+    why     the weights were trained with these rules, and the boxes are then those of the released
+            forward of one sample; by our rules a box is the same in any batch
 """
 import argparse
 import functools
@@ -380,8 +390,10 @@ class ClipVision(nn.Module):
     the bridges in the layers need, if there are any. As in CLIP, attention looks at every patch,
     padded patches too; the padding mask is for the grounding encoder."""
 
-    def __init__(self, image_size, patch, dim, heads, hidden, layers, embedding):
+    def __init__(self, image_size, patch, dim, heads, hidden, layers, embedding,
+                 released_rules=False):
         super().__init__()
+        self.released_rules = released_rules
         self.patches = nn.Conv2d(3, dim, patch, stride=patch, bias=False)
         self.cls = nn.Parameter(dim ** -0.5 * torch.randn(dim))
         # A tower that is not loaded from CLIP starts from two-dimensional sines, because the place
@@ -398,11 +410,17 @@ class ClipVision(nn.Module):
         patches = self.patches(images).flatten(2).transpose(1, 2)             # (B, Nv, C)
         cls = self.cls.expand(len(images), 1, -1)
         x = torch.cat([cls, patches], dim=1)                                  # (B, 1 + Nv, C)
-        # [D30] A patch is padding if no pixel of it belongs to the picture. [CLS] never is padding.
-        real = F.max_pool2d((~padding)[:, None].float(), self.patches.stride).flatten(1).bool()
-        padding = F.pad(~real, (1, 0))                                        # (B, 1 + Nv)
+        padding = F.pad(self.patch_padding(padding), (1, 0))                  # [CLS] never is padding
         encoded = run_layers(self.layers, self.pre_norm(x + self.position), context=context)
         return encoded._replace(padding=padding, embedding=self.embed(encoded.x[:, 0]))
+
+    def patch_padding(self, padding):
+        """Which patches count as padding. padding: (B, S, S) -> (B, Nv)."""
+        share = F.avg_pool2d(padding[:, None].float(), self.patches.stride)   # padded share of each
+        if self.released_rules:
+            return (share > 0.5).flatten(1)
+        # [D30] A patch is padding if no pixel of it belongs to the picture.
+        return (share == 1).flatten(1)
 
     def embed(self, x):
         """CLIP's final norm and projection, made for [CLS]: (..., dim) -> (..., embedding)."""
@@ -747,7 +765,13 @@ class ClipGrounding(GroundingModel):
     def encode_text(self, tokens, token_padding):
         """tokens, token_padding (B, T) -> Encoded, x (B, T, H_g): the last layer's features after
         CLIP's own projection."""
-        return self.clip.text(*self.trim(tokens, token_padding))
+        tokens, token_padding = self.trim(tokens, token_padding)
+        if self.spec["released_rules"]:
+            # [D47] Texts are padded to max_tokens, by the id 0.
+            missing = self.spec["max_tokens"] - tokens.shape[1]
+            tokens = F.pad(tokens.masked_fill(token_padding, 0), (0, missing), value=0)
+            token_padding = F.pad(token_padding, (0, missing), value=True)
+        return self.clip.text(tokens, token_padding)
 
     def encode_image(self, images, image_padding, text=None):
         """images (B, 3, S, S), image_padding (B, S, S), text from encode_text -> Encoded, x
@@ -757,7 +781,10 @@ class ClipGrounding(GroundingModel):
                              "bridges")
         states = [*text.states, text.x]
         seen = [states[layer - 1] for layer in self.text_layers]
-        vision = self.clip.vision(images, image_padding, context=(seen, text.padding))
+        masked = text.padding    # the text tokens that the bridges do not see
+        if self.spec["released_rules"]:
+            masked = torch.zeros_like(text.padding)    # [D47] They see padding too.
+        vision = self.clip.vision(images, image_padding, context=(seen, masked))
         levels = [vision.states[level - 1] for level in self.levels]
         return vision._replace(x=torch.cat(levels, dim=-1))                   # HiVG Eq. (1)
 
@@ -980,6 +1007,8 @@ MODEL_OPTIONS = [
     Option("layer_to_layer", bool, "HiVG", "Each bridge sees one of the text layers.",
            "HiVG Table 4",
            default=False, only=has_bridges, flag=False),
+    Option("released_rules", bool, "HiVG", "Padding as in HiVG's released code [D47].",
+           "released code", default=False, only=on_clip, flag=False),
     Option("region_text", bool, "HiVG", "The MLP of Eq. (12) exists.", "HiVG 3.4", default=True,
            only=on_clip, flag=False),
     Option("stages", int, "HiVG", "G, the stages and layer groups of LoRA; 0 is without LoRA.",
@@ -1055,7 +1084,8 @@ def build_encoders(spec):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if spec["encoders"] == "clip":
-            vision = ClipVision(spec["image_size"], spec["stride"], **spec["vision"])
+            vision = ClipVision(spec["image_size"], spec["stride"], **spec["vision"],
+                                released_rules=spec["released_rules"])
             text = ClipText(**spec["text"])
             return {"clip": Clip(vision, text)}
         if spec["backbone"] == "resnet50":

@@ -494,19 +494,21 @@ def released(texts=1, bridges=(0, 3, 7, 11), nested=2, base_layer=False, large=F
     return r.state
 
 
-def attend(q, k, v, heads, causal=False):
-    """Multi-head attention of one sample: q (N, C), k and v (M, C) -> (N, C)."""
+def attend(q, k, v, heads, causal=False, padding=None):
+    """Multi-head attention of one sample: q (N, C), k and v (M, C), padding (M,) -> (N, C)."""
     q = q.unflatten(-1, (heads, -1)).transpose(0, 1)    # (heads, N, C / heads)
     k = k.unflatten(-1, (heads, -1)).transpose(0, 1)
     v = v.unflatten(-1, (heads, -1)).transpose(0, 1)
     scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
     if causal:
         scores = scores + torch.full(scores.shape[1:], float("-inf")).triu(1)
+    if padding is not None:
+        scores = scores.masked_fill(padding, float("-inf"))
     return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
 
 
 class LiteralForward:
-    """The released forward of one sample, ViT-B/16, with a text of 77 tokens, written out.
+    """The released forward of one sample, ViT-B/16, with a text padded to 77 tokens, written out.
 
     texts: the text layers that the bridges see, counted from 1; [] is the projected text
     """
@@ -586,8 +588,8 @@ class LiteralForward:
             outputs.append(x)
         return outputs
 
-    def ground(self, x):
-        """[REG], picture and text as tokens x (275, 512) -> box (4,)."""
+    def ground(self, x, padding):
+        """[REG], picture and text as tokens x (275, 512), padding (275,) -> box (4,)."""
         for layer in range(6):
             name = f"vl_transformer.encoder.layers.{layer}."
             h = self.norm(x, f"{name}norm1")
@@ -597,7 +599,8 @@ class LiteralForward:
             q = F.linear(placed, weights[0], biases[0])
             k = F.linear(placed, weights[1], biases[1])
             v = F.linear(h, weights[2], biases[2])
-            x = x + self.linear(attend(q, k, v, 8), f"{name}self_attn.out_proj")
+            attended = attend(q, k, v, 8, padding=padding)
+            x = x + self.linear(attended, f"{name}self_attn.out_proj")
             h = self.norm(x, f"{name}norm2")
             x = x + self.linear(F.relu(self.linear(h, f"{name}linear1")), f"{name}linear2")
         reg = self.norm(x, "vl_transformer.encoder.norm")[0]
@@ -605,13 +608,27 @@ class LiteralForward:
         reg = F.relu(self.linear(reg, "bbox_embed.layers.1"))
         return self.linear(reg, "bbox_embed.layers.2").sigmoid()
 
-    def box(self, image, tokens):
+    def box(self, image, tokens, image_padding=None):
+        """image (3, 224, 224), image_padding (224, 224), tokens (77,) with 0 as padding -> (4,).
+
+        Only the grounding encoder masks padding: tokens of the id 0, and patches of which more than
+        half is padding. The towers and the bridges see all."""
+        if image_padding is None:
+            image_padding = torch.zeros(224, 224, dtype=torch.bool)
+        padded_patches = []
+        for row in range(0, 224, 16):
+            for column in range(0, 224, 16):
+                patch = image_padding[row:row + 16, column:column + 16]
+                padded_patches.append(patch.sum() > 128)
+        never = torch.zeros(2, dtype=torch.bool)    # [REG], [CLS]
+        padding = torch.cat([never, torch.stack(padded_patches), tokens == 0])
+
         states, projected = self.text(tokens)
         outputs = self.vision(image, states, projected)
         levels = torch.cat([outputs[layer - 1] for layer in (1, 4, 8, 12)], -1)
         seen = self.linear(self.linear(levels, "ml_visual_projection"), "visu_proj")
         said = self.linear(projected, "text_proj")
-        return self.ground(torch.cat([self.w["reg_token.weight"], seen, said]))
+        return self.ground(torch.cat([self.w["reg_token.weight"], seen, said]), padding)
 
 
 def one_box(model, image, tokens):
@@ -633,6 +650,48 @@ def assert_same_forward(model, state, text_layers):
     assert (ours - theirs).abs().max() < 1e-4
     assert theirs.std() > 1e-3
     assert (ours - one_box(model, image, tokens.flip(0))).abs().max() > 1e-3
+
+
+def assert_same_padding(model, state, text_layers):
+    """A short text and a wide picture give the box of the released forward, alone and in a batch
+    with a longer text. CLIP's tokenizer pads with another id than 0; the mask says what it is."""
+    seen = [] if text_layers == [13] else text_layers
+    images = torch.randn(2, 3, 224, 224)
+    image_padding = torch.zeros(2, 224, 224, dtype=torch.bool)
+    image_padding[0, :70] = True     # four rows of patches, and 6 of 16 pixels of the fifth
+    image_padding[0, 149:] = True    # 11 of 16 pixels of the tenth row, and the rows below
+    images[0][:, image_padding[0]] = 0
+    tokens = torch.randint(1, 49000, (2, 20))
+    token_padding = torch.zeros(2, 20, dtype=torch.bool)
+    token_padding[0, 7:] = True
+    tokens[0, 7:] = 49407
+    ours = model(images, image_padding, tokens, token_padding).boxes
+    alone = model(images[:1], image_padding[:1], tokens[:1, :7], token_padding[:1, :7]).boxes
+    for sample, length in enumerate((7, 20)):
+        padded = F.pad(tokens[sample, :length], (0, 77 - length))
+        theirs = LiteralForward(state, seen).box(images[sample], padded, image_padding[sample])
+        assert (ours[sample] - theirs).abs().max() < 1e-4
+    assert (ours[0] - alone[0]).abs().max() < 1e-5
+
+    # Our own rules give another box, so the three rules matter.
+    plain = m.build_model("hivg", "base", "random", bridge_layers=[1, 4, 8, 12],
+                          text_layers=text_layers).eval()
+    plain.load_state_dict(model.state_dict())
+    other = plain(images, image_padding, tokens, token_padding).boxes
+    assert (other[0] - ours[0]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("texts, text_layers", [(1, [12]), (2, [6, 12]), (0, [13])])
+def test_a_released_checkpoint_keeps_its_three_rules_of_padding(monkeypatch, capsys, texts,
+                                                                text_layers):
+    """[D47] Bridges see padding, texts are padded to 77 by id 0, and a patch is masked if more than
+    half of it is padding."""
+    state = released(texts)
+    monkeypatch.setattr(evaluate, "read_file", lambda path: {"model": dict(state)})
+    model, config = evaluate.load_released("best.pth")
+    assert config["args"]["released_rules"] is True
+    assert_same_padding(model, state, text_layers)
 
 
 @torch.no_grad()

@@ -257,6 +257,17 @@ def test_a_patch_is_padding_if_no_pixel_of_it_belongs_to_the_picture():
         [False, False, False, True]]
 
 
+def test_released_checkpoints_mask_a_patch_of_which_more_than_half_is_padding():
+    """[D47] Exactly half a patch of padding is not masked."""
+    vision = m.ClipVision(64, 8, 16, 2, 32, 1, 16, released_rules=True)
+    padding = torch.zeros(1, 64, 64, dtype=torch.bool)
+    padding[0, :, :4] = True     # half of the first column of patches
+    padding[0, :, 59:] = True    # five of eight pixels of the last one
+    expected = torch.zeros(8, 8, dtype=torch.bool)
+    expected[:, 7] = True
+    assert torch.equal(vision.patch_padding(padding).view(8, 8), expected)
+
+
 def test_the_random_weights_of_the_encoders_are_always_the_same():
     """Encoders are drawn from their own seed, and the draw does not move the global generator."""
     for method in ("m2ist", "hivg"):
