@@ -126,13 +126,25 @@ Where this file differs from a paper or its released code ("code"):
     code    a crop is accepted if the box centre's x is greater than the crop's top (a y), and its
             y greater than the crop's left edge (an x), so objects get lost; "left" and "right" are
             exchanged inside "bright" too; boxes are cut to integers
-    here    the centre lies inside the crop on all four sides; only whole words are exchanged;
-            there is no crop for words about places, and no mirror image for ordinals and digits;
-            boxes stay floats
+    here    the centre lies inside the crop on all four sides; "left" and "right" are exchanged
+            where they begin a word, as in "lefty"; there is no crop for words about places, and no
+            mirror image for digits, ordinals and other names of sides, such as "lft", "northwest"
+            and "o'clock"; boxes stay floats
     why     the object must be in the picture, and the words must stay true
+
+[D46] texts that are not plain ASCII, and texts that spell a special token
+    paper   says nothing
+    code    BERT gets a text as it is; HiVG's tokenizer, by CLIP's authors, mends it with ftfy and
+            html.unescape first, and ends a text where it spells "<|endoftext|>"
+    here    BERT gets a text as it is; for CLIP the standard library mends HTML entities, curly
+            quotes, ligatures and full-width characters, but no text that was read in a wrong
+            encoding (mojibake); no text makes a special token
+    why     an encoder should read what it read in its pretraining: CLIP read mended texts, and
+            BERT's vocabulary has curly quotes; only ftfy, which we do not require, mends mojibake
 """
 import argparse
 import functools
+import html
 import itertools
 import json
 import math
@@ -144,6 +156,7 @@ import re
 import shutil
 import sys
 import textwrap
+import unicodedata
 import urllib.request
 import zipfile
 import zlib
@@ -622,6 +635,13 @@ def file_patterns(info):
     return patterns
 
 
+def names_in(dataset):
+    """Return the names that `dataset` joins by commas. The name of a file may hold a comma."""
+    if Path(dataset).is_file():
+        return [str(dataset)]
+    return str(dataset).split(",")
+
+
 EXAMPLE_LINE = ('{"image": "a.jpg", "text": "the red cup", "box": [x1, y1, x2, y2], '
                 '"split": "train"}')
 
@@ -871,20 +891,40 @@ def samples_by_split(dataset, root):
 @functools.lru_cache(maxsize=8)
 def read_splits(dataset, root):
     """Read what samples_by_split returns. Strings as arguments make repeated calls cheap."""
-    if "," in dataset and not Path(dataset).is_file():
-        return mixed(dataset.split(","), root)
+    names = names_in(dataset)
+    if len(names) > 1:
+        return mixed(names, root)
 
-    files, folder = find_files(dataset, root)
     splits = {}
+    for _, split, sample in read_places(dataset, root):
+        splits.setdefault(split, []).append(sample)
+    if not splits:
+        raise InputError(f"{dataset}: the file holds no line")
+    return splits
+
+
+def read_places(dataset, root):
+    """Yield for each expression of one dataset its place ("FILE, line 12"), split and Sample."""
+    files, folder = find_files(dataset, root)
     for file in files:
         for annotation in read_checked(file):
             box = tuple(float(v) for v in annotation.box)
             image = annotation.image
             sample = Sample(folder / image, annotation.text, box, image)
-            splits.setdefault(annotation.split, []).append(sample)
-    if not splits:
-        raise InputError(f"{dataset}: the file holds no line")
-    return splits
+            yield f"{file}, {annotation.where}", annotation.split, sample
+
+
+def where_is(dataset, root, sample):
+    """Return the place at which a sample is written: "FILE, line 12" or "FILE, ref 7".
+
+    A Sample does not know its place, which only a message about a fault needs. So the annotations
+    are read again. If they have changed and hold the sample no more, its picture is the place.
+    """
+    for name in names_in(dataset):
+        for place, _, found in read_places(name, root):
+            if found == sample:
+                return place
+    return str(sample.image)
 
 
 def read_checked(file):
@@ -980,7 +1020,7 @@ def leaky_pretraining(dataset, detr_file):
 
     clean = OUTSIDE_COCO + UNSEEN.get(name, ())
     known = True
-    for part in dataset.split(","):
+    for part in names_in(dataset):
         if part in clean:
             continue
         if part in DATASETS:
@@ -991,6 +1031,14 @@ def leaky_pretraining(dataset, detr_file):
 
 # -------------------------------------------------------------------------------------------------
 # From a Sample to a batch: the picture
+
+# What PIL may raise for a file that is not a picture, or not a whole one.
+PICTURE_ERRORS = (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError)
+
+
+def undecodable(image, error):
+    return InputError(f"{image}: the file cannot be decoded as a picture ({error})")
+
 
 def load_picture(image, upright=False):
     """Return an RGB picture, with transparent parts in white.
@@ -1008,8 +1056,8 @@ def load_picture(image, upright=False):
         if upright:
             picture = ImageOps.exif_transpose(picture)
         return to_rgb(picture)
-    except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
-        raise InputError(f"{image}: the file cannot be decoded as a picture ({error})") from None
+    except PICTURE_ERRORS as error:
+        raise undecodable(image, error) from None
 
 
 def to_rgb(picture):
@@ -1024,37 +1072,95 @@ def to_rgb(picture):
     return picture.convert("RGB")
 
 
-# Words that a crop or a mirror image may make false. Only whole words count: "bright" and "Wright"
-# name no side.
-SIDE_WORD = re.compile(r"\b(left|right)(?=(most|hand|side)?\b)", re.IGNORECASE)
+def header_size(image):
+    """Return (width, height) of a picture from the header of its file, without decoding it.
+    image: path of a file, or number of a scene of `shapes`"""
+    if isinstance(image, int):
+        return WIDTH, scene(image).height
+    try:
+        with Image.open(image) as picture:
+            return picture.size
+    except PICTURE_ERRORS as error:
+        raise undecodable(image, error) from None
+
+
+def picture_sizes(samples):
+    """Return {image: (width, height)} of all pictures of a list of Sample."""
+    images = sorted({sample.image for sample in samples})
+    sizes = {}
+    for image in tqdm(images, "reading each picture's size", leave=False):
+        sizes[image] = header_size(image)
+    return sizes
+
+
+def is_outside(box, size):
+    """Return whether no part of a box lies in its picture, of size (width, height)."""
+    x1, y1, x2, y2 = box
+    width, height = size
+    return x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0
+
+
+def boxes_outside(samples):
+    """Return the samples whose box has no part in its picture. Training can learn nothing from
+    them. In evaluation each of them is a miss."""
+    sizes = picture_sizes(samples)
+    return [sample for sample in samples if is_outside(sample.box, sizes[sample.image])]
+
+
+# Words that a crop or a mirror image may make false.
+#
+# [D36] In a mirror image left and right change places wherever they begin a word: "lefty",
+# "rightmost", "left_side". Inside a word they name no side: "bright", "Wright", "cleft". "Right" is
+# exchanged in "right behind him" and in "all right", too, as TransVG does, since one cannot tell
+# from the letters whether a side is meant. But "leftover" never means one.
+SIDE_WORD = re.compile(r"(?<![a-z])(left(?!over)|right)", re.IGNORECASE)
+
+
+def whole_words(words):
+    """Return a pattern that finds words with no letter before and behind them: "l" in "top_l"."""
+    return f"(?<![a-z])({words})(?![a-z])"
+
+
+# Other names of sides, which no exchange of left and right would make true again.
+OTHER_SIDES = whole_words(
+    "l|r|lf|lft|lt|rt|rht|rgt|rght|lhs|rhs"                  # abbreviations
+    "|[tblu][lr]"                                            # such as "br" for "bottom right"
+    "|lef|letf|rigt|rigth|rihgt"                             # typing errors
+    "|(top|bottom|upper|lower|far|front|back|mid|middle|center|centre)(left|right)(most)?"
+    "|(north|south|mid)?(east|west)[a-z]*|[ns][ew]"          # "northwest", "eastern", "SE"
+    r"|o\W*clock"                                            # "o'clock", "oclock"
+    r"|starboard|port\W?side")
+
+# Words that count, for example from left to right, and figures, which a mirror image turns round.
+ORDER_WORDS = whole_words(
+    "first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh|twelfth"
+    "|[a-z]+teenth|[a-z]+tieth|last|final|penultimate|numbers?|(counter|anti)?clockwise")
+
 PLACE_WORD = re.compile(
-    SIDE_WORD.pattern
-    + r"|\b((top|bottom|upper|lower)(most)?|middle|cent(er|re)|corner|edge|lft|rt|l|r)\b",
+    SIDE_WORD.pattern + "|" + OTHER_SIDES + "|"
+    + whole_words("(top|bottom|upper|lower)(most)?|middle|cent(er|re)|corner|edge"),
     re.IGNORECASE)
-UNMIRRORED_WORD = re.compile(
-    r"\d|\b(first|second|third|fourth|fifth|last|lft|rt|l|r|east|west|(counter)?clockwise)\b",
-    re.IGNORECASE)
+UNMIRRORED_WORD = re.compile(r"\d|" + OTHER_SIDES + "|" + ORDER_WORDS, re.IGNORECASE)
 
 
-def augment(picture, box, text, size, rng, mirror):
+def augment(picture, box, text, rng, mirror):
     """Change a training sample at random, as TransVG does, which both papers take over.
 
     box: (x1, y1, x2, y2) in pixels of the picture
-    size: side of the padded square, in pixels
     mirror: whether mirror images are allowed; HiVG Appendix B uses none
 
     Returns the changed picture, box and text.
     """
     # [D36] A crop would make words about places false, and must keep the box's centre.
     if rng.random() < 0.5 and not PLACE_WORD.search(text):
-        picture, box = crop(picture, box, size, rng)
+        picture, box = crop(picture, box, rng)
 
     if rng.random() < 0.8:
         enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
         for enhancer in rng.sample(enhancers, 3):   # in a random order
             picture = enhancer(picture).enhance(rng.uniform(0.6, 1.4))
 
-    # [D36] A mirror image exchanges left and right, but ordinals and digits would become false.
+    # [D36] A mirror image exchanges left and right, but other words would become false.
     if mirror and rng.random() < 0.5 and not UNMIRRORED_WORD.search(text):
         x1, y1, x2, y2 = box
         box = (picture.width - x2, y1, picture.width - x1, y2)
@@ -1070,22 +1176,21 @@ def opposite_side(match):
     return "left"
 
 
-def crop(picture, box, size, rng):
+def crop(picture, box, rng):
     """Cut a random part out of the picture that keeps the box's centre. If 20 tries lead to none,
     the whole picture stays.
 
-    TransVG scales the short side to 400, 500 or 600 pixels, and then cuts out 384 to 600 pixels per
-    side, for a square of 640. Here these numbers keep their proportion to a square of any size, and
-    the picture keeps its pixels.
+    TransVG scales the picture before it crops, so that its short side has 400, 500 or 600 pixels.
+    Here the crop has the same share of the picture, which keeps its own pixels until it is scaled
+    to a square of any size.
     """
-    short_side = size * rng.choice((400, 500, 600)) / 640
-    scale = min(picture.size) / short_side   # pixels of the picture per pixel of the square
+    scale = min(picture.size) / rng.choice((400, 500, 600))   # pixels for one pixel of TransVG
     centre_x = (box[0] + box[2]) / 2
     centre_y = (box[1] + box[3]) / 2
 
     for _ in range(20):
-        w = min(picture.width, round(scale * size * rng.uniform(384, 600) / 640))
-        h = min(picture.height, round(scale * size * rng.uniform(384, 600) / 640))
+        w = crop_side(picture.width, scale, rng)
+        h = crop_side(picture.height, scale, rng)
         x = rng.randint(0, picture.width - w)
         y = rng.randint(0, picture.height - h)
         # [D36] The centre must lie inside the crop on all four sides.
@@ -1093,6 +1198,16 @@ def crop(picture, box, size, rng):
             moved = (box[0] - x, box[1] - y, box[2] - x, box[3] - y)
             return picture.crop((x, y, x + w, y + h)), moved
     return picture, box
+
+
+def crop_side(side, scale, rng):
+    """Return the random width or height of a crop. side: the whole picture's, in pixels
+
+    As in TransVG, no draw exceeds the scaled picture, whose sides have at least 400 pixels. To draw
+    up to 600 and cut off afterwards would leave the whole height to half of the crops.
+    """
+    longest = min(round(side / scale), 600)
+    return min(side, round(scale * rng.randint(384, longest)))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1153,7 +1268,8 @@ def clip(value, low, high):
 
 def to_square(box, picture_size, place, size):
     """Turn (x1, y1, x2, y2) in pixels of the picture into [cx, cy, w, h] in [0, 1] of the square.
-    Parts of the box outside of the picture are cut off. place: from `placement`."""
+    Parts of the box outside of the picture are cut off, so that a box wholly outside has no area.
+    place: from `placement`."""
     width, height = picture_size
     x1 = place.left + clip(box[0], 0, width) * place.width / width
     y1 = place.top + clip(box[1], 0, height) * place.height / height
@@ -1182,6 +1298,30 @@ def from_square(box, picture_size, size):
 # -------------------------------------------------------------------------------------------------
 # From a Sample to a batch: the text
 
+def mending_table():
+    """Return for str.translate what CLIP's authors had ftfy replace in each text."""
+    table = {}
+    for quote in "\u2018\u2019\u201a\u201b\u02bc":
+        table[ord(quote)] = "'"
+    for quote in "\u201c\u201d\u201e\u201f":
+        table[ord(quote)] = '"'
+    ligatures = range(0xFB00, 0xFB07)               # such as "\ufb01", which becomes "fi"
+    full_width = [0x3000, *range(0xFF01, 0xFFF0)]   # such as "\uff33", which becomes "S"
+    for code in [*ligatures, *full_width]:
+        table[code] = unicodedata.normalize("NFKC", chr(code))
+    return table
+
+
+MENDED = mending_table()
+
+
+def mend(text):
+    """Return a text as CLIP's pretraining has read it, but for mojibake [D46]. Its tokenizer itself
+    joins accents with their letters, joins white space and makes letters small."""
+    # CLIP's authors unescape twice: a web page may hold "&amp;amp;".
+    return html.unescape(html.unescape(text)).translate(MENDED)
+
+
 class Tokenizer:
     """Turns a text into a list of at most max_tokens token ids. A longer text loses words at its
     end, but keeps the token that marks the end.
@@ -1200,11 +1340,23 @@ class Tokenizer:
             self.wordpiece = shapes_wordpiece()
         else:
             self.wordpiece = pretrained_wordpiece(name, vocabulary, flag)
+        self.mends = is_clips(self.wordpiece)
         self.pad = self.wordpiece.pad_token_id
         self.mask = self.wordpiece.mask_token_id
 
     def __call__(self, text):
-        return self.wordpiece(text, truncation=True, max_length=self.max_tokens)["input_ids"]
+        # [D46] CLIP's pretraining mended each text, BERT's did not. A text that spells "[SEP]" or
+        # "<|endoftext|>" is split like any other, and makes no special token.
+        if self.mends:
+            text = mend(text)
+        encoding = self.wordpiece(text, truncation=True, max_length=self.max_tokens,
+                                  split_special_tokens=True)
+        return encoding["input_ids"]
+
+
+def is_clips(wordpiece):
+    from transformers import CLIPTokenizer   # importing transformers takes seconds
+    return isinstance(wordpiece, CLIPTokenizer)
 
 
 def pretrained_wordpiece(name, vocabulary, flag):
@@ -1296,14 +1448,13 @@ class GroundingDataset(torch.utils.data.Dataset):
     def __getitem__(self, index):
         image, text, box, _ = self.samples[index]
         picture = load_picture(image)
-        check_box_is_inside(image, text, box, picture)
 
         rng = None
         fill = 1.0
         if self.train:
             rng = seeded(self.seed, index)
         if self.train and self.augmented:
-            picture, box, text = augment(picture, box, text, self.size, rng, self.mirror)
+            picture, box, text = augment(picture, box, text, rng, self.mirror)
             fill = rng.choice(SCALES)
 
         square, padding, place = letterbox(picture, self.size, rng, self.pixels, fill)
@@ -1319,14 +1470,6 @@ def check_pictures_exist(samples):
         raise InputError(f"{missing[0]}: no such picture ({len(missing):,} are missing in all); "
                          f"picture paths start from the folder of the .jsonl file or from --root; "
                          f"`python data.py DATASET --root DIR` reports what is there")
-
-
-def check_box_is_inside(image, text, box, picture):
-    """Raise InputError if no part of a box lies in its picture."""
-    x1, y1, x2, y2 = box
-    if x1 >= picture.width or y1 >= picture.height or x2 <= 0 or y2 <= 0:
-        raise InputError(f"{image}: box {list(box)} of {text!r} lies outside the picture, which is "
-                         f"{picture.width} x {picture.height} pixels")
 
 
 def collate(items, pad):
@@ -1586,8 +1729,10 @@ def inspect(sample, picture_size, max_tokens, faults):
     where = f"{sample.image}, {sample.text!r}, {[x1, y1, x2, y2]}"
     width, height = picture_size or (math.inf, math.inf)
 
+    if is_outside(sample.box, (width, height)):
+        add_case(faults, "boxes wholly outside of the picture", where)
     # Published boxes reach out of their pictures by less than a pixel now and then.
-    if min(x1, y1) < -1 or x2 > width + 1 or y2 > height + 1:
+    elif min(x1, y1) < -1 or x2 > width + 1 or y2 > height + 1:
         add_case(faults, "boxes that reach out of the picture", where)
     if x2 <= x1 or y2 <= y1:
         add_case(faults, "boxes without area", where)
@@ -1680,7 +1825,7 @@ def main(argv=None):
                          f"another dataset")
 
     if asked.download or asked.mirror:
-        names = dataset.split(",")
+        names = names_in(dataset)
         for name in names:   # refuse before the first byte is fetched
             check_downloadable(name, root)
         for name in names:
