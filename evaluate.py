@@ -22,7 +22,8 @@ authors, what a method costs (M²IST Tables I, V-VII, IX and X), main.
     paper                        here
     Acc@0.5, Prec@0.5            "acc@0.5"
     M²IST "Params."              "encoder_tunable"
-    M²IST "Mem."                 "peak_bytes" on a GPU; "saved_bytes" is an exact part of it
+    M²IST "Mem."                 "peak_bytes" on a GPU; "saved_bytes" is the part of it that
+                                 autograd keeps, the same on every machine
 
     B batch    S side of the padded square picture    T text tokens    Nv vision tokens
 
@@ -32,7 +33,8 @@ Where this file differs from a paper or its released code ("code"):
     paper   says nothing
     code    mixes the samples of a batch in the bridges, and lets the bridges see padded text
     here    keeps the checkpoint's weights, its normalization of pixels and its rules of padding
-            (D47 in model.py); a sample sees its own text alone, as in the code at batch 1
+            (D47 in model.py); a sample sees its own text alone, as in the code at batch 1; true
+            boxes are not cut to integers (D36 in data.py)
     why     a box must not depend on the other samples of its batch; the authors' figures may
             differ from ours by this
 """
@@ -351,12 +353,11 @@ def load_checkpoint(path):
     path = find_checkpoint(path)
     config = read_config(path)
     model = build_model(**config["model"])
-    state = read_state(path)
-    train.load_tuned(model, state, path)
-    if train.frozen_fingerprint(model, state) != config["frozen"]:
+    if train.frozen_fingerprint(model) != config["frozen"]:
         raise InputError(f"{path}: was trained on other encoder weights than these "
                          f"({config['model']['weights']}); its boxes would be meaningless; give "
                          f"the encoders the same files as in training")
+    train.load_tuned(model, read_state(path), path)
     return model.eval(), config
 
 
@@ -432,15 +433,15 @@ def released_table():
     return table
 
 
-# No box of the authors' model depends on these: its forward never calls the first four (but
-# condition_text_proj after training on mixed data, see join_bridges), and seg_conv is the head of a
-# loss that is not in the paper.
+# The boxes of the authors' model depend on none of these. Its forward calls none of the first four.
+# (After training on mixed data it calls condition_text_proj, which join_bridges then takes out.)
+# seg_conv is the head of a loss that is not in the paper.
 UNUSED = (r"ml_text_feat_perceiver\.|reg_pos_embed\.|condition_text_pos_embed\.|"
           r"condition_text_proj\.|seg_conv\d\.")
 
-# {number of text layers that the bridges have weights for: these layers}. Trained on mixed data the
-# bridges have no weights, and they see the projected text, our layer 13. With twelve they see all
-# layers, which is our default.
+# {number of text layers that the bridges have weights for: the layers that they read}. After
+# training on mixed data (0) they have no weights and read the projected text, layer 13. With twelve
+# they read all layers, which is our default and needs no entry.
 RELEASED_TEXT_LAYERS = {0: [13], 1: [12], 2: [6, 12]}
 
 RELEASED_SIZES = {768: "base", 1024: "large"}    # by the width of the vision tower
@@ -634,7 +635,7 @@ def training_loss(trial, args):
     """The loss of one training step."""
     trial.model.train()
     grounding = trial.model(*trial.inputs)
-    return train.weighted_loss(grounding, trial.boxes, args)
+    return sum(train.weighted_losses(grounding, trial.boxes, args).values())
 
 
 def evaluation_step(trial):
@@ -682,7 +683,7 @@ def count_cost(args):
         training_loss(trial, args)
 
     counts["saved_bytes"] = saved_bytes(trial.model, step)
-    # The counter follows the modules through the graph of autograd, so there is no no_grad here.
+    # FlopCounterMode needs autograd's graph to follow the modules, so this runs without no_grad.
     with FlopCounterMode(display=False) as flops:
         evaluation_step(trial)
     counts["macs"] = flops.get_total_flops() // 2    # a product and a sum are one MAC

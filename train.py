@@ -9,7 +9,7 @@
 
 The folder --out receives
     args.json          every option of the run, the versions of the packages
-    log.jsonl          one object for each epoch
+    log.jsonl          an object for each epoch, and each --log-every steps
     best.safetensors   the tuned weights of the best epoch, for evaluate.py
     last.pt            everything that --resume needs
     val.png            predictions of the best weights
@@ -27,9 +27,11 @@ Where this file differs from a paper or its released code ("code"):
 
 [D21] batch of HiVG
     paper   60 in Section 4.1, 80 in Table 8
-    code    80 in the warm-up, 60, 60, 40 in the stages, on each of seven GPUs
-    here    80 (L: 32)
-    why     Table 8 gives base and large apart, Section 4.1 gives one number
+    code    80 in the warm-up, 60, 60, 40 in the stages, on each of seven GPUs at the same rates
+    here    80 (L: 32) on one GPU, at the paper's rates
+    why     Table 8 gives base and large apart, Section 4.1 gives one number. A sample then moves
+            the weights seven times as far as in the released code; rates in proportion to the
+            batch would be --lr 3.6e-5 --lr-encoder 3.6e-5 --stage-lr 1.9e-5 0.95e-5 0.71e-5
 
 [D27] what HiVG's first phase trains
     paper   "the grounding encoder, regression head"
@@ -40,11 +42,12 @@ Where this file differs from a paper or its released code ("code"):
 [D33] weights that a stage starts from
     paper   says nothing
     code    the weights of the stage before that were best on val
-    here    the same, and a stage that ends worse than it began is dropped whole
-    why     the layers that only this stage has changed must go back too
+    here    the same; if the best are older than the last stage, that stage is undone in each layer
+    why     a checkpoint lacks the layers that only a later stage has changed, and keeping those
+            would mix two stages
 
 [D35] loss of original CLIP in Fig. 4 (d)
-    paper   "without HiLoRA, cross-modal bridge, and RTCC constraint etc."
+    paper   "without using HiLoRA, cross-modal bridge, and RTCC constraint etc.", Appendix C
     code    does not contain this run
     here    the box loss alone
     why     "etc." may mean the contrast, which has nothing to train in frozen CLIP
@@ -64,9 +67,16 @@ Where this file differs from a paper or its released code ("code"):
 [D43] rows of the tables on the tiny encoders
     paper   its rows are for full size
     code    does not contain the tiny size
-    here    the same share of the tiny encoders' layers, where DETR and BERT have two pairs for six;
-            a fourth of the bottlenecks, a twentieth of the epochs
+    here    layer numbers are scaled to the depth of the tiny encoders, on DETR and BERT to two
+            pairs of layers; bottlenecks are a fourth, epochs of a stage a twentieth
     why     a row should say the same at any size
+
+[D48] the DETR that M²IST starts from
+    paper   pretrained on COCO without the val and test pictures of RefCOCO, RefCOCO+, RefCOCOg
+    code    TransVG's files, of which the README names one that leaks
+    here    DETR's official file, which has seen these pictures, if --vision-weights names no other;
+            `leaky pretraining True` stands beside every accuracy
+    why     it is the one file with an address of its own; `python data.py --help` names the others
 """
 import argparse
 import functools
@@ -140,7 +150,8 @@ RUN_OPTIONS = [
     Option("method", str, "run", "Method of a paper.", "M²IST Table I, HiVG Fig. 4 d",
            default="m2ist", choices=METHODS),
     Option("dataset", str, "run", f"Train on {', '.join(data.DATASETS)}, shapes, a FILE.jsonl, or "
-           f"several of them joined by commas.", "ours", default="shapes"),
+           f"several of them joined by commas, by the longest recipe and the most tokens of the "
+           f"parts.", "ours", default="shapes"),
     Option("size", str, "run", "Size of the model; tiny for shapes, else base.", "ours",
            choices=SIZES),
     Option("row", str, "run", "Run this row of the papers' tables, m2ist/V/b say; `list` lists "
@@ -148,6 +159,8 @@ RUN_OPTIONS = [
     Option("out", str, "run", "Folder of the run; runs/DATASET-METHOD-SEED if not given.", "ours"),
     Option("resume", bool, "run", "Continue the run in --out, with its own options.", "ours",
            default=False),
+    Option("log_every", int, "run", "Write a line to log.jsonl each N steps, too.", "ours",
+           default=100, at_least=1),
     Option("seed", int, "run", "Seed of new weights, order and transforms.", "ours", default=0),
     Option("root", str, "data", "Folder of annotations and pictures; `data`, or that of a .jsonl.",
            "ours"),
@@ -188,19 +201,22 @@ RUN_OPTIONS = [
            only=has_region_text),
     Option("dice", float, "losses", "λ_dice of HiVG Eq. (13).", "HiVG Table 8", at_least=0,
            only=has_region_text),
+    Option("clip_norm", float, "training", "Scale gradients down to this norm; 0 leaves them.",
+           "released code", default=0.0, at_least=0),
     Option("device", str, "machine", "cpu, cuda, cuda:1, ...", "ours",
            default="cuda" if torch.cuda.is_available() else "cpu"),
     Option("amp", str, "machine", "Mixed precision.", "released code", default="off",
            choices=("off", "bf16", "fp16")),
-    Option("micro_batch", int, "machine", "Samples on the device at once; their gradients add up "
-           "to those of the batch. HiVG's contrast is then within a micro-batch.",
-           "ours; the batch", at_least=1),
+    Option("micro_batch", int, "machine", "Samples on the device at once, in training and on val; "
+           "their gradients add up to those of the batch. HiVG's contrast is then within a "
+           "micro-batch.", "ours; default: the whole batch", at_least=1),
     Option("workers", int, "machine", "Processes that load pictures; 0 for shapes, else 2.", "ours",
            at_least=0)]
 
 OPTIONS = {option.name: option for option in [*RUN_OPTIONS, *MODEL_OPTIONS]}
 GROUPS = ("run", "data", "weights", "training", "M²IST", "HiVG", "losses", "machine")
-MAY_CHANGE = ("device", "workers", "resume", "out")    # options that a resumed run may change
+# Options that a resumed run may change.
+MAY_CHANGE = ("device", "workers", "log_every", "resume", "out")
 
 
 def build_parser(args=None):
@@ -227,7 +243,7 @@ def add_flag(group, option, args):
     if option.choices is not None:
         text += f" One of {', '.join(option.choices)}."
     if args is not None and applies(option, args):
-        text += f" ({option.source}; default: {shown(option, args)})"
+        text += f" ({source_of(option, args)}; default: {shown(option, args)})"
     elif args is not None:
         text += f" ({option.source}; not for {args.method})"
     flag = f"--{option.name.replace('_', '-')}"
@@ -236,6 +252,18 @@ def add_flag(group, option, args):
     else:
         metavar = {int: "N", float: "X", str: "NAME"}[option.type]
         group.add_argument(flag, type=option.type, nargs=option.several, metavar=metavar, help=text)
+
+
+def source_of(option, args):
+    """Where the default of an option comes from, in a run with this method and size."""
+    words = {METHODS[args.method]["encoders"], args.method, args.size}
+    source = option.source
+    for row, defaults in RECIPES.items():
+        if set(row.split()) <= words and option.name in defaults:
+            source = option.source
+            if "tiny" in row.split():
+                source = "ours at size tiny"
+    return source
 
 
 def applies(option, args):
@@ -295,13 +323,29 @@ def default_out(given):
 
 
 def recipe(method, size, dataset):
-    """The rows of RECIPES that apply to a run, joined."""
+    """The rows of RECIPES that apply to a run, joined. Several datasets that are joined by commas
+    take the longest recipe of their parts, and the most tokens."""
+    parts = [recipe_of_one(method, size, name) for name in dataset.split(",")]
+    longest = max(parts, key=epochs_of)
+    tokens = [part["max_tokens"] for part in parts if "max_tokens" in part]
+    if tokens:
+        longest["max_tokens"] = max(tokens)
+    return longest
+
+
+def recipe_of_one(method, size, dataset):
+    """The rows of RECIPES that apply to a run on one dataset, joined."""
     words = {METHODS[method]["encoders"], method, size, dataset}
     found = {}
     for row, defaults in RECIPES.items():
         if set(row.split()) <= words:
             found.update(defaults)
     return found
+
+
+def epochs_of(found):
+    """The epochs of a recipe. Size large has no recipe on DETR, which is refused later."""
+    return found.get("epochs", 0)
 
 
 def resolve(given):
@@ -382,6 +426,9 @@ def print_recipe(args):
                 parts.append(f"{option.name} {shown(option, args)}")
         if parts:
             print(f"{group}: {', '.join(parts)}")
+    if "," in args.dataset:
+        print("joined datasets: the default of epochs is the longest of the parts, that of "
+              "max_tokens the largest")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -390,12 +437,50 @@ def print_recipe(args):
 INPUTS = ("images", "image_padding", "tokens", "token_padding")    # the model's, in a batch
 
 
-def train_epoch(model, loader, optimizer, scaler, args, epoch, phase, bar):
-    """One pass over the training data. Returns the mean loss and the accuracy on the way."""
+class Means:
+    """Means over the samples of some steps, and the speed of these steps."""
+
+    def __init__(self):
+        self.sums = {}      # {name: sum over the samples}
+        self.counts = {}    # {name: how many samples have this value}
+        self.samples = 0
+        self.began = time.time()
+
+    def add(self, values, samples):
+        """Count values that are means over so many samples: {name: number}."""
+        self.samples += samples
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value * samples
+            self.counts[name] = self.counts.get(name, 0) + samples
+
+    def read(self):
+        return {name: total / self.counts[name] for name, total in self.sums.items()}
+
+    def speed(self, device):
+        """What these steps cost."""
+        seconds = time.time() - self.began
+        return {"seconds": seconds, "samples_per_second": self.samples / seconds,
+                "peak_bytes": peak_bytes(device)}
+
+
+def peak_bytes(device):
+    """The peak memory so far: of the GPU or, of a run on the CPU, of the process. None where the
+    system does not tell."""
+    if "cuda" in device:
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform != "linux":
+        return None
+    import resource    # there is no such module on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def train_epoch(model, loader, optimizer, scaler, args, epoch, phase, bar, report):
+    """One pass over the training data. Returns what the log says of it, see train_step, and calls
+    report(line) each --log-every steps."""
     model.train()
-    total = 0.0    # sum of the loss over the samples seen
-    right = 0      # samples with IoU >= 0.5
-    seen = 0
+    whole = Means()     # over the epoch
+    recent = Means()    # since the last report
+    skipped = 0         # steps without an update, see train_step
     for step, batch in enumerate(loader):
         # The schedule counts the steps of the phase; epochs count from 1 over the whole run.
         done = (epoch - 1 - phase.first) * len(loader) + step
@@ -403,98 +488,161 @@ def train_epoch(model, loader, optimizer, scaler, args, epoch, phase, bar):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
 
-        optimizer.zero_grad(set_to_none=True)
+        values, updated = train_step(model, batch, optimizer, scaler, args)
+        if not updated:
+            skipped += 1
+        if not math.isfinite(sum(values.values())):
+            refuse_to_go_on(values, args, epoch, step, batch)
+
         size = len(batch["boxes"])
-        loss = 0.0
-        for start in range(0, size, args.micro_batch):    # gradient accumulation over micro-batches
-            micro = {}
-            for name, tensor in batch.items():
-                part = tensor[start:start + args.micro_batch]
-                micro[name] = part.to(args.device, non_blocking=True)
-
-            # Images and texts in, boxes out: text encoder, vision encoder, grounding encoder.
-            with autocast(args):
-                grounding = model(*[micro[name] for name in INPUTS])
-
-            # The loss is a mean over the micro-batch. Weighted by its share, the parts add up to
-            # the mean over the batch.
-            part_loss = weighted_loss(grounding, micro["boxes"], args) * len(micro["boxes"]) / size
-            scaler.scale(part_loss).backward()
-
-            loss += part_loss.item()
-            ious = measured_ious(grounding.boxes.detach(), micro["boxes"])
-            right += (ious >= 0.5).sum().item()
-
-        if not math.isfinite(loss):
-            raise InputError(f"the loss is {loss} at epoch {epoch}, step {step + 1}, samples "
-                             f"{batch['index'].tolist()}: take a smaller --lr, or --amp off; "
-                             f"{args.out}/last.pt holds the last whole epoch")
-        scaler.step(optimizer)    # without fp16 this is optimizer.step()
-        scaler.update()
-
-        total += loss * size
-        seen += size
-        bar.set_postfix_str(f"{phase.name}, epoch {epoch}, loss {total / seen:.3f} "
-                            f"acc {right / seen:.3f}")
+        whole.add(values, size)
+        recent.add(values, size)
+        if (step + 1) % args.log_every == 0:
+            report({"epoch": epoch, "phase": phase.name, "step": step + 1,
+                    **rates(optimizer), **recent.read(), **recent.speed(args.device)})
+            recent = Means()
+        means = whole.read()
+        bar.set_postfix_str(f"{phase.name}, epoch {epoch}, loss {means['train_loss']:.3f} "
+                            f"acc {means['train_acc@0.5']:.3f}")
         bar.update()
-    return total / seen, right / seen
+
+    line = {**whole.read(), **whole.speed(args.device)}
+    if scaler.is_enabled():
+        line["skipped_steps"] = skipped
+    return line
+
+
+def train_step(model, batch, optimizer, scaler, args):
+    """One optimizer step -> (values, updated).
+
+    values: means over the batch, {"train_loss", each part of the loss by its name, "train_acc@0.5",
+    "grad_norm"}. updated: whether the weights were changed. fp16 skips a step whose gradients
+    overflow and goes on with a smaller scale; "grad_norm" is then missing.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    size = len(batch["boxes"])
+    means = Means()
+    for start in range(0, size, args.micro_batch):    # gradient accumulation over micro-batches
+        micro = {}
+        for name, tensor in batch.items():
+            part = tensor[start:start + args.micro_batch]
+            micro[name] = part.to(args.device, non_blocking=True)
+
+        # Images and texts in, boxes out: text encoder, vision encoder, grounding encoder.
+        with autocast(args):
+            grounding = model(*[micro[name] for name in INPUTS])
+
+        # The loss is a mean over the micro-batch. Weighted by its share, the parts add up to the
+        # mean over the batch.
+        parts = weighted_losses(grounding, micro["boxes"], args)
+        loss = sum(parts.values())    # M²IST Eq. (6), HiVG Eq. (15)
+        scaler.scale(loss * len(micro["boxes"]) / size).backward()
+
+        right = (measured_ious(grounding.boxes.detach(), micro["boxes"]) >= 0.5).float().mean()
+        values = {"train_loss": loss, **parts, "train_acc@0.5": right}
+        # One transfer from the device, as each of them waits until the device has caught up.
+        numbers = torch.stack([value.detach() for value in values.values()]).tolist()
+        means.add(dict(zip(values, numbers)), len(micro["boxes"]))
+
+    # Without fp16 the scaler passes gradients and steps on as they are.
+    scaler.unscale_(optimizer)
+    tuned = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(tuned, args.clip_norm or math.inf).item()
+    updated = math.isfinite(norm)
+    values = means.read()
+    if updated or not scaler.is_enabled():
+        values["grad_norm"] = norm
+    if updated or scaler.is_enabled():    # gradients that are not finite must not reach the weights
+        scaler.step(optimizer)
+        scaler.update()
+    return values, updated
+
+
+def refuse_to_go_on(values, args, epoch, step, batch):
+    """Stop a run whose loss or gradients are not finite. No file of the run has seen them."""
+    name, value = next(item for item in values.items() if not math.isfinite(item[1]))
+    kept = ""
+    if Path(args.out, "last.pt").exists():
+        kept = f"; {args.out}/last.pt holds the last whole epoch"
+    raise InputError(f"{name} is {value} at epoch {epoch}, step {step + 1}, samples "
+                     f"{batch['index'].tolist()}: start again in another --out with a smaller --lr, "
+                     f"with --clip-norm 1, or with --amp off{kept}")
+
+
+def rates(optimizer):
+    """The rates of the grounding encoder and of all else."""
+    head, rest = optimizer.param_groups
+    return {"lr": head["lr"], "lr_encoder": rest["lr"]}
 
 
 def fit(model, args, train_loader, val_loader):
-    """Train in phases of epochs. After each epoch: evaluate on val, write everything down.
+    """Train in phases of epochs. After each epoch: save, evaluate on val, write everything down.
     val_loader: None if the dataset has no val; the last epoch then counts as the best."""
     out = Path(args.out)
     phases = plan(args)
     scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.amp == "fp16")
+    frozen = frozen_fingerprint(model)    # once, of the model as it was built
 
     # A resumed run goes on from `last`; a new run has none.
-    last = read_last(out / "last.pt", model)
-    done = 0         # whole epochs so far
+    last = read_last(out / "last.pt", frozen)
+    trained = 0      # epochs that are trained
+    done = 0         # epochs that are evaluated and written down, too
     best = -1.0      # the best accuracy on val so far
-    log = []         # one dictionary for each epoch
+    log = []         # one dictionary for each line of log.jsonl
     if last is not None:
-        done, best, log = last["epoch"], last["best"], last["log"]
+        trained, best, log = last["epoch"], last["best"], last["log"]
+        done = trained if last["evaluated"] else trained - 1
         scaler.load_state_dict(last["scaler"])
-        print(f"resumed after epoch {done}")
+        print(f"resumed after epoch {trained}")
+
+    def report(line):
+        log.append(line)
+        write_log(out / "log.jsonl", log)
 
     steps = len(train_loader)
-    bar = tqdm(total=phases[-1].last * steps, initial=done * steps, desc=args.method, unit="step")
+    bar = tqdm(total=phases[-1].last * steps, initial=trained * steps, desc=args.method,
+               unit="step")
     for phase in phases:
         if done >= phase.last:
             continue    # this phase was over before the run was resumed
-        # A run that stopped between two phases has a last.pt with merged weights, to be loaded
-        # before the new pairs come; a run that stopped within a phase has one with the pairs.
-        if last is not None and done == phase.first:
+        # If the run stopped between two phases, last.pt holds merged weights, and they are loaded
+        # before the phase adds its pairs. If it stopped within a phase, last.pt holds pairs, and
+        # begin_phase makes pairs for them first.
+        if last is not None and trained == phase.first:
             load_tuned(model, last["model"], "last.pt")
         optimizer = begin_phase(model, phase, args)
-        if last is not None and done > phase.first:
+        if last is not None and trained > phase.first:
             load_tuned(model, last["model"], "last.pt")
             optimizer.load_state_dict(last["optimizer"])
         last = None    # later phases go on from the model, and the memory is free again
 
         for epoch in range(done + 1, phase.last + 1):
-            # Order, transforms and dropout depend on seed and epoch alone, so that an epoch is the
-            # same in a resumed run.
-            set_epoch(train_loader, args.seed, epoch)
-            torch.manual_seed(args.seed * 100_003 + epoch)
-            loss, accuracy = train_epoch(model, train_loader, optimizer, scaler, args, epoch, phase,
-                                         bar)
+            if epoch > trained:
+                # Order, transforms and dropout depend on seed and epoch alone, so that an epoch is
+                # the same in a resumed run.
+                set_epoch(train_loader, args.seed, epoch)
+                torch.manual_seed(args.seed * 100_003 + epoch)
+                line = train_epoch(model, train_loader, optimizer, scaler, args, epoch, phase, bar,
+                                   report)
+                log.append({"epoch": epoch, "phase": phase.name, **rates(optimizer), **line})
+                # What is trained is saved before it is evaluated: hours of training are not lost
+                # to a picture of val that is broken.
+                save_last(out / "last.pt", model, optimizer, scaler, epoch, best, log, frozen,
+                          evaluated=False)
 
-            line = {"epoch": epoch, "phase": phase.name, "lr": optimizer.param_groups[0]["lr"],
-                    "train_loss": loss, "train_acc@0.5": accuracy,
-                    **validate(model, val_loader, args),
-                    "leaky_pretraining": leaky_pretraining(args)}
-            log.append(line)
+            line = log[-1]
+            line.update(validate(model, val_loader, args))
+            line["leaky_pretraining"] = leaky_pretraining(args)
             print_line(line)
-
             if val_loader is None or line["val_acc@0.5"] >= best:
                 best = line.get("val_acc@0.5", best)
-                save_checkpoint(out / "best.safetensors", model, args, line)
+                save_checkpoint(out / "best.safetensors", model, args, line, frozen)
             write_log(out / "log.jsonl", log)
             if epoch == phase.last:
                 end_phase(model, phase, out / "best.safetensors", log)
-            # last.pt comes last: a run that is killed before it repeats the epoch and its files.
-            save_last(out / "last.pt", model, optimizer, scaler, epoch, best, log)
+            # A run that is killed before this line evaluates the epoch again.
+            save_last(out / "last.pt", model, optimizer, scaler, epoch, best, log, frozen,
+                      evaluated=True)
         done = phase.last
     bar.close()
 
@@ -504,9 +652,9 @@ def autocast(args):
     return torch.autocast(torch.device(args.device).type, dtype, enabled=dtype is not None)
 
 
-def weighted_loss(grounding, boxes, args):
-    """M²IST Eq. (6) or HiVG Eq. (15), by the weights of the run."""
-    return losses.total_loss(grounding, boxes, args.l1, args.giou, args.contrast, args.focal,
+def weighted_losses(grounding, boxes, args):
+    """The terms of M²IST Eq. (6) or HiVG Eq. (15), by the weights of the run: {name: scalar}."""
+    return losses.loss_parts(grounding, boxes, args.l1, args.giou, args.contrast, args.focal,
                              args.dice, args.beta)
 
 
@@ -588,7 +736,7 @@ def plan(args):
     else:
         epochs = args.epochs // stages
     for stage in range(1, (args.last_stage or stages) + 1):
-        if args.stage_lr:    # one rate for each stage and all that it trains, as released
+        if args.stage_lr:    # as released, a stage has one rate for all that it trains
             lr = lr_encoder = args.stage_lr[min(stage, len(args.stage_lr)) - 1]
         else:
             lr, lr_encoder = args.lr, args.lr_encoder
@@ -608,18 +756,26 @@ def begin_phase(model, phase, args):
 
 
 def end_phase(model, phase, best_path, log):
-    """Go on with the weights that were best on val so far, with their pairs merged, be they of this
-    phase or of an earlier one [D33]."""
-    # This is the merge of HiVG Section 3.3: best.safetensors holds W + α/r B A. load_tuned first
-    # takes the pairs out, which leaves the weights that the phase began with; where the best are of
-    # an earlier phase, they lack the layers that only this phase has changed.
+    """Load the weights that were best on val so far, with their pairs merged [D33]. They may come
+    from this phase or from an earlier one."""
+    # best.safetensors holds W + α/r B A, so loading it is the merge of HiVG Section 3.3. load_tuned
+    # first removes the pairs of this phase unmerged. Where the best weights come from an earlier
+    # phase, the layers that the file does not hold are then as they were when this phase began.
     load_tuned(model, read_state(best_path), best_path)
-    reached = [line.get("val_acc@0.5", 0) for line in log]
-    here = max(reached[phase.first:])
-    before = max(reached[:phase.first], default=0)
+    here = best_of(log, phase.first + 1, phase.last)
+    before = best_of(log, 1, phase.first)
     if here < before:
         tqdm.write(f"{phase.name} ends worse on val ({here:.4f} at best) than it began "
                    f"({before:.4f}): the weights that it began with are kept")
+
+
+def best_of(log, first, last):
+    """The best accuracy on val of the epochs first .. last; 0 if there is none."""
+    reached = [0.0]
+    for line in log:
+        if first <= line["epoch"] <= last and "val_acc@0.5" in line:
+            reached.append(line["val_acc@0.5"])
+    return max(reached)
 
 
 def make_optimizer(model, args, phase):
@@ -655,22 +811,40 @@ def rate_factor(args, step, steps, epochs):
 # Data for the loop
 
 def load_splits(args):
-    """The samples to train on and to validate on (empty where the dataset has no val)."""
+    """The samples to train on and to validate on (empty where the dataset has no val). Boxes that
+    can teach nothing are left out of training and counted; of val nothing is left out."""
     listed = data.load_samples(args.dataset, "train", args.root)[:args.limit]
-    train_samples = []
-    for sample in listed:
-        x1, y1, x2, y2 = sample.box
-        if x1 < x2 and y1 < y2:
-            train_samples.append(sample)
     val_samples = []
     if "val" in data.split_names(args.dataset, args.root):
         val_samples = data.load_samples(args.dataset, "val", args.root)[:args.limit]
     else:
         print(f"{args.dataset} has no split 'val': the last epoch is kept as the best")
+    data.check_pictures_exist([*listed, *val_samples])
+
+    with_area = []
+    for sample in listed:
+        x1, y1, x2, y2 = sample.box
+        if x1 < x2 and y1 < y2:
+            with_area.append(sample)
+    outside = set(data.boxes_outside(with_area))
+    train_samples = [sample for sample in with_area if sample not in outside]
+    tell_outside("train", outside, "left out", args)
+    tell_outside("val", data.boxes_outside(val_samples), "misses", args)
+
     print(f"{args.method} {args.size} on {args.dataset}: {len(train_samples)} expressions to train "
-          f"on ({len(listed) - len(train_samples)} left out, without area), {len(val_samples)} to "
+          f"on ({len(listed) - len(with_area)} left out, without area), {len(val_samples)} to "
           f"validate; leaky pretraining {leaky_pretraining(args)}")
     return train_samples, val_samples
+
+
+def tell_outside(split, samples, fate, args):
+    """Say how many boxes of a split lie outside of their pictures, and where the first one is."""
+    if not samples:
+        return
+    first = min(samples, key=str)
+    print(f"{len(samples)} boxes of {split} lie outside of their pictures and are {fate}; one is in "
+          f"{data.where_is(args.dataset, args.root, first)}: {list(first.box)} of {first.text!r} "
+          f"in {first.image}")
 
 
 def make_loader(samples, model, args, train=False, batch_size=None):
@@ -703,6 +877,7 @@ def leaky_pretraining(args):
         return False
     if METHODS[args.method]["encoders"] == "clip":
         return None
+    # [D48] Without --vision-weights the DETR is the official one.
     return data.leaky_pretraining(args.dataset, args.vision_weights or DETR_URL)
 
 
@@ -770,21 +945,22 @@ def load_tuned(model, state, source):
     model.load_state_dict(state, strict=False)    # the frozen rest is missing, as checked above
 
 
-def frozen_fingerprint(model, held):
-    """A hash of everything that a checkpoint with the names `held` does not hold. It tells whether
-    the encoders behind the checkpoint are the same again."""
+def frozen_fingerprint(model):
+    """A hash of all that is frozen in a model as build_model returns it. It tells whether the
+    encoders behind a checkpoint are the same again. Hashing takes seconds at full size, so it is
+    done once a run."""
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
-        if name not in held:
+        if name not in trained:
             digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
-def save_checkpoint(path, model, args, line):
+def save_checkpoint(path, model, args, line, frozen):
     """Write the tuned weights with the pairs merged, and in the metadata what rebuilds the model.
-    line: the line of the log of this epoch."""
-    config = {"model": model_arguments(args), "args": vars(args), **line,
-              "frozen": frozen_fingerprint(model, tuned_state(model))}
+    line: the line of the log of this epoch. frozen: the frozen_fingerprint of the run."""
+    config = {"model": model_arguments(args), "args": vars(args), **line, "frozen": frozen}
     state = tuned_state(model, merged=True)
 
     def write(partial):
@@ -794,8 +970,9 @@ def save_checkpoint(path, model, args, line):
 
 
 def write_log(path, log):
-    """Write log.jsonl whole, so that no epoch stands there twice."""
-    text = "".join(json.dumps(line) + "\n" for line in log)
+    """Write log.jsonl whole, so that no epoch stands there twice. The line of an epoch has
+    val_acc@0.5 (where there is a val), a line within an epoch has "step" in its place."""
+    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in log)
 
     def write(partial):
         partial.write_text(text)
@@ -811,12 +988,16 @@ def print_line(line):
     tqdm.write("  ".join(parts))
 
 
-def save_last(path, model, optimizer, scaler, epoch, best, log):
-    """Write all that a resumed run needs."""
+def save_last(path, model, optimizer, scaler, epoch, best, log, frozen, evaluated):
+    """Write all that a resumed run needs. evaluated: whether the epoch was evaluated, too; if not,
+    the last line of the log lacks the accuracy on val."""
     tuned = tuned_state(model)
-    last = {"epoch": epoch, "best": best, "log": log, "model": tuned,
-            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-            "frozen": frozen_fingerprint(model, tuned)}
+    for name, value in tuned.items():
+        if not value.isfinite().all():
+            raise InputError(f"{name} is not finite after epoch {epoch}: start again in another "
+                             f"--out with a smaller --lr; {path} was not written")
+    last = {"epoch": epoch, "evaluated": evaluated, "best": best, "log": log, "model": tuned,
+            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "frozen": frozen}
 
     def write(partial):
         torch.save(last, partial)
@@ -824,21 +1005,20 @@ def save_last(path, model, optimizer, scaler, epoch, best, log):
     write_atomically(path, write)
 
 
-def read_last(path, model):
+def read_last(path, frozen):
     """last.pt of the run that is to be resumed, or None in a new run. Raises InputError if the file
-    is damaged, or if the encoders are not those that the run began with."""
+    is damaged, or if the encoders are not those that the run began with.
+    frozen: the frozen_fingerprint of the model as it is now."""
     if not path.exists():
         return None
     try:
         last = torch.load(path, map_location="cpu", weights_only=True)
-        for name in ("epoch", "best", "log", "model", "optimizer", "scaler", "frozen"):
+        for name in ("epoch", "evaluated", "best", "log", "model", "optimizer", "scaler", "frozen"):
             last[name]
     except Exception:
         raise InputError(f"{path}: damaged, or not what train.py writes; start a new run in "
                          f"another --out") from None
-    # last.pt holds all pairs that there were; the model must have none when the rest is hashed.
-    model.begin_stage(0)
-    if last["frozen"] != frozen_fingerprint(model, last["model"]):
+    if last["frozen"] != frozen:
         raise InputError(f"{path}: the run began with other encoder weights than these; give it "
                          f"the same files")
     return last
@@ -1040,7 +1220,10 @@ def main(argv=None):
     model = build_model(**model_arguments(args)).to(args.device)
     print(f"parameters {count_parameters(model)}")
     train_loader = make_loader(train_samples, model, args, train=True)
-    val_loader = make_loader(val_samples, model, args) if val_samples else None
+    val_loader = None
+    if val_samples:
+        # What fits on the device in training fits in evaluation, too.
+        val_loader = make_loader(val_samples, model, args, batch_size=args.micro_batch)
 
     if not args.resume:
         write_args(out, args)

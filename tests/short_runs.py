@@ -28,10 +28,22 @@ def run(out, *flags):
     return Path(out)
 
 
+# What a line of the log says of the machine, and not of what was computed.
+SPEED = {"seconds", "samples_per_second", "peak_bytes"}
+
+
 def read_log(out):
     """The lines of log.jsonl as dictionaries."""
     lines = Path(out, "log.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def computed(out):
+    """The lines of log.jsonl without what differs from one run of the same command to the next."""
+    lines = []
+    for line in read_log(out):
+        lines.append({name: value for name, value in line.items() if name not in SPEED})
+    return lines
 
 
 def last_weights(out):

@@ -128,7 +128,7 @@ def test_build_model_refuses_the_same_options():
 
 
 ROWS_ALONE = {"interaction_bottleneck", "bridge_weights", "cross_attention", "layer_to_layer",
-              "deep_to_shallow", "last_stage", "region_text"}
+              "deep_to_shallow", "last_stage", "region_text", "released_rules"}
 
 
 def test_options_that_rows_alone_set_are_no_flags(capsys):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import evaluate
 import train
 from data import InputError
-from short_runs import FAST, HIVG, last_weights, read_log, run, same, up_and_down
+from short_runs import FAST, HIVG, computed, last_weights, read_log, run, same, up_and_down
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,8 +49,8 @@ def die(monkeypatch, dying, out, *flags):
 
 
 def assert_same_run(a, b):
-    """Logs, last weights and best weights are equal bit by bit."""
-    assert (a / "log.jsonl").read_bytes() == (b / "log.jsonl").read_bytes()
+    """Logs (but for times), last weights and best weights are equal bit by bit."""
+    assert computed(a) == computed(b)
     assert same(last_weights(a), last_weights(b))
     assert same(load_file(a / "best.safetensors"), load_file(b / "best.safetensors"))
 
@@ -58,10 +58,11 @@ def assert_same_run(a, b):
 # --- Interruptions --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("write", range(1, 11))
+@pytest.mark.parametrize("write", range(1, 12))
 def test_a_run_that_dies_at_any_write_resumes_to_the_same_weights(tmp_path, monkeypatch, m2ist_run,
                                                                  write):
-    """The writes are args.json, then best.safetensors, log.jsonl and last.pt in each epoch."""
+    """The writes are args.json, then in each epoch last.pt, best.safetensors if no epoch before was
+    better, log.jsonl, and last.pt again."""
     dead = tmp_path / "dead"
     die(monkeypatch, Dying(write), dead)
 
@@ -75,35 +76,77 @@ def test_a_run_that_dies_at_any_write_resumes_to_the_same_weights(tmp_path, monk
     assert same(resumed.state_dict(), whole.state_dict())
 
 
-def test_a_run_makes_ten_writes(tmp_path, monkeypatch):
-    """Three epochs write ten files, so the test above meets every write."""
-    dying = Dying(write=11)
+def test_a_run_makes_eleven_writes(tmp_path, monkeypatch):
+    """Three epochs, of which the first is the best, write eleven files, so the test above meets
+    every write."""
+    dying = Dying(write=12)
     monkeypatch.setattr(train, "write_atomically", dying)
     run(tmp_path / "a")
-    assert dying.writes == 10
+    assert dying.writes == 11
 
 
-@pytest.mark.parametrize("epoch, file", [
-    (2, "last.pt"),      # the warm-up is over, and last.pt does not know
-    (3, "log.jsonl"),    # between the warm-up and stage 1
-    (4, "last.pt"),      # stage 1 is over, and last.pt does not know
-    (5, "log.jsonl"),    # between stage 1 and stage 2
-    (6, "last.pt"),      # at the very end
+@pytest.mark.parametrize("write, file", [
+    (3, "last.pt"),      # the last epoch of the warm-up is trained, and last.pt does not know
+    (4, "last.pt"),      # the warm-up is over, and last.pt says that it is not evaluated
+    (3, "log.jsonl"),    # the first epoch of stage 1 is trained, and not in the log
+    (8, "last.pt"),      # stage 1 is over, and last.pt says that it is not evaluated
+    (5, "log.jsonl"),    # the first epoch of stage 2 is trained, and not in the log
+    (12, "last.pt"),     # at the very end
 ])
 def test_hivg_that_dies_at_a_write_resumes_into_the_right_stage(tmp_path, monkeypatch, hivg_run,
-                                                                epoch, file):
+                                                                write, file):
     """A run of HiLoRA goes on in the stage and with the pairs that it had."""
     monkeypatch.setattr(train, "scores", up_and_down)
     dead = tmp_path / "dead"
-    die(monkeypatch, Dying(epoch, file), dead, *HIVG)
+    die(monkeypatch, Dying(write, file), dead, *HIVG)
     train.main(["--out", str(dead), "--resume", "--stages", "2"])    # a flag that the run has
     assert_same_run(hivg_run, dead)
+
+
+def test_an_epoch_that_could_not_be_evaluated_is_not_lost(tmp_path, monkeypatch, m2ist_run):
+    """What was trained is on disk before val is looked at; --resume goes on with the evaluation."""
+    out = tmp_path / "a"
+    with monkeypatch.context() as patch:
+        def broken(*_):
+            raise InputError("val/7.jpg: the file cannot be decoded as a picture")
+        patch.setattr(train, "validate", broken)
+        with pytest.raises(InputError, match="7.jpg"):
+            run(out)
+    assert not (out / "best.safetensors").exists()
+    last = torch.load(out / "last.pt", weights_only=True)
+    assert (last["epoch"], last["evaluated"]) == (1, False)
+
+    trained = []
+    real = train.train_epoch
+
+    def watched(model, loader, optimizer, scaler, args, epoch, *rest):
+        trained.append(epoch)
+        return real(model, loader, optimizer, scaler, args, epoch, *rest)
+
+    monkeypatch.setattr(train, "train_epoch", watched)
+    train.main(["--out", str(out), "--resume"])
+    assert trained == [2, 3]
+    assert_same_run(m2ist_run, out)
+
+
+def test_frozen_weights_are_hashed_once_a_run(tmp_path, monkeypatch):
+    """At full size a hash takes seconds."""
+    calls = []
+    real = train.frozen_fingerprint
+
+    def counted(model):
+        calls.append(model.stage)
+        return real(model)
+
+    monkeypatch.setattr(train, "frozen_fingerprint", counted)
+    run(tmp_path / "a", *HIVG)
+    assert calls == [0]
 
 
 def test_the_scaler_of_fp16_goes_on_where_it_was(tmp_path, monkeypatch):
     """The scaler counts the steps without overflow: one in each of two epochs."""
     dead = tmp_path / "dead"
-    die(monkeypatch, Dying(2, "last.pt"), dead, "--amp", "fp16", "--epochs", "2", "--limit", "16")
+    die(monkeypatch, Dying(3, "last.pt"), dead, "--amp", "fp16", "--epochs", "2", "--limit", "16")
     train.main(["--out", str(dead), "--resume"])
     last = torch.load(dead / "last.pt", weights_only=True)
     assert last["scaler"]["_growth_tracker"] == 2
@@ -216,7 +259,7 @@ def short_run(tmp_path_factory):
 def test_other_encoders_are_named(short_run, monkeypatch):
     """A run is not resumed with other encoders, as if another file stood behind --vision-weights
     by now."""
-    monkeypatch.setattr(train, "frozen_fingerprint", lambda model, held: "another")
+    monkeypatch.setattr(train, "frozen_fingerprint", lambda model: "another")
     with pytest.raises(InputError, match="last.pt: the run began with other encoder weights"):
         train.main(["--out", str(short_run), "--resume"])
 

@@ -13,8 +13,8 @@ import losses
 import model as m
 import train
 from data import InputError
-from short_runs import (FAST, HIVG, add_dropout, last_weights, read_log, run, same,
-                        write_refcoco)
+from short_runs import (FAST, HIVG, SPEED, add_dropout, computed, last_weights, read_log, run,
+                        same, write_refcoco)
 from test_data import as_refer, coco
 
 pytestmark = pytest.mark.usefixtures("cpu_with_dropout")
@@ -29,8 +29,8 @@ def test_a_run_writes_what_its_docstring_says(m2ist_run):
         "args.json", "log.jsonl", "best.safetensors", "last.pt", "val.png"}
     assert [line["epoch"] for line in read_log(m2ist_run)] == [1, 2, 3]
     assert set(read_log(m2ist_run)[0]) == {
-        "epoch", "phase", "lr", "train_loss", "train_acc@0.5", "val_acc@0.5", "val_mean_iou",
-        "leaky_pretraining"}
+        "epoch", "phase", "lr", "lr_encoder", "train_loss", "l1", "giou", "train_acc@0.5",
+        "grad_norm", "val_acc@0.5", "val_mean_iou", "leaky_pretraining", *SPEED}
 
     written = json.loads((m2ist_run / "args.json").read_text())
     assert set(written["args"]) == set(train.OPTIONS)
@@ -69,8 +69,8 @@ def test_one_seed_gives_one_log_and_another_seed_another(tmp_path, m2ist_run):
     """All that is random in a run depends on --seed."""
     again = run(tmp_path / "a")
     other = run(tmp_path / "b", "--seed", "1")
-    assert (again / "log.jsonl").read_text() == (m2ist_run / "log.jsonl").read_text()
-    assert (other / "log.jsonl").read_text() != (m2ist_run / "log.jsonl").read_text()
+    assert computed(again) == computed(m2ist_run)
+    assert computed(other) != computed(m2ist_run)
     assert same(last_weights(again), last_weights(m2ist_run))
     assert not same(last_weights(other), last_weights(m2ist_run))
 
@@ -147,49 +147,203 @@ def test_the_loss_and_the_accuracy_of_the_log_are_means_over_the_samples(monkeyp
     optimizer = train.make_optimizer(model, args, phase)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     bar = train.tqdm(disable=True)
-    loss, accuracy = train.train_epoch(model, loader, optimizer, scaler, args, 1, phase, bar)
-    assert loss == pytest.approx(expected, rel=1e-5)
+    line = train.train_epoch(model, loader, optimizer, scaler, args, 1, phase, bar, report=None)
+    assert line["train_loss"] == pytest.approx(expected, rel=1e-5)
+    assert line["l1"] + line["giou"] == pytest.approx(expected, rel=1e-5)
     # Micro-batches of 4, 4 and 2 samples have 2, 2 and 1 with an IoU of 0.5 or more.
-    assert accuracy == 5 / 10
+    assert line["train_acc@0.5"] == pytest.approx(5 / 10)
 
 
 def test_a_step_has_the_gradient_of_its_own_batch_alone():
     """At a rate of 0, the gradients after an epoch are those of its last batch."""
     args, model, loader = without_dropout(8, "--batch-size", "4")
     phase = train.plan(args)[0]._replace(lr=0.0, lr_encoder=0.0)
-    optimizer = torch.optim.SGD([dict(params=model.parameters(), lr=0.0, peak=0.0)])
+    optimizer = train.make_optimizer(model, args, phase)
 
     train.set_epoch(loader, 0, 1)
     _, last = list(loader)
     found = model(*[last[name] for name in train.INPUTS])
-    train.weighted_loss(found, last["boxes"], args).backward()
+    sum(train.weighted_losses(found, last["boxes"], args).values()).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
     train.set_epoch(loader, 0, 1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    train.train_epoch(model, loader, optimizer, scaler, args, 1, phase, train.tqdm(disable=True))
+    train.train_epoch(model, loader, optimizer, scaler, args, 1, phase, train.tqdm(disable=True),
+                      report=None)
     for name, gradient in expected.items():
         assert torch.allclose(model.get_parameter(name).grad, gradient, atol=1e-6), name
 
 
-def test_micro_batches_add_up_to_the_batch(tmp_path, monkeypatch):
-    """Gradients of micro-batches sum to those of the batch, as M²IST's loss is a mean."""
-    spec = m.SIZES["tiny"]["detr"]
-    monkeypatch.setitem(spec, "grounding", {**spec["grounding"], "dropout": 0.0})
-    whole = last_weights(run(tmp_path / "a", "--epochs", "1"))
-    parts = last_weights(run(tmp_path / "b", "--epochs", "1", "--micro-batch", "5"))
+def test_micro_batches_add_up_to_the_batch():
+    """Gradients of micro-batches of 5, 5 and 2 samples sum to those of the batch of 12, as M²IST's
+    loss is a mean."""
+    gradients = []
+    for micro in ("12", "5"):
+        args, model, loader = without_dropout(12, "--batch-size", "12", "--micro-batch", micro)
+        optimizer = train.make_optimizer(model, args, train.plan(args)[0])
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        train.set_epoch(loader, 0, 1)
+        train.train_step(model, next(iter(loader)), optimizer, scaler, args)
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    whole, parts = gradients
     for name in whole:
-        assert (whole[name] - parts[name]).abs().max() < 1e-4
+        assert torch.allclose(whole[name], parts[name], rtol=1e-3, atol=1e-6), name
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
-    """The message names the epoch, the step and the samples."""
+    """The message names the epoch, the step and the samples, and last.pt if there is one."""
     def no_number(pred, *_, **__):
         return pred.sum() * float("nan"), pred.sum()
 
+    out = run(tmp_path / "b", "--epochs", "1")
     monkeypatch.setattr(losses, "box_terms", no_number)
-    with pytest.raises(InputError, match=r"loss is nan at epoch 1, step 1, samples \[\d+, .*--lr"):
+    with pytest.raises(InputError, match=r"train_loss is nan at epoch 1, step 1, samples \[\d+, .*"
+                                         r"--lr, with --clip-norm 1, or with --amp off$"):
         run(tmp_path / "a")
+    assert not (tmp_path / "a" / "last.pt").exists()
+
+    saved = json.loads((out / "args.json").read_text())
+    saved["args"]["epochs"] = 2    # one more epoch, which will fail
+    (out / "args.json").write_text(json.dumps(saved))
+    with pytest.raises(InputError, match="at epoch 2, step 1, .*last.pt holds the last whole epoch"):
+        train.main(["--out", str(out), "--resume"])
+
+
+def break_gradients(model, when):
+    """From now on a gradient of the model is infinite in each backward pass of which `when` says
+    so. when: a function of the number of the pass, from 1."""
+    passes = 0
+
+    def hook(gradient):
+        nonlocal passes
+        passes += 1
+        if when(passes):
+            return gradient * float("inf")
+        return gradient
+
+    next(p for p in model.parameters() if p.requires_grad).register_hook(hook)
+
+
+def test_gradients_that_are_not_finite_stop_the_run_before_anything_is_written(tmp_path,
+                                                                              monkeypatch):
+    """In the last step of an epoch, too: no weight, no checkpoint and no log has seen them."""
+    real = m.build_model
+
+    def broken(*names, **options):
+        model = real(*names, **options)
+        break_gradients(model, when=lambda number: number == 6)    # the last step of epoch 2
+        return model
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "build_model", broken)
+        with pytest.raises(InputError, match="grad_norm is (inf|nan) at epoch 2, step 3, samples"):
+            run(tmp_path / "a")
+    assert [line["epoch"] for line in read_log(tmp_path / "a")] == [1]
+    for value in last_weights(tmp_path / "a").values():
+        assert value.isfinite().all()
+    train.main(["--out", str(tmp_path / "a"), "--resume"])    # and the run goes on from there
+
+
+def test_fp16_skips_steps_that_overflow_and_counts_them(tmp_path, monkeypatch):
+    """A skipped step changes no weight; the norm in the log is that of the other steps."""
+    args, model, loader = without_dropout(12, "--batch-size", "4", "--amp", "fp16")
+    break_gradients(model, when=lambda number: number != 2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    phase = train.plan(args)[0]
+    optimizer = train.make_optimizer(model, args, phase)
+    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    train.set_epoch(loader, 0, 1)
+    line = train.train_epoch(model, loader, optimizer, scaler, args, 1, phase,
+                             train.tqdm(disable=True), report=None)
+    assert line["skipped_steps"] == 2
+    assert math.isfinite(line["grad_norm"])
+    assert scaler.get_scale() == 2.0 ** 16 / 4    # halved by each overflow
+    assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert all(p.isfinite().all() for p in model.parameters())
+    steps = {int(state["step"]) for state in optimizer.state.values()}
+    assert steps == {1}
+
+
+def test_weights_that_are_not_finite_are_never_written(tmp_path):
+    """last.pt stays as it was, and the message names the weight."""
+    args = train.parse_args(FAST)
+    model = m.build_model(**train.model_arguments(args))
+    optimizer = train.make_optimizer(model, args, train.plan(args)[0])
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    model.grounding.reg.data[0, 3] = float("nan")
+    with pytest.raises(InputError, match="grounding.reg is not finite after epoch 5: .*--lr"):
+        train.save_last(tmp_path / "last.pt", model, optimizer, scaler, 5, 0.5, [], "", True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def gradient_norm(model):
+    """The norm of all gradients of a model, written out."""
+    squares = [p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]
+    return math.sqrt(sum(squares))
+
+
+def test_the_norm_of_the_gradients_is_logged_and_clipped_if_asked_for():
+    """--clip-norm scales all gradients down to the norm; without it they stay as they are."""
+    norms = {}
+    for clip in ("0", "0.01"):
+        args, model, loader = without_dropout(4, "--batch-size", "4", "--clip-norm", clip)
+        optimizer = train.make_optimizer(model, args, train.plan(args)[0])
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        train.set_epoch(loader, 0, 1)
+        values, updated = train.train_step(model, next(iter(loader)), optimizer, scaler, args)
+        assert updated
+        norms[clip] = (values["grad_norm"], gradient_norm(model))
+    logged, whole = norms["0"]
+    assert logged == pytest.approx(whole, rel=1e-5)
+    assert whole > 0.1
+    logged_again, clipped = norms["0.01"]
+    assert logged_again == pytest.approx(logged, rel=1e-5)    # the norm before it was clipped
+    assert clipped == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_log_has_a_line_each_log_every_steps(tmp_path):
+    """Means over the steps since the last line, with the rates and the speed."""
+    out = run(tmp_path / "a", "--epochs", "2", "--log-every", "2", "--schedule", "step")
+    log = read_log(out)
+    assert [(line["epoch"], line.get("step")) for line in log] == [
+        (1, 2), (1, None), (2, 2), (2, None)]
+    first, whole = log[0], log[1]
+    assert set(first) == {
+        "epoch", "phase", "step", "lr", "lr_encoder", "train_loss", "l1", "giou", "train_acc@0.5",
+        "grad_norm", *SPEED}
+    assert first["l1"] + first["giou"] == pytest.approx(first["train_loss"], rel=1e-5)
+    assert first["lr"] == first["lr_encoder"] == 1e-3
+    assert first["seconds"] > 0
+    assert first["samples_per_second"] == pytest.approx(32 / first["seconds"])
+    assert first["peak_bytes"] > 2 ** 20
+    assert whole["samples_per_second"] == pytest.approx(48 / whole["seconds"])
+
+    # Each line of the log can be read while the run goes on, and none is there twice after a
+    # resume.
+    saved = json.loads((out / "args.json").read_text())
+    saved["args"]["epochs"] = 3
+    (out / "args.json").write_text(json.dumps(saved))
+    train.main(["--out", str(out), "--resume", "--log-every", "1"])
+    assert [(line["epoch"], line.get("step")) for line in read_log(out)[4:]] == [
+        (3, 1), (3, 2), (3, 3), (3, None)]
+
+
+def test_val_is_evaluated_in_micro_batches(tmp_path, monkeypatch):
+    """What fits on the device in training fits in evaluation, too."""
+    sizes = set()
+    real = m.DetrBert.forward
+
+    def watched(model, images, *inputs, **options):
+        sizes.add((model.training, len(images)))
+        return real(model, images, *inputs, **options)
+
+    monkeypatch.setattr(m.DetrBert, "forward", watched)
+    out = run(tmp_path / "a", "--epochs", "1", "--micro-batch", "4")
+    assert {size for training, size in sizes if training} == {4}
+    assert {size for training, size in sizes if not training} == {4, 1}    # 1: val.png
+    whole = evaluate.main([str(out), "--split", "val", "--batch-size", "60", "--device", "cpu"])
+    assert read_log(out)[0]["val_mean_iou"] == pytest.approx(
+        whole["splits"]["val"]["mean_iou"], abs=1e-5)
 
 
 def test_full_size_with_random_weights_on_the_cpu(tmp_path):
@@ -497,7 +651,7 @@ def test_the_schedule_counts_the_steps_of_a_phase(monkeypatch):
     monkeypatch.setattr(train, "rate_factor", watched)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     bar = train.tqdm(disable=True)
-    train.train_epoch(model, loader, optimizer, scaler, args, 4, phase, bar)
+    train.train_epoch(model, loader, optimizer, scaler, args, 4, phase, bar, report=None)
     assert asked == [(3, 3, 2), (4, 3, 2), (5, 3, 2)]
     assert [group["lr"] for group in optimizer.param_groups] == [4e-4, 4e-4]    # half of 8e-4
 
@@ -623,7 +777,7 @@ def test_a_checkpoint_holds_the_tuned_weights_alone_and_rebuilds_the_model(tmp_p
     """The frozen encoders come from where they came from in training."""
     model, args = small_model
     path = tmp_path / "best.safetensors"
-    train.save_checkpoint(path, model, args, {"epoch": 1})
+    train.save_checkpoint(path, model, args, {"epoch": 1}, train.frozen_fingerprint(model))
     tuned = {name for name, p in model.named_parameters() if p.requires_grad}
     assert set(load_file(path)) == tuned
 
@@ -648,7 +802,8 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, small_model, change)
     if args.method == "frozen":
         for option in m.MODEL_OPTIONS:
             setattr(args, option.name, None)
-    train.save_checkpoint(tmp_path / "x.safetensors", model, args, {"epoch": 1})
+    frozen = train.frozen_fingerprint(model)
+    train.save_checkpoint(tmp_path / "x.safetensors", model, args, {"epoch": 1}, frozen)
     with pytest.raises(InputError, match="another method or size"):
         evaluate.load_checkpoint(tmp_path / "x.safetensors")
 
@@ -670,10 +825,11 @@ def test_tuned_weights_that_do_not_fit_are_named(small_model):
 
 
 def test_a_checkpoint_of_other_encoders_is_refused(tmp_path, small_model):
-    """The metadata holds a hash of all that the file does not hold."""
+    """The metadata holds a hash of all that is frozen."""
     model, args = small_model
     model.text.word.weight.data[7] += 1
-    train.save_checkpoint(tmp_path / "x.safetensors", model, args, {"epoch": 1})
+    frozen = train.frozen_fingerprint(model)
+    train.save_checkpoint(tmp_path / "x.safetensors", model, args, {"epoch": 1}, frozen)
     with pytest.raises(InputError, match="other encoder weights"):
         evaluate.load_checkpoint(tmp_path / "x.safetensors")
 
@@ -692,10 +848,11 @@ def test_a_checkpoint_within_a_stage_has_its_pairs_merged(tmp_path):
     """The box of a loaded checkpoint is the box of the model with its pairs."""
     args = train.parse_args([*FAST, *HIVG])
     model = m.build_model(**train.model_arguments(args))
+    frozen = train.frozen_fingerprint(model)
     train.begin_phase(model, train.plan(args)[1], args)
     for found in hilora.find_pairs(model):
         torch.nn.init.normal_(found.pair.B)
-    train.save_checkpoint(tmp_path / "x.safetensors", model, args, {"epoch": 3})
+    train.save_checkpoint(tmp_path / "x.safetensors", model, args, {"epoch": 3}, frozen)
     loaded, _ = evaluate.load_checkpoint(tmp_path / "x.safetensors")
     assert hilora.find_pairs(loaded) == []
 
@@ -763,6 +920,47 @@ def test_boxes_without_area_are_left_out_of_training_and_are_misses_in_evaluatio
     seconds = row.pop("seconds")
     assert 0 <= seconds < 61
     assert row == {"acc@0.5": 0.0, "mean_iou": 0.0, "expressions": 2, "images": 1}
+
+
+def test_boxes_outside_of_their_pictures_are_told_before_training(tmp_path, capsys):
+    """They are left out of training, and are misses in evaluation, from which nothing is left out.
+    The first of them is named with its file and line."""
+    data.render(0).save(tmp_path / "a.png")
+    lines = []
+    for split in ("train", "val"):
+        for number in range(3):
+            lines.append({"image": "a.png", "text": f"it {number}", "box": [1, 2, 30, 40],
+                          "split": split})
+        lines.append({"image": "a.png", "text": f"gone in {split}", "box": [500, 2, 530, 40],
+                      "split": split})
+    path = tmp_path / "my.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+
+    out = run(tmp_path / "out", "--dataset", str(path), "--epochs", "1", "--workers", "0")
+    printed = capsys.readouterr().out
+    for split, number, fate in (("train", 4, "left out"), ("val", 8, "misses")):
+        assert (f"1 boxes of {split} lie outside of their pictures and are {fate}; one is in "
+                f"{path}, line {number}: [500.0, 2.0, 530.0, 40.0] of 'gone in {split}' in "
+                f"{tmp_path / 'a.png'}") in printed
+    assert "3 expressions to train on (0 left out, without area), 4 to validate" in printed
+    result = evaluate.main([str(out), "--split", "val", "--device", "cpu"])
+    assert result["splits"]["val"]["expressions"] == 4
+
+
+def test_joined_datasets_take_the_longest_recipe_and_the_most_tokens(tmp_path, capsys):
+    """RefCOCO+ has 180 epochs, RefCOCOg texts have 40 tokens; the default of each alone differs."""
+    args = train.parse_args(["--dataset", "refcoco,refcoco+,refcocog-umd"])
+    assert (args.epochs, args.lr_drop, args.max_tokens) == (180, 120, 40)
+    args = train.parse_args(["--dataset", "refcocog-umd,refcoco"])
+    assert (args.epochs, args.lr_drop, args.max_tokens) == (90, 60, 40)
+    args = train.parse_args(["--dataset", "refcoco,referit"])
+    assert (args.epochs, args.lr_drop, args.max_tokens) == (90, 60, 20)
+    capsys.readouterr()
+    train.print_recipe(args)
+    assert "joined datasets: the default of epochs is the longest of the parts" in (
+        capsys.readouterr().out)
+    given = train.parse_args(["--dataset", "refcoco,refcoco+", "--epochs", "3"])
+    assert given.epochs == 3
 
 
 def test_a_missing_picture_of_val_is_named_before_anything_is_trained(tmp_path):
