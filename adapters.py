@@ -6,9 +6,9 @@
 
 A frozen encoder layer has two ports: `a` is the output of its attention and `g` is the output of
 its feed-forward network, both before they are added to the residual stream. A bridge and an
-inserted adapter write to a port. A side network reads both ports and writes to neither. Nothing
-feeds back into the encoder, so the encoder runs without autograd, which is where M²IST saves its
-memory:
+inserted adapter change what a port holds, so gradients must pass through the encoder. A side
+network only reads the ports. It feeds nothing back into the encoder, so the encoder runs without
+autograd; this is where M²IST saves its memory:
 
       frozen encoder   x_0 ──[layer 1]──[layer 2]── ... ──[layer L]── x_out ──(+)──> f
                         │     │a_1 │g_1  │a_2 │g_2         │a_L │g_L           │
@@ -110,8 +110,9 @@ Where this file differs from a paper or its released code ("code"):
 [D40] the bridges that HiVG's ablations compare
     paper   "w/o cross-attention module" (Table 4) and "a MLP structure" (Table 10)
     code    neither
-    here    the mean of the text tokens is added to every image token; w = MLP(f), of hidden width
-            H_l / 4, which is 0 at first
+    here    the mean of the text tokens *f_l^ml goes through the feed-forward network in place of
+            what the image tokens attended to; w = MLP(f), of hidden width H_l / 4, which is 0 at
+            first
     why     this is the least that still lets the text in; the MLP starts as the weights of [D13] do
 """
 import torch
@@ -270,12 +271,12 @@ class ExpertPair(PairAdapter):
 
 
 # --- The adapters by name -------------------------------------------------------------------------
-# To add an adapter, write a subclass of PairAdapter and a row in ADAPTERS: its name, and what is
-# called with (vision_dim, text_dim, options) to make one, a function like make_iea or the class
-# itself. The name is then a valid value of --attention-port and --ffn-port. `options` holds
-# bottleneck, interaction_dim, interaction_bottleneck, scale, residual, and modalities: those that
-# have a layer here. To start as the identity when inserted, an adapter names its last linears so
-# that they end in "up".
+# To add an adapter, write a subclass of PairAdapter, and add it to ADAPTERS under a name, which
+# --attention-port and --ffn-port then accept. The class is called as Class(vision_dim, text_dim,
+# options); a function like make_iea will do as well. `options` holds bottleneck, interaction_dim,
+# interaction_bottleneck, scale, residual, and modalities: those that have a layer here.
+# AdapterNetworks.insert sets to 0 every weight whose name ends in "up.weight". So let the names of
+# the last linears end in "up", and no other name ("group" would be zeroed, too).
 
 
 def make_iea(vision_dim, text_dim, options):
@@ -362,10 +363,9 @@ class Inserted(nn.Module):
 
     def __init__(self, adapt, insertion):
         super().__init__()
-        # `adapt` is the bound method `vision` or `text` of an adapter. A bound method is no module,
-        # so the adapter is not registered here. Its weights keep the one name that they have in
-        # AdapterNetworks, and occur once in a state dict. copy.deepcopy of a whole model binds the
-        # copied method to the copied adapter.
+        # `adapt` is a bound method, so nn.Module does not register the adapter a second time: its
+        # weights appear once in a state dict, under AdapterNetworks. (copy.deepcopy of a model
+        # binds the copied method to the copied adapter.)
         self.adapt = adapt
         self.insertion = insertion
 
@@ -430,8 +430,8 @@ class AdapterNetworks(nn.Module):
             # [D9] Both modalities read a_l and g_l before the residual and its LayerNorm.
             read = ports[layer - 1]    # {"attention": a_l, "ffn": g_l}
 
-            # The terms of a layer are summed first, and their sum is added to s. A float sum
-            # depends on the order, and our published figures were computed in this one.
+            # The terms of a layer are summed before they are added to s. The order matters: a float
+            # sum depends on it, and the figures in README.md were computed in this one.
             terms = 0
             for port, adapter in block.items():
                 if modality in adapter.modalities:
@@ -576,8 +576,8 @@ class CrossModalBridge(nn.Module):
 
     vision_dim, text_dim: H_v, H_l. text_layers: n, how many text layers the bridge reads.
     max_tokens: the largest L_l. heads: those of the cross-attention; 0 means no cross-attention
-    (Table 4, line 2). weights: a name from BRIDGE_WEIGHTS. only: None, or the index, from 0, of the
-    one text layer that the bridge reads (Table 4, line 7).
+    (Table 4, line 2). weights: a name from BRIDGE_WEIGHTS. only: None, or the place in `texts`,
+    counted from 0, of the one text that the bridge reads (Table 4, line 7).
     """
 
     def __init__(self, vision_dim, text_dim, text_layers, max_tokens, heads, weights="nxLxH",

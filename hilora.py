@@ -7,10 +7,10 @@ This file imports torch alone.
     stage 2      [       a fresh pair     ]                 then merges them: W <- W + α/r B A
     stage 3      [             a fresh pair            ]
 
-    HiVG Eq. (5)        LoRALinear.forward     a linear with a low-rank pair
-    HiVG Eq. (6)        stage_targets          its condition: which layers have a pair in stage j
-    HiVG Eq. (7)        stage_targets          deeper layers, l > j L / G, keep W alone
-    HiVG Eq. (8)        LoRALinear.forward     the other layers sum the pairs of all stages up to j
+    HiVG Eq. (5)          LoRALinear.forward   a linear with a low-rank pair
+    HiVG Eqs. (6), (7)    stage_targets        deeper layers, l > j L / G, get no pair: h = W x
+    HiVG Eqs. (6), (8)    LoRALinear.forward   the other layers: W holds the pairs of the stages
+                                               before j, and A and B are the pair of stage j
 
 Symbols (paper = here):
     W_0 = weight before stage 1     A, B = A, B         r = rank       α = alpha     x = x
@@ -21,8 +21,8 @@ Eqs. (7) and (8) are the two cases of Eq. (6) with the input of a CLIP layer fil
 f_v^{l-1}, and in the layers l ∈ C the bridge's f_v^sa as well [D44].
 
 The sum over k in Eqs. (6) and (8) is never written as a sum: the pairs of the stages before j are
-merged into W, and stage j adds its own. So after the last stage the model has no module more than
-it began with.
+merged into W, and stage j adds its own. So after the last merge the model has exactly the modules
+that it had before stage 1.
 
 Plain LoRA is HiLoRA with a single stage and a single group. For stages from deep to shallow layers,
 give the list of layers reversed. Any layers will do if the targets in them are plain nn.Linear
@@ -108,8 +108,9 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         """x: (..., k). Returns (..., d)."""
-        # W already holds the merged pairs of earlier stages: W x = W_0 x + the terms k < j of the
-        # sum in Eqs. (6) and (8). B A x is the term k = j. x has or has not seen a bridge [D44].
+        # W is W_0 plus the merged pairs of the stages before j. So W x is W_0 x plus the terms
+        # k < j of the sum in Eqs. (6) and (8), and the pair A, B is its term k = j. Eq. (8) is the
+        # same with an x that a bridge may have changed [D44].
         h = F.linear(x, self.weight, self.bias)
         delta = F.linear(F.linear(x, self.A), self.B)
         return h + self.scale * delta    # HiVG Eq. (5); HiVG Eqs. (6), (8), the case l <= j L / G

@@ -227,13 +227,14 @@ class RegionText(nn.Module):
 def region_text_loss(scores, mask, padding, focal=20.0, dice=2.0):
     """L_RTCC of HiVG Eq. (13): image tokens in the box must match the text, the others must not.
 
-    scores: (B, N) from RegionText, before the sigmoid of Eq. (12). The sigmoid is applied here,
-    where its logarithm can be computed without overflow. mask: (B, N) bool, from box_mask. padding:
-    (B, N) bool, True where a token is padding. focal, dice: λ_focal and λ_dice. Returns a float32
-    scalar.
+    scores: (B, N) from RegionText, before the sigmoid of Eq. (12), because the cross-entropy is
+    stable for large scores only if it applies the sigmoid itself. mask: (B, N) bool, from box_mask.
+    padding: (B, N) bool, True where a token is padding. focal, dice: λ_focal and λ_dice. Returns a
+    float32 scalar.
 
     The focal loss has α = 0.25 and γ = 2 (Lin et al., ICCV 2017) and is averaged over the tokens of
-    an image. The dice loss has 1 added above and below the line (Milletari et al., 3DV 2016).
+    an image. The dice loss is that of the released code, which adds 1 to the numerator and to the
+    denominator. (Milletari et al., 3DV 2016, square the terms of the denominator and add nothing.)
     """
     scores = scores.float()
     target = mask.float()

@@ -41,7 +41,7 @@ Where this file differs from a paper or its released code ("code"):
 
 [D10] parameters of full fine-tuning
     paper   151M
-    code    does not contain full fine-tuning
+    code    has TransVG's model file, but nothing trains it
     here    140.8M: ResNet-50, DETR's encoder and BERT without its pooler
     why     151M cannot be derived from the architecture; batch norm's statistics stay frozen
 
@@ -61,10 +61,12 @@ Where this file differs from a paper or its released code ("code"):
 [D23] parameters of HiVG
     paper   206M in all, 41M of them updated (L: 468M, 52M)
     code    213-237M and 64-87M, with the parts that it never uses
-    here    211,027,461 when merged, and 40,768,512 in the last stage, its pairs included
-            (L: 561,573,381 and 99,618,816)
+    here    211,027,461 in all, with LoRA merged (L: 561,573,381); 40,768,512 are tuned in or beside
+            CLIP in the last stage, LoRA pairs included, grounding encoder not (L: 99,618,816)
     why     206M seems to leave out the perceiver, projections, positions and the MLP of Eq. (12);
-            four bridges that see twelve text layers are alone more than the 52M of L
+            four bridges that see twelve text layers are alone more than the 52M of L. That 41M
+            leaves out the grounding encoder is a guess: Table 2 has 21M for CLIP-VG, which seem to
+            be its grounding encoder. With it, and the box head, our last stage trains 65,338,884
 
 [D25] linears that LoRA adapts in CLIP
     paper   Q, K, V "and the fully connected matrix in the update layer", Appendix B
@@ -73,11 +75,13 @@ Where this file differs from a paper or its released code ("code"):
     why     the last stage's share of CLIP is then the paper's (L 1.98%; B 2.56%, paper 2.58%);
             bridges are trained whole
 
-[D28] projection of the vision features
-    paper   one W_mvp, Eq. (1)
-    code    a second linear after it; the first starts as copies of CLIP's projection
-    here    one linear with a random start
-    why     two linears in a row are one linear
+[D28] linears between CLIP and the grounding encoder
+    paper   vision: one W_mvp, Eq. (1); text: "the linear projection features" g_l
+    code    vision: W_mvp, which starts as copies of CLIP's projection, and a second linear; text:
+            CLIP's projection, frozen, and a second linear
+    here    vision: W_mvp alone, with a random start; text: as the code
+    why     vision's two linears are both trained, and so do no more than one; of the text's two
+            only the second is trained, and g_l is the output of the first
 
 [D29] box head
     paper   HiVG: three linears with a ReLU each; M²IST: an MLP with a linear output layer
@@ -101,14 +105,14 @@ Where this file differs from a paper or its released code ("code"):
     paper   the text encoder is one layer group; the trained share of CLIP grows evenly by stage
     code    the text pairs are trained in every stage
     here    a fresh text pair in every stage
-    why     by Eq. (6) one group would have one stage; the shares of the earlier stages are
-            therefore larger than the paper's
+    why     by Eq. (6) a single group has a single stage, but the vision tower has three; stages 1
+            and 2 then train 1.55% and 2.06% of CLIP, where the paper has 0.86% and 1.72%
 
 [D39] layers and widths of the methods that M²IST is compared with
     paper   C_d = 128; Adapter after attention and feed-forward of "each" layer, AdaptFormer beside
             "the FFN in each" layer (II-B), LoRA "two pairs into each" layer of both encoders
             (IV-D f); no rank, no s, no layers of CM-Adapter and MRS-Adapter
-    code    contains none of these methods
+    code    trains none of these methods; a class Adapter_Lora is there and not used
     here    Adapter, AdaptFormer and LoRA in all 6 + 12 layers; CM-Adapter and MRS-Adapter, which
             share a part between the modalities, in the pairs of layers of M³ISA with C_i = 256;
             MRS-Adapter one for each layer (its source: one for all layers); s = 0.1; LoRA on q and
@@ -410,7 +414,7 @@ class ClipVision(nn.Module):
         patches = self.patches(images).flatten(2).transpose(1, 2)             # (B, Nv, C)
         cls = self.cls.expand(len(images), 1, -1)
         x = torch.cat([cls, patches], dim=1)                                  # (B, 1 + Nv, C)
-        padding = F.pad(self.patch_padding(padding), (1, 0))                  # [CLS] never is padding
+        padding = F.pad(self.patch_padding(padding), (1, 0))    # [CLS] is never padding
         encoded = run_layers(self.layers, self.pre_norm(x + self.position), context=context)
         return encoded._replace(padding=padding, embedding=self.embed(encoded.x[:, 0]))
 
@@ -498,7 +502,8 @@ class GroundingEncoder(nn.Module):
         super().__init__()
         self.max_tokens = max_tokens
         self.clip = clip
-        self.vision_projection = nn.Linear(vision_dim, dim)    # W_mvp of HiVG Eq. (1) [D28]
+        # [D28] HiVG: W_mvp of Eq. (1), and a linear after CLIP's own projection of the text.
+        self.vision_projection = nn.Linear(vision_dim, dim)
         self.text_projection = nn.Linear(text_dim, dim)
         self.reg = nn.Parameter(torch.randn(1, dim))
         tokens = 1 + max_tokens + vision_tokens
@@ -551,6 +556,7 @@ class GroundingEncoder(nn.Module):
         grounding = Grounding(boxes, looks)
         if self.region is not None and self.training:
             # HiVG Eq. (12) compares the token of [EOS], which ends the text, with every cell.
+            # Before [EOS] are [REG], V vision tokens and the other words: 1 + V + (length - 1).
             eos = vision.padding.shape[1] + (~text.padding).sum(1)            # (B,) place of [EOS]
             t_eos = x[torch.arange(len(x), device=x.device), eos]             # (B, C)
             scores = self.region(t_eos, x[:, cells])                          # (B, Nv)
@@ -602,10 +608,9 @@ class GroundingModel(nn.Module):
         raise NotImplementedError
 
     def begin_stage(self, stage):
-        """Begin LoRA stage `stage`: fresh pairs, whose product is 0, in the layers that the stage
-        trains. Stage 0 has no pairs. Pairs of an earlier stage must be in the weights by now
-        (hilora.merge, or merged weights that were loaded); whatever pairs are left are taken out
-        unmerged."""
+        """Begin LoRA stage `stage`: put fresh pairs, whose product is 0, on the layers that it
+        trains. Stage 0 has no pairs. First merge the pairs of the stage before (hilora.merge), or
+        load merged weights: pairs that are still in place are removed unmerged."""
         hilora.discard(self)
         self.stage = stage
         if stage == 0:
@@ -685,9 +690,9 @@ class DetrBert(GroundingModel):
         return self.encode("text", self.text, tokens, token_padding)
 
     def encode(self, modality, encoder, inputs, padding):
-        # M²IST's memory saving is this block: with nothing to train inside the encoder, it runs
-        # without autograd. No activation is kept, and the backward pass ends in the side network
-        # (the red dashed arrow of Fig. 2). For M²IST the next line is `with torch.no_grad()`.
+        # M²IST saves its memory here. Where nothing inside the encoder is trained, it runs without
+        # autograd: no activation is kept, and the backward pass stops at the side network (the red
+        # dashed arrow of Fig. 2). For M²IST the `with` below is `with torch.no_grad()`.
         tuned = any(p.requires_grad for p in encoder.parameters())    # in full, or by LoRA
         trains_inside = tuned or self.insertion != "side"
         with torch.set_grad_enabled(trains_inside and torch.is_grad_enabled()):
@@ -870,10 +875,11 @@ SIZES = {
 # ports (names from ADAPTERS), no LoRA.
 FROZEN = dict(encoders="detr", tune_encoders=False, insertion="side", attention_port="none",
               ffn_port="none", scale=0.1, lora_targets=(), stages=0)
-# LoRA on DETR and BERT is one stage that lasts the whole training [D39]. The model is built in that
-# stage, so that what is counted is what the method's name says.
+# LoRA on DETR and BERT is one stage that lasts the whole training [D39]. build_model begins it at
+# once, so that count_parameters includes its pairs.
 LORA = dict(lora_targets=("q", "v"), stages=1, first_stage=1)
-# On CLIP, stages follow a warm-up without LoRA, in which the model is built.
+# On CLIP the stages follow a warm-up without LoRA, and the model of the warm-up is what build_model
+# returns.
 ON_CLIP = dict(encoders="clip", lora_targets=("q", "k", "v", "out"))    # [D25]
 # HiVG Fig. 4 (d), "original CLIP": features of the last layer, neither bridges nor the region-text
 # constraint.
@@ -899,7 +905,8 @@ METHODS = {
     "hivg": ON_CLIP}                                                        # [D23]
 
 
-# Which methods take an option is a function of the spec; its docstring goes into the error.
+# Each function below says whether a spec takes an option. Its docstring becomes part of an error:
+# "--scale is for methods with an adapter at a port, not for --method full".
 
 def on_detr(spec):
     """methods on DETR and BERT"""
@@ -943,9 +950,12 @@ def has_lora(spec):
 
 
 class Option(NamedTuple):
-    """One option. The parser, the checks, --help and build_model read all of it from here. A
-    default that depends on size, method or dataset is the entry of SIZES, METHODS or RECIPES
-    (train.py) with its name; train.resolve has their order."""
+    """One option. The parser, the checks, --help and build_model read all of it from here.
+
+    `default` is the same for all runs. A default that depends on size, method or dataset stands in
+    SIZES, METHODS or RECIPES (train.py) instead, under the option's name; train.resolve says which
+    of them wins.
+    """
     name: str                     # as an argument; the flag has dashes: max_tokens, --max-tokens
     type: type                    # int, float, str, or bool for a switch
     group: str                    # its heading in --help
@@ -956,7 +966,7 @@ class Option(NamedTuple):
     at_least: float = None        # the least value that makes sense
     several: str = None           # "+" for a list, "*" for a list that may be empty
     only: Callable = None         # which methods take it; None: all
-    flag: bool = True             # False: set by rows of the papers' tables, or by train.py
+    flag: bool = True             # False: set by rows of the tables, by train.py or by evaluate.py
 
 
 MODEL_OPTIONS = [
@@ -991,8 +1001,9 @@ MODEL_OPTIONS = [
     Option("side_start", str, "M²IST", "Where a side network starts: at the encoder's input, or at "
            "that of the first paired layer.", "released code, D6", default="input",
            choices=("input", "paired"), only=has_side_network),
-    Option("text_layers", int, "M²IST", "M²IST pairs these with vision layers 1, 2, ...; HiVG's "
-           "bridges see these (13: the projected text).",
+    Option("text_layers", int, "M²IST", "M²IST: the text layers that are paired with vision layers "
+           "1, 2, ...; HiVG: those that the bridges read, where the number after the last layer's "
+           "is the projected text.",
            "M²IST Table VIII c, HiVG Table 10; else all if not given",
            at_least=1, several="+", only=has_text_layers),
     Option("vision_layers", int, "HiVG", "Ground the features of these vision layers.", "HiVG 4.1",
@@ -1164,7 +1175,7 @@ def cached_tokenizer(max_tokens, name=None, vocabulary=None, flag=None):
 def count_parameters(model):
     """{"total", "trainable", "encoder_tunable"}: numbers of parameters, each tensor once.
     encoder_tunable counts what is trained in or beside the encoders, the "Params." of M²IST [D11]
-    and, it seems, the "Update params." of HiVG [D23]."""
+    and perhaps the "Update params." of HiVG, though these may be more [D23]."""
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     head = sum(p.numel() for p in model.grounding.parameters() if p.requires_grad)

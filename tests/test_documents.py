@@ -1,7 +1,10 @@
 """What the comments, the docstrings and the README promise: equations, deviations, imports."""
 import ast
 import io
+import os
 import re
+import subprocess
+import sys
 import tokenize
 from pathlib import Path
 
@@ -175,31 +178,53 @@ def test_imports_point_one_way(module, may_import):
 # --- The README -----------------------------------------------------------------------------------
 
 
+def shift_in_the_readme():
+    """The class to paste, with its row of ADAPTERS, and the lines that it needs in another file."""
+    block, below = re.search(r"```python\n(class Shift.+?)```\n(.+?)\n## ", README, re.S).groups()
+    return block, re.findall(r"`((?:import|from) [^`]+)`", below)
+
+
 @pytest.fixture
 def tables_put_back():
-    """The README adds rows to ADAPTERS and METHODS. They go after the test."""
-    adapters_before = dict(adapters.ADAPTERS)
-    methods_before = dict(m.METHODS)
+    """The README's adapter adds a row to ADAPTERS. It goes after the test."""
+    before = dict(adapters.ADAPTERS)
     yield
-    for table, before in ((adapters.ADAPTERS, adapters_before), (m.METHODS, methods_before)):
-        table.clear()
-        table.update(before)
+    adapters.ADAPTERS.clear()
+    adapters.ADAPTERS.update(before)
 
 
-def test_the_readmes_adapter_trains_under_its_name(capsys, tables_put_back):
-    """A subclass of PairAdapter and a row are a new adapter; the README prints its count."""
-    block = re.search(r"```python\n(import (?:torch, )?adapters\b.+?)```", README, re.S)
-    assert block is not None
-    assert "(adapters.PairAdapter)" in block[1]
-    names = set(adapters.ADAPTERS)
+def test_the_readmes_adapter_can_be_pasted_at_the_end_of_adapters_py(tmp_path):
+    """As printed, in a copy of adapters.py: the README's command accepts it and trains it."""
+    block, _ = shift_in_the_readme()
+    assert "`python train.py --attention-port shift`" in README
+    (tmp_path / "adapters.py").write_text(source("adapters") + "\n\n" + block)
+    command = f"""
+import adapters, sys
+assert adapters.__file__.startswith({str(tmp_path)!r})
+import train
+train.main(["--attention-port", "shift", "--ffn-port", "none", "--device", "cpu", "--limit", "32",
+            "--epochs", "1", "--out", "run"])
+"""
+    # Of two files adapters.py, Python takes the one in the folder where the command runs.
+    run = subprocess.run([sys.executable, "-c", command], cwd=tmp_path, capture_output=True,
+                         text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert run.returncode == 0, run.stderr
+    # A vector for vision (C_v = 64) and a vector for text (C_l = 96), in two pairs of layers.
+    assert f"'encoder_tunable': {2 * (64 + 96)}" in run.stdout
+    assert (tmp_path / "run/best.safetensors").exists()
+
+
+def test_the_readmes_adapter_works_in_a_file_of_its_own(tables_put_back):
+    """With the imports that the README names above it, the class and its row are a new adapter."""
+    block, imports = shift_in_the_readme()
+    assert "from adapters import ADAPTERS, PairAdapter" in imports
+    exec("\n".join([*imports, block]), {})
     with torch.device("meta"):
-        exec(block[1], {})
-    name, = set(adapters.ADAPTERS) - names
-
+        net = m.build_model("m2ist", "base", "random", attention_port="shift", ffn_port="none")
     # A vector for vision (C_v = 256) and a vector for text (C_l = 768), in six pairs of layers.
-    assert f"'encoder_tunable': {6 * (256 + 768)}" in capsys.readouterr().out
+    assert m.count_parameters(net)["encoder_tunable"] == 6 * (256 + 768)
 
-    args = train.parse_args(["--attention-port", name, "--ffn-port", "none",
+    args = train.parse_args(["--attention-port", "shift", "--ffn-port", "none",
                              "--weights", "random", "--device", "cpu"])
     torch.manual_seed(0)
     model = m.build_model(**train.model_arguments(args))
@@ -211,7 +236,7 @@ def test_the_readmes_adapter_trains_under_its_name(capsys, tables_put_back):
     tokens = torch.randint(5, 100, (2, 7))
     token_padding = torch.zeros(2, 7, dtype=torch.bool)
     grounding = model(images, image_padding, tokens, token_padding)
-    train.weighted_loss(grounding, torch.full((2, 4), 0.4), args).backward()
+    sum(train.weighted_losses(grounding, torch.full((2, 4), 0.4), args).values()).backward()
     train.make_optimizer(model, args, train.plan(args)[0]).step()
     for name, p in model.adapters.named_parameters():
         assert not torch.equal(p, before[name]), name
