@@ -565,8 +565,8 @@ def refuse_to_go_on(values, args, epoch, step, batch):
     if Path(args.out, "last.pt").exists():
         kept = f"; {args.out}/last.pt holds the last whole epoch"
     raise InputError(f"{name} is {value} at epoch {epoch}, step {step + 1}, samples "
-                     f"{batch['index'].tolist()}: start again in another --out with a smaller --lr, "
-                     f"with --clip-norm 1, or with --amp off{kept}")
+                     f"{batch['index'].tolist()}: start again in another --out with a smaller "
+                     f"--lr, with --clip-norm 1, or with --amp off{kept}")
 
 
 def rates(optimizer):
@@ -842,9 +842,9 @@ def tell_outside(split, samples, fate, args):
     if not samples:
         return
     first = min(samples, key=str)
-    print(f"{len(samples)} boxes of {split} lie outside of their pictures and are {fate}; one is in "
-          f"{data.where_is(args.dataset, args.root, first)}: {list(first.box)} of {first.text!r} "
-          f"in {first.image}")
+    where = data.where_is(args.dataset, args.root, first)
+    print(f"{len(samples)} boxes of {split} lie outside of their pictures and are {fate}; one is "
+          f"in {where}: {list(first.box)} of {first.text!r} in {first.image}")
 
 
 def make_loader(samples, model, args, train=False, batch_size=None):
