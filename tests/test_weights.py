@@ -537,13 +537,13 @@ def full_size_clip(spec):
 @pytest.mark.parametrize("size", ["base", "large"])
 def test_full_size_clip_folders_load_key_by_key(tmp_path, size):
     """CLIP B/16 and L/14 as transformers saves them, every key with a value of its own."""
-    spec = m.SIZES[size]["clip"]
+    spec = m.architecture("hivg", size)
     state = {}
     for i, (key, value) in enumerate(full_size_clip(spec).state_dict().items()):
         state[key] = torch.full(value.shape, i / 1000, dtype=torch.float16)
     save_file(state, tmp_path / "model.safetensors")
     with torch.device("meta"):
-        ours = m.build_encoders({"encoders": "clip", **spec})["clip"]
+        ours = m.build_encoders(spec)["clip"]
     ours = ours.to_empty(device="cpu")
     load_clip(ours, tmp_path)
 
