@@ -249,7 +249,8 @@ def pretrain(name, encoder, steps):
 def pretrain_encoders(encoders, steps):
     """The state dict of the tiny encoders after their pretraining. "detr" stands for the
     counterparts of DETR and BERT, "clip" for those of CLIP."""
-    modules = model.build_encoders({"encoders": encoders, **model.SIZES["tiny"][encoders]})
+    method = {"detr": "m2ist", "clip": "hivg"}[encoders]
+    modules = model.build_encoders(model.architecture(method, "tiny"))
     for name, encoder in modules.items():
         pretrain(name, encoder, steps)
     return nn.ModuleDict(modules).state_dict()

@@ -140,7 +140,7 @@ def test_pretext_scenes_are_of_the_train_split_alone(monkeypatch):
 def test_pretext_text_hides_words_and_asks_for_all(monkeypatch):
     """15% of the real tokens are masked; the loss is over every real token, as it was."""
     torch.manual_seed(0)
-    encoder = m.build_encoders({"encoders": "detr", **m.SIZES["tiny"]["detr"]})["text"]
+    encoder = m.build_encoders(m.architecture("m2ist", "tiny"))["text"]
     task = pretrain_tiny.PretextText(encoder)
     shown = []
     encoder.register_forward_pre_hook(lambda module, inputs: shown.append(inputs))
