@@ -297,17 +297,65 @@ def run_layers(layers, x, padding=None, position=None, context=None):
     return Encoded(x, padding, x0, ports, states)
 
 
-def resnet50_body():
-    """torchvision's ResNet-50 up to layer4: (B, 3, H, W) -> (B, 2048, H/32, W/32).
-    As in DETR its batch norms are frozen: their statistics and scales are buffers."""
-    from torchvision.models import resnet50    # importing torchvision takes a second
-    from torchvision.ops import FrozenBatchNorm2d as frozen_norm
-    net = resnet50(weights=None, norm_layer=frozen_norm)
-    body = OrderedDict()
-    for name, module in net.named_children():
-        if name not in ("avgpool", "fc"):
-            body[name] = module
-    return nn.Sequential(body)
+class ResNetBody(nn.Sequential):
+    """torchvision's ResNet-50 up to layer4: (B, 3, H, W) -> (B, 2048, H/32, W/32), under
+    torchvision's names. As in DETR its batch norms are frozen: their statistics and scales are
+    buffers. A frozen batch norm is a scale and a shift of each channel, so it is folded into the
+    convolution before it: each of them is one pass over the features, not two.
+    """
+
+    def __init__(self):
+        from torchvision.models import resnet50    # importing torchvision takes a second
+        from torchvision.ops import FrozenBatchNorm2d
+        net = resnet50(weights=None, norm_layer=FrozenBatchNorm2d)
+        body = OrderedDict()
+        for name, module in net.named_children():
+            if name not in ("avgpool", "fc"):
+                body[name] = module
+        super().__init__(body)
+        # Convolutions are faster where the channels of a pixel lie side by side.
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images):
+        if torch.is_grad_enabled():
+            return self.features(images)
+        # Without gradients nothing is kept, and a few pictures at a time need little memory.
+        slices = [self.features(few) for few in images.split(PICTURES_AT_ONCE)]
+        return torch.cat(slices)
+
+    def features(self, images):
+        x = images.contiguous(memory_format=torch.channels_last)
+        x = F.relu(convolve(self.conv1, self.bn1, x), inplace=True)
+        x = self.maxpool(x)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in stage:
+                x = bottleneck(block, x)
+        return x
+
+
+PICTURES_AT_ONCE = 8
+
+
+def bottleneck(block, x):
+    """torchvision's Bottleneck with its batch norms folded: x + three convolutions of x."""
+    y = F.relu(convolve(block.conv1, block.bn1, x), inplace=True)
+    y = F.relu(convolve(block.conv2, block.bn2, y), inplace=True)
+    y = convolve(block.conv3, block.bn3, y)
+    if block.downsample is not None:
+        conv, norm = block.downsample
+        x = convolve(conv, norm, x)
+    return F.relu(y + x, inplace=True)
+
+
+def convolve(conv, norm, x):
+    """A convolution and the frozen batch norm after it, in one: (B, C, H, W) -> (B, C', H', W')."""
+    if conv.weight.requires_grad:
+        # In full fine-tuning autograd would have to keep the folded weights, too.
+        return norm(conv(x))
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()               # (C',)
+    shift = norm.bias - norm.running_mean * scale
+    weight = conv.weight * scale[:, None, None, None]
+    return F.conv2d(x, weight, shift, conv.stride, conv.padding)
 
 
 class SmallStem(nn.Module):
@@ -1100,7 +1148,7 @@ def build_encoders(spec):
             text = ClipText(**spec["text"])
             return {"clip": Clip(vision, text)}
         if spec["backbone"] == "resnet50":
-            backbone = resnet50_body()
+            backbone = ResNetBody()
         else:
             backbone = SmallStem(spec["vision"]["channels"])
         vision = VisionEncoder(backbone, **spec["vision"])

@@ -56,19 +56,51 @@ def assert_same_gradients(ours, theirs, ours_in, theirs_in, real):
 
 
 def test_resnet_body_is_torchvisions():
-    """Our body, the mean over the places, and torchvision's last linear are torchvision's net."""
+    """Our body, the mean over the places, and torchvision's last linear are torchvision's net, in
+    one pass and in slices; its folded batch norms have the statistics of a loaded file."""
     torch.manual_seed(0)
     frozen_norm = torchvision.ops.FrozenBatchNorm2d
     net = torchvision.models.resnet50(weights=None, norm_layer=frozen_norm).eval()
+    for module in net.modules():
+        if isinstance(module, frozen_norm):
+            module.weight.uniform_(0.3, 0.7)
+            module.bias.normal_(std=0.1)
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
     state = net.state_dict()
     del state["fc.weight"]
     del state["fc.bias"]
-    body = m.resnet50_body()
+    body = m.ResNetBody()
     body.load_state_dict(state)
     assert len(body.state_dict()) == 265
+    x = torch.randn(9, 3, 64, 64)
+    features = body(x)    # (9, 2048, 2, 2)
+    expected = net(x)
+    assert expected.std() > 0.01
+    assert torch.allclose(net.fc(features.mean((2, 3))), expected, atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(body(x), features, atol=1e-5)    # slices of 8 and 1 pictures
+
+
+def test_the_gradients_of_the_resnet_are_torchvisions():
+    """In full fine-tuning the convolutions are trained through the frozen batch norms."""
+    torch.manual_seed(0)
+    frozen_norm = torchvision.ops.FrozenBatchNorm2d
+    net = torchvision.models.resnet50(weights=None, norm_layer=frozen_norm).eval()
+    for module in net.modules():
+        if isinstance(module, frozen_norm):
+            module.weight.uniform_(0.3, 0.7)
+            module.running_var.uniform_(0.5, 1.5)
+    body = m.ResNetBody()
+    body.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith("fc.")})
     x = torch.randn(1, 3, 64, 64)
-    features = body(x)    # (1, 2048, 2, 2)
-    assert torch.allclose(net.fc(features.mean((2, 3))), net(x), atol=1e-5)
+    net.fc = torch.nn.Identity()
+    net(x).square().mean().backward()
+    body(x).mean((2, 3)).square().mean().backward()
+    theirs = dict(net.named_parameters())
+    for name, p in body.named_parameters():
+        gradient = theirs[name].grad
+        assert (p.grad - gradient).abs().max() <= 1e-4 * gradient.abs().max(), name
 
 
 # --- DETR's encoder -------------------------------------------------------------------------------
@@ -151,7 +183,7 @@ def test_detr_encoder_equals_transformers():
 def official_detr():
     """A random state dict of full size as the official file has it, with a decoder and heads."""
     with torch.device("meta"):
-        vision = m.VisionEncoder(m.resnet50_body(), **m.SIZES["base"]["detr"]["vision"])
+        vision = m.VisionEncoder(m.ResNetBody(), **m.SIZES["base"]["detr"]["vision"])
     parts = {"out": "self_attn.out_proj", "fc1": "linear1", "fc2": "linear2", "norm1": "norm1",
              "norm2": "norm2"}
     state = {}
