@@ -118,6 +118,7 @@ Where this file differs from a paper or its released code ("code"):
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 def init_adapter(module):
@@ -538,9 +539,28 @@ def record_ports(layers, attention, ffn):
 # --- Attention ------------------------------------------------------------------------------------
 
 
+class QuickGELU(torch.autograd.Function):
+    """x σ(1.702 x). Autograd would keep x and σ(1.702 x) for the backward pass; this keeps x alone
+    and computes σ again. Outputs and gradients are the same bit for bit."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(1.702 * x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        x, = ctx.saved_tensors
+        s = torch.sigmoid(1.702 * x)
+        # d/dx x σ = σ + x dσ/dx, and dσ/dx = 1.702 σ (1 - σ).
+        through_sigmoid = torch.ops.aten.sigmoid_backward(gradient * x, s) * 1.702
+        return gradient * s + through_sigmoid
+
+
 def quick_gelu(x):
     """The activation of CLIP, a cheap approximation of GELU."""
-    return x * torch.sigmoid(1.702 * x)
+    return QuickGELU.apply(x)
 
 
 def attend(q, k, v, heads, padding, dropout=0.0, causal=False):
@@ -557,8 +577,22 @@ def attend(q, k, v, heads, padding, dropout=0.0, causal=False):
     if padding is not None:
         mask = ~padding[:, None, None, :]    # (B, 1, 1, M), True where a key may be attended to
 
-    out = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
+    out = scaled_dot_product(q, k, v, mask, dropout, causal)
     return out.transpose(1, 2).flatten(2)    # (B, heads, N, C / heads) -> (B, N, C)
+
+
+def scaled_dot_product(q, k, v, mask, dropout, causal):
+    """softmax(q kᵀ / √d) v, (B, heads, N, d), which never keeps the attention map (B, heads, N, M)
+    for the backward pass.
+
+    The fused kernels of PyTorch keep no map. On a CPU there is no fused kernel with dropout on the
+    map, so there the attention alone is computed again in the backward pass, with the same random
+    numbers. (The meta device, on which costs are counted, has no fused kernels either.)
+    """
+    attention = F.scaled_dot_product_attention
+    if dropout > 0 and q.device.type in ("cpu", "meta"):
+        return checkpoint(attention, q, k, v, mask, dropout, causal, use_reentrant=False)
+    return attention(q, k, v, mask, dropout, causal)
 
 
 # --- The bridge: HiVG Section 3.2 -----------------------------------------------------------------

@@ -154,6 +154,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import data
 import hilora
@@ -236,12 +237,21 @@ class TransformerLayer(nn.Module):
             x = self.norm1(x)
 
         h = self.norm2(x) if self.pre_norm else x
-        g = self.fc2(self.ffn_dropout(self.activation(self.fc1(h))))
+        g = self.fc2(self.hidden(h))
         g = self.port("ffn", g, x, context)
         x = x + self.dropout(g)
         if not self.pre_norm:
             x = self.norm2(x)
         return x, a, g
+
+    def hidden(self, h):
+        """The hidden features of the feed-forward network: (B, N, C) -> (B, N, hidden)."""
+        if self.activation is F.relu:
+            # ReLU and dropout commute, bit for bit. In this order autograd keeps one tensor of the
+            # hidden width, the output of the ReLU, which is also the input of fc2. In the other
+            # order it keeps two.
+            return F.relu(self.ffn_dropout(self.fc1(h)))
+        return self.ffn_dropout(self.activation(self.fc1(h)))
 
     def port(self, name, output, x, context):
         """The output of a sublayer, rewritten by the module at this port if there is one."""
@@ -285,13 +295,18 @@ def stack(layers, *shape, **options):
     return nn.ModuleList(TransformerLayer(*shape, **options) for _ in range(layers))
 
 
-def run_layers(layers, x, padding=None, position=None, context=None):
-    """Send tokens x (B, N, C) through layers and keep all that somebody may read -> Encoded."""
+def run_layers(layers, x, padding=None, position=None, context=None, checkpointing=False):
+    """Send tokens x (B, N, C) through layers and keep all that somebody may read -> Encoded.
+    checkpointing: keep only the input of each layer for the backward pass, which then computes the
+    layer again, with the same random numbers."""
     x0 = x
     ports = []
     states = []
     for layer in layers:
-        x, a, g = layer(x, padding, position, context)
+        if checkpointing and torch.is_grad_enabled():
+            x, a, g = checkpoint(layer, x, padding, position, context, use_reentrant=False)
+        else:
+            x, a, g = layer(x, padding, position, context)
         ports.append({"attention": a, "ffn": g})
         states.append(x)
     return Encoded(x, padding, x0, ports, states)
@@ -443,9 +458,10 @@ class ClipVision(nn.Module):
     padded patches too; the padding mask is for the grounding encoder."""
 
     def __init__(self, image_size, patch, dim, heads, hidden, layers, embedding,
-                 released_rules=False):
+                 released_rules=False, checkpointing=False):
         super().__init__()
         self.released_rules = released_rules
+        self.checkpointing = checkpointing
         self.patches = nn.Conv2d(3, dim, patch, stride=patch, bias=False)
         self.cls = nn.Parameter(dim ** -0.5 * torch.randn(dim))
         # A tower that is not loaded from CLIP starts from two-dimensional sines, because the place
@@ -463,7 +479,8 @@ class ClipVision(nn.Module):
         cls = self.cls.expand(len(images), 1, -1)
         x = torch.cat([cls, patches], dim=1)                                  # (B, 1 + Nv, C)
         padding = F.pad(self.patch_padding(padding), (1, 0))    # [CLS] is never padding
-        encoded = run_layers(self.layers, self.pre_norm(x + self.position), context=context)
+        encoded = run_layers(self.layers, self.pre_norm(x + self.position), context=context,
+                             checkpointing=self.checkpointing)
         return encoded._replace(padding=padding, embedding=self.embed(encoded.x[:, 0]))
 
     def patch_padding(self, padding):
@@ -1066,6 +1083,8 @@ MODEL_OPTIONS = [
     Option("layer_to_layer", bool, "HiVG", "Each bridge sees one of the text layers.",
            "HiVG Table 4",
            default=False, only=has_bridges, flag=False),
+    Option("checkpointing", bool, "machine", "Compute each vision layer again in the backward pass: "
+           "less memory, more time, the same numbers.", "ours", default=False, only=on_clip),
     Option("released_rules", bool, "HiVG", "Padding as in HiVG's released code [D47].",
            "released code", default=False, only=on_clip, flag=False),
     Option("region_text", bool, "HiVG", "The MLP of Eq. (12) exists.", "HiVG 3.4", default=True,
@@ -1144,7 +1163,8 @@ def build_encoders(spec):
         torch.manual_seed(0)
         if spec["encoders"] == "clip":
             vision = ClipVision(spec["image_size"], spec["stride"], **spec["vision"],
-                                released_rules=spec["released_rules"])
+                                released_rules=spec["released_rules"],
+                                checkpointing=spec["checkpointing"])
             text = ClipText(**spec["text"])
             return {"clip": Clip(vision, text)}
         if spec["backbone"] == "resnet50":

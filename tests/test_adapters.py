@@ -518,6 +518,79 @@ def test_the_ports_of_the_example_are_before_the_residual():
         assert torch.equal(t.x_out, encoded.last_hidden_state)
 
 
+# --- Attention and its activation: what is kept for the backward pass -----------------------------
+
+
+def kept_for_backward(step):
+    """The tensors that autograd keeps during step()."""
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        step()
+    return kept
+
+
+def test_quick_gelu_is_x_times_a_sigmoid_and_keeps_x_alone():
+    """Outputs and gradients are those of the formula bit for bit."""
+    torch.manual_seed(0)
+    x = torch.randn(100, 37, requires_grad=True)
+    gradient = torch.randn(100, 37)
+    expected = x * torch.sigmoid(1.702 * x)
+    expected.backward(gradient)
+    expected_gradient = x.grad.clone()
+    x.grad = None
+
+    y = adapters.quick_gelu(x)
+    y.backward(gradient)
+    assert torch.equal(y, expected)
+    assert torch.equal(x.grad, expected_gradient)
+    kept, = kept_for_backward(lambda: adapters.quick_gelu(x))
+    assert kept is x
+    double = x.detach().double()[:3, :3].requires_grad_()
+    assert torch.autograd.gradcheck(adapters.quick_gelu, double)
+
+
+def test_attention_keeps_no_map_and_changes_no_bit():
+    """With dropout on a CPU, the attention is computed again in the backward pass with the same
+    random numbers; outputs, gradients and the random numbers that follow are the same."""
+    torch.manual_seed(0)
+    B, N, M, C, heads = 2, 40, 50, 16, 4
+    q = torch.randn(B, N, C, requires_grad=True)
+    k = torch.randn(B, M, C, requires_grad=True)
+    v = torch.randn(B, M, C, requires_grad=True)
+    padding = torch.zeros(B, M, dtype=torch.bool)
+    padding[1, 30:] = True
+
+    def plain():
+        """adapters.attend, as it would be without checkpointing."""
+        split = [t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v)]
+        mask = ~padding[:, None, None, :]
+        out = torch.nn.functional.scaled_dot_product_attention(*split, mask, 0.3)
+        return out.transpose(1, 2).flatten(2)
+
+    def ours():
+        return adapters.attend(q, k, v, heads, padding, dropout=0.3)
+
+    results = []
+    for attention in (plain, ours):
+        torch.manual_seed(7)
+        out = attention()
+        gradients = torch.autograd.grad(out.square().sum(), (q, k, v))
+        results.append([out, *gradients, torch.rand(5)])
+    for expected, found in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+
+    def has_map(tensors):
+        return any(tensor.shape[-2:] == (N, M) for tensor in tensors if tensor.dim() == 4)
+
+    assert has_map(kept_for_backward(plain))
+    assert not has_map(kept_for_backward(ours))
+
+
 # --- HiVG's bridge --------------------------------------------------------------------------------
 
 

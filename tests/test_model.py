@@ -140,6 +140,43 @@ def test_a_layer_is_attention_and_a_feed_forward_network(pre_norm, activation):
     assert torch.allclose(found_x[0], x, atol=1e-6)
 
 
+def test_relu_after_dropout_is_dropout_after_relu_bit_for_bit():
+    """The order that keeps one tensor in place of two gives the same hidden features."""
+    torch.manual_seed(0)
+    layer = m.TransformerLayer(8, 2, 64, ffn_dropout=0.3).train()
+    h = torch.randn(3, 5, 8)
+    torch.manual_seed(1)
+    hidden = layer.hidden(h)
+    torch.manual_seed(1)
+    assert torch.equal(hidden, layer.ffn_dropout(torch.relu(layer.fc1(h))))
+    assert (hidden == 0).float().mean() > 0.5    # half by the ReLU, a third of the rest by dropout
+    layer.activation = torch.nn.functional.gelu
+    torch.manual_seed(1)
+    gelu = layer.ffn_dropout(torch.nn.functional.gelu(layer.fc1(h)))
+    torch.manual_seed(1)
+    assert torch.equal(layer.hidden(h), gelu)
+
+
+def test_checkpointing_changes_no_bit_of_hivg():
+    """Each vision layer, with its bridge, is computed again in the backward pass."""
+    losses_and_gradients = []
+    for checkpointing in (False, True):
+        model = tiny("hivg", checkpointing=checkpointing).train()
+        torch.manual_seed(3)
+        model.begin_stage(1)
+        found = model(*inputs())
+        loss = losses.total_loss(found, torch.full((3, 4), 0.4), l1=2, giou=2, contrast=1, focal=20,
+                                 dice=2)
+        loss.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        losses_and_gradients.append((loss, gradients))
+    (loss, gradients), (again, gradients_again) = losses_and_gradients
+    assert torch.equal(loss, again)
+    assert gradients.keys() == gradients_again.keys()
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, gradients_again[name]), name
+
+
 def test_the_grounding_encoder_starts_as_nn_transformer_encoder_layer_after_xavier():
     """[D45] TransVG and HiVG apply Xavier to each matrix of nn's layer; q, k, v are packed in one."""
     torch.manual_seed(0)
