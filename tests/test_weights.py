@@ -74,12 +74,18 @@ def test_resnet_body_is_torchvisions():
     body.load_state_dict(state)
     assert len(body.state_dict()) == 265
     x = torch.randn(9, 3, 64, 64)
-    features = body(x)    # (9, 2048, 2, 2)
     expected = net(x)
     assert expected.std() > 0.01
-    assert torch.allclose(net.fc(features.mean((2, 3))), expected, atol=1e-5)
+
+    def classes(features):
+        """features: (9, 2048, 2, 2)."""
+        return net.fc(features.mean((2, 3)))
+
+    assert torch.allclose(classes(body(x)), expected, atol=1e-5)    # tuned: nothing is folded
+    body.requires_grad_(False)
+    assert torch.allclose(classes(body(x)), expected, atol=1e-5)
     with torch.no_grad():
-        assert torch.allclose(body(x), features, atol=1e-5)    # slices of 8 and 1 pictures
+        assert torch.allclose(classes(body(x)), expected, atol=1e-5)    # slices of 8 and 1 pictures
 
 
 def test_the_gradients_of_the_resnet_are_torchvisions():
