@@ -1143,17 +1143,18 @@ PLACE_WORD = re.compile(
 UNMIRRORED_WORD = re.compile(r"\d|" + OTHER_SIDES + "|" + ORDER_WORDS, re.IGNORECASE)
 
 
-def augment(picture, box, text, rng, mirror):
-    """Change a training sample at random, as TransVG does, which both papers take over.
+def augment(picture, boxes, texts, rng, mirror):
+    """Change a training picture at random, with its boxes and texts, as TransVG does, which both
+    papers take over. There is one box and one text; more where expressions share their picture.
 
-    box: (x1, y1, x2, y2) in pixels of the picture
+    boxes: list of (x1, y1, x2, y2) in pixels of the picture
     mirror: whether mirror images are allowed; HiVG Appendix B uses none
 
-    Returns the changed picture, box and text.
+    Returns the changed picture, boxes and texts.
     """
-    # [D36] A crop would make words about places false, and must keep the box's centre.
-    if rng.random() < 0.5 and not PLACE_WORD.search(text):
-        picture, box = crop(picture, box, rng)
+    # [D36] A crop would make words about places false, and must keep the centre of each box.
+    if rng.random() < 0.5 and not found_in(PLACE_WORD, texts):
+        picture, boxes = crop(picture, boxes, rng)
 
     if rng.random() < 0.8:
         enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
@@ -1161,12 +1162,16 @@ def augment(picture, box, text, rng, mirror):
             picture = enhancer(picture).enhance(rng.uniform(0.6, 1.4))
 
     # [D36] A mirror image exchanges left and right, but other words would become false.
-    if mirror and rng.random() < 0.5 and not UNMIRRORED_WORD.search(text):
-        x1, y1, x2, y2 = box
-        box = (picture.width - x2, y1, picture.width - x1, y2)
+    if mirror and rng.random() < 0.5 and not found_in(UNMIRRORED_WORD, texts):
+        boxes = [(picture.width - x2, y1, picture.width - x1, y2) for x1, y1, x2, y2 in boxes]
         picture = ImageOps.mirror(picture)
-        text = SIDE_WORD.sub(opposite_side, text)
-    return picture, box, text
+        texts = [SIDE_WORD.sub(opposite_side, text) for text in texts]
+    return picture, boxes, texts
+
+
+def found_in(pattern, texts):
+    """Return whether a pattern is found in any of the texts."""
+    return any(pattern.search(text) for text in texts)
 
 
 def opposite_side(match):
@@ -1176,28 +1181,27 @@ def opposite_side(match):
     return "left"
 
 
-def crop(picture, box, rng):
-    """Cut a random part out of the picture that keeps the box's centre. If 20 tries lead to none,
-    the whole picture stays.
+def crop(picture, boxes, rng):
+    """Cut a random part out of the picture that keeps the centre of each box. If 20 tries lead to
+    none, the whole picture stays.
 
     TransVG scales the picture before it crops, so that its short side has 400, 500 or 600 pixels.
     Here the crop has the same share of the picture, which keeps its own pixels until it is scaled
     to a square of any size.
     """
     scale = min(picture.size) / rng.choice((400, 500, 600))   # pixels for one pixel of TransVG
-    centre_x = (box[0] + box[2]) / 2
-    centre_y = (box[1] + box[3]) / 2
+    centres = [((x1 + x2) / 2, (y1 + y2) / 2) for x1, y1, x2, y2 in boxes]
 
     for _ in range(20):
         w = crop_side(picture.width, scale, rng)
         h = crop_side(picture.height, scale, rng)
         x = rng.randint(0, picture.width - w)
         y = rng.randint(0, picture.height - h)
-        # [D36] The centre must lie inside the crop on all four sides.
-        if x < centre_x < x + w and y < centre_y < y + h:
-            moved = (box[0] - x, box[1] - y, box[2] - x, box[3] - y)
+        # [D36] The centres must lie inside the crop on all four sides.
+        if all(x < centre_x < x + w and y < centre_y < y + h for centre_x, centre_y in centres):
+            moved = [(x1 - x, y1 - y, x2 - x, y2 - y) for x1, y1, x2, y2 in boxes]
             return picture.crop((x, y, x + w, y + h)), moved
-    return picture, box
+    return picture, boxes
 
 
 def crop_side(side, scale, rng):
@@ -1423,22 +1427,28 @@ class GroundingDataset(torch.utils.data.Dataset):
 
     size: side of the padded square, in pixels
     train: whether a picture is put at a random place of its square, instead of the centre
-    seed: an int, or a tuple such as (seed, epoch); all random choices depend on it and on the index
-        of the sample alone, so that they are the same with any number of workers and after a resume
+    seed: all random choices depend on the seed, on `epoch` and on the index of the sample alone, so
+        that they are the same with any number of workers and after a resume
     augmented: whether, in training, `augment` and a random scale are applied, too
     mirror: whether `augment` may use mirror images
+    shared: whether neighbours in a batch that have the same picture share it, in training with one
+        choice of transforms; in evaluation, where nothing is random, they always do
     """
 
     def __init__(self, samples, size, tokenizer, pixels, train=False, seed=0, augmented=False,
-                 mirror=False):
+                 mirror=False, shared=False):
         self.samples = samples
         self.size = size
         self.tokenizer = tokenizer
         self.pixels = pixels
         self.train = train
         self.seed = seed
+        # Workers live from epoch to epoch with a copy of this object. They see the number of the
+        # epoch because its memory is shared.
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.augmented = augmented
         self.mirror = mirror
+        self.shared = shared or not train
         check_pictures_exist(samples)
         import torchvision.transforms.functional   # once, before the workers are forked
 
@@ -1446,20 +1456,102 @@ class GroundingDataset(torch.utils.data.Dataset):
         return len(self.samples)
 
     def __getitem__(self, index):
-        image, text, box, _ = self.samples[index]
-        picture = load_picture(image)
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices):
+        """Return the list of Item of a batch; the DataLoader calls this. Neighbours that share a
+        picture hold the same tensor, by which collate knows them."""
+        items = []
+        if not self.shared:
+            for index in indices:
+                items += self.load([index])
+            return items
+        for _, neighbours in itertools.groupby(indices, self.picture_of):
+            items += self.load(list(neighbours))
+        return items
+
+    def picture_of(self, index):
+        return self.samples[index].image
+
+    def load(self, indices):
+        """Return the list of Item of samples that share one picture."""
+        picture = load_picture(self.picture_of(indices[0]))
+        boxes = [self.samples[index].box for index in indices]
+        texts = [self.samples[index].text for index in indices]
 
         rng = None
         fill = 1.0
         if self.train:
-            rng = seeded(self.seed, index)
+            rng = seeded(self.seed, self.epoch.item(), indices[0])
         if self.train and self.augmented:
-            picture, box, text = augment(picture, box, text, rng, self.mirror)
+            picture, boxes, texts = augment(picture, boxes, texts, rng, self.mirror)
             fill = rng.choice(SCALES)
 
         square, padding, place = letterbox(picture, self.size, rng, self.pixels, fill)
-        target = to_square(box, picture.size, place, self.size)
-        return Item(square, padding, self.tokenizer(text), target, index)
+        items = []
+        for index, box, text in zip(indices, boxes, texts):
+            target = to_square(box, picture.size, place, self.size)
+            items.append(Item(square, padding, self.tokenizer(text), target, index))
+        return items
+
+
+def by_picture(samples):
+    """Return the indices of a list of Sample as [[index, ...], ...], a list for each picture."""
+    indices = {}
+    for index, sample in enumerate(samples):
+        indices.setdefault(sample.image, []).append(index)
+    return list(indices.values())
+
+
+class TrainingBatches:
+    """The batches of an epoch, each a list of indices: a batch_sampler for torch's DataLoader. The
+    order depends on seed and `epoch` alone; samples that do not fill a last batch are left out.
+
+    together: K, how many samples of a picture follow each other; a picture may have fewer
+    rank, processes: give this process its part of each batch, where several train together
+
+    Set `epoch` before each pass, and `first` to begin at a later batch than the first, 0.
+    """
+
+    def __init__(self, samples, batch_size, seed, together=1, rank=0, processes=1):
+        self.pictures = by_picture(samples)
+        self.batch_size = min(batch_size, len(samples))
+        self.batches = len(samples) // self.batch_size
+        self.seed = seed
+        self.together = together
+        self.part = self.batch_size // processes
+        self.offset = rank * self.part
+        self.epoch = 0
+        self.first = 0
+
+    def __len__(self):
+        return self.batches
+
+    def __iter__(self):
+        order = self.order()
+        for batch in range(self.first, self.batches):
+            start = batch * self.batch_size + self.offset
+            yield order[start:start + self.part]
+
+    def order(self):
+        """Return all indices in the order of this epoch."""
+        rng = seeded("order", self.seed, self.epoch)
+        groups = []
+        for indices in self.pictures:
+            shuffled = rng.sample(indices, len(indices))
+            for start in range(0, len(shuffled), self.together):
+                groups.append(shuffled[start:start + self.together])
+        rng.shuffle(groups)
+        return list(itertools.chain(*groups))
+
+
+def evaluation_batches(samples, batch_size, rank=0, processes=1):
+    """Return batches of indices that hold each sample once, [[index, ...], ...]. The samples of a
+    picture follow each other, so that it is loaded and encoded once for all of them.
+    rank, processes: give this process its share of the batches, where several evaluate together"""
+    order = list(itertools.chain(*by_picture(samples)))
+    batches = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
+    return batches[rank::processes]
 
 
 def check_pictures_exist(samples):
@@ -1475,22 +1567,30 @@ def check_pictures_exist(samples):
 def collate(items, pad):
     """Join a list of Item into a batch. pad: the tokenizer's id of padding.
 
-    Returns a dict of
-        images         (B, 3, S, S)   image_padding   (B, S, S)
+    Returns a dict of, for P pictures of B samples,
+        images         (P, 3, S, S)   image_padding   (P, S, S)
         tokens         (B, T)         token_padding   (B, T)
         boxes          (B, 4)         index           (B,)
+        picture        (B,)           the row of each sample's picture in images; it rises by 0 or 1
     """
+    pictures = []      # the first Item of each picture
+    rows = []
+    for item in items:
+        if not pictures or item.image is not pictures[-1].image:
+            pictures.append(item)
+        rows.append(len(pictures) - 1)
     texts = [torch.tensor(item.tokens) for item in items]
     tokens = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=pad)   # (B, T)
     lengths = torch.tensor([len(text) for text in texts])                                  # (B,)
     positions = torch.arange(tokens.shape[1])                                              # (T,)
     return {
-        "images": torch.stack([item.image for item in items]),
-        "image_padding": torch.stack([item.padding for item in items]),
+        "images": torch.stack([item.image for item in pictures]),
+        "image_padding": torch.stack([item.padding for item in pictures]),
         "tokens": tokens,
         "token_padding": positions >= lengths[:, None],
         "boxes": torch.tensor([item.box for item in items], dtype=torch.float32),
         "index": torch.tensor([item.index for item in items]),
+        "picture": torch.tensor(rows),
     }
 
 

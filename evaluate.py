@@ -39,8 +39,11 @@ Where this file differs from a paper or its released code ("code"):
             differ from ours by this
 """
 import argparse
+import contextlib
+import copy
 import functools
 import json
+import math
 import re
 import sys
 import time
@@ -57,10 +60,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import hilora
 import train
-from data import InputError, run_command
-from model import (CLIP_IGNORED, CLIP_TABLE, DETR_LAYER, DETR_TABLE, build_model, check_option,
-                   count_parameters, has_bridges, import_weights, make_tokenizer, merge_peft,
-                   read_file, read_state, state_in)
+from data import InputError, one_of, run_command
+from model import (CLIP_IGNORED, CLIP_TABLE, DETR_LAYER, DETR_TABLE, SIZES, build_model, check_option,
+                   count_parameters, import_weights, make_tokenizer, merge_peft, read_file,
+                   read_state, state_in)
 
 # ---------------------------------------------------------------------------------------------
 # The command line
@@ -100,6 +103,13 @@ def build_parser():
              "rows), in place of a checkpoint.")
     add("--size", metavar="NAME",
         help="Size of the models that --cost compares (default: base).")
+    add("--grow", nargs="+", metavar="WHAT",
+        help="Show how the costs grow with one quantity, by its name and its values: batch 1 4 16, "
+             "side 320 640 (pixels of the picture), expressions 1 2 4 8 (per picture) or depth 1 2 "
+             "(times the layers of both encoders).")
+    add("--amp", metavar="NAME",
+        help="Mixed precision: off, tf32, bf16 or fp16 (default: as in training, or off for "
+             "--cost).")
     add("--json", metavar="FILE",
         help="Write the results to this file (default: none).")
     add("--clip-weights", metavar="NAME",
@@ -121,7 +131,7 @@ def parse_args(argv=None):
     if asked.text is not None:
         asked.text = [without_undecodable_bytes(text) for text in asked.text]
     check_combination(asked)
-    for name in ("batch_size", "workers", "limit"):
+    for name in ("batch_size", "workers", "limit", "amp"):
         value = getattr(asked, name)
         if value is not None:
             # These options are for every method, so no spec and no method is needed.
@@ -144,7 +154,7 @@ def check_combination(asked):
         raise InputError(usage)
     if asked.cost and (asked.image or asked.dataset or asked.split or asked.figures):
         raise InputError(usage)
-    if asked.size and not asked.cost:
+    if (asked.size or asked.grow) and not asked.cost:
         raise InputError(usage)
     if asked.clip_weights and not is_released(asked.checkpoint):
         raise InputError("--clip-weights is for a released .pth of HiVG; a checkpoint of train.py "
@@ -289,17 +299,7 @@ def ground_texts(model, picture, texts):
     spec = model.spec
     batch = collate_texts(spec, picture, texts)
     device = next(model.parameters()).device
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-
-    text = model.encode_text(batch["tokens"], batch["token_padding"])
-    # Bridges let each text into the vision tower, which then sees the picture once for each text.
-    # Without bridges the picture is encoded once, however many texts there are.
-    copies = len(texts) if has_bridges(spec) else 1
-    vision = model.encode_image(batch["images"][:copies], batch["image_padding"][:copies], text)
-    # Each text needs a picture: expand() repeats a single one, and leaves the copies as they are.
-    vision = vision._replace(x=vision.x.expand(len(texts), -1, -1),             # (B, Nv, C)
-                             padding=vision.padding.expand(len(texts), -1))     # (B, Nv)
-    grounding = model.ground(vision, text, attention=True)
+    grounding = model(**train.part_of(batch, 0, len(texts), device), attention=True)
 
     located = []
     for expression, box, attention in zip(texts, grounding.boxes.cpu(), grounding.attention):
@@ -309,7 +309,7 @@ def ground_texts(model, picture, texts):
 
 
 def collate_texts(spec, picture, texts):
-    """A batch that holds the same picture with each of the texts, as data.collate returns it."""
+    """A batch of one picture with each of the texts, as data.collate returns it."""
     pixels = data.PIXELS[spec["pixels"] or spec["encoders"]]
     image, padding, _ = data.letterbox(picture, spec["image_size"], pixels=pixels)
     tokenizer = make_tokenizer(spec)
@@ -611,38 +611,46 @@ def paper_cost(name):
 class Trial(NamedTuple):
     """A model with a random batch."""
     model: nn.Module
-    inputs: tuple    # images (B, 3, S, S), padding (B, S, S), tokens and padding (B, T)
+    inputs: dict     # the model's arguments
     boxes: Tensor    # (B, 4) targets
 
 
-def set_up(args, device, batch):
+def set_up(args, device, batch, expressions=1):
     """Build the model of a run in the last stage of its plan, where all its LoRA pairs are in
-    place, and a batch of random samples -> Trial. Both are on the device."""
+    place, and a batch of random samples -> Trial. Both are on the device.
+    expressions: how many samples share a picture"""
+    pictures = math.ceil(batch / expressions)
     with torch.device(device):
         model = build_model(**train.model_arguments(args))
         model.begin_stage(train.plan(args)[-1].stage)
         side = model.spec["image_size"]
-        # Pictures of zeros would be slow: they lead to denormal gradients.
-        images = torch.randn(batch, 3, side, side)
-        image_padding = torch.zeros(batch, side, side, dtype=torch.bool)
         tokens = torch.randint(100, 200, (batch, model.spec["max_tokens"]))
-        token_padding = torch.zeros_like(tokens, dtype=torch.bool)
+        inputs = {
+            # Pictures of zeros would be slow: they lead to denormal gradients.
+            "images": torch.randn(pictures, 3, side, side),
+            "image_padding": torch.zeros(pictures, side, side, dtype=torch.bool),
+            "tokens": tokens,
+            "token_padding": torch.zeros_like(tokens, dtype=torch.bool)}
+        if expressions > 1:
+            inputs["picture"] = torch.arange(batch) // expressions
         boxes = torch.full((batch, 4), 0.5)
-    return Trial(model, (images, image_padding, tokens, token_padding), boxes)
+    return Trial(model, inputs, boxes)
 
 
 def training_loss(trial, args):
     """The loss of one training step."""
     trial.model.train()
-    grounding = trial.model(*trial.inputs)
+    with train.autocast(args):
+        grounding = trial.model(**trial.inputs)
     return sum(train.weighted_losses(grounding, trial.boxes, args).values())
 
 
-def evaluation_step(trial):
+def evaluation_step(trial, args):
     """One evaluation. LoRA's pairs are taken out first, as evaluation has them merged."""
     hilora.discard(trial.model)
     trial.model.eval()
-    return trial.model(*trial.inputs)
+    with train.autocast(args):
+        return trial.model(**trial.inputs)
 
 
 def storage_address(tensor):
@@ -674,32 +682,31 @@ def saved_bytes(model, step):
 
 def count_cost(args):
     """Numbers of parameters, and for one sample the MACs of a forward pass and the saved_bytes of a
-    training step. All of this is counted on the meta device, where attention is not fused, so the
-    counts are the same on every machine."""
-    trial = set_up(args, "meta", batch=1)
+    training step in float32. All of this is counted on the meta device, where attention is not
+    fused, so the counts are the same on every machine."""
+    exact = argparse.Namespace(**{**vars(args), "amp": "off", "device": "cpu"})
+    trial = set_up(exact, "meta", batch=1)
     counts = count_parameters(trial.model)
 
     def step():
-        training_loss(trial, args)
+        training_loss(trial, exact)
 
     counts["saved_bytes"] = saved_bytes(trial.model, step)
     # FlopCounterMode needs autograd's graph to follow the modules, so this runs without no_grad.
     with FlopCounterMode(display=False) as flops:
-        evaluation_step(trial)
+        evaluation_step(trial, exact)
     counts["macs"] = flops.get_total_flops() // 2    # a product and a sum are one MAC
     return counts
 
 
-def time_cost(args, batch_size=None):
-    """Median seconds of a training step and of an evaluation step, and on a GPU the peak memory.
-    batch_size: None means the recipe's on a GPU, and 1 on a CPU."""
+def measure_cost(args, batch_size=None, expressions=1):
+    """What a batch costs on this machine: the saved_bytes of a training step as it is executed
+    here, the peak memory, and median seconds of a training step and of an evaluation.
+    batch_size: None means the recipe's on a GPU, and 1 on a CPU. expressions: per picture"""
     on_gpu = "cuda" in args.device
     if batch_size is None:
         batch_size = args.batch_size if on_gpu else 1
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(args.device)
-
-    trial = set_up(args, args.device, batch_size)
+    trial = set_up(args, args.device, batch_size, expressions)
     optimizer = train.make_optimizer(trial.model, args, train.plan(args)[-1])
 
     def train_step():
@@ -709,13 +716,28 @@ def time_cost(args, batch_size=None):
 
     @torch.no_grad()
     def eval_step():
-        evaluation_step(trial)
+        evaluation_step(trial, args)
 
-    cost = {"batch": batch_size, "train_step_s": median_seconds(train_step),
-            "eval_s": median_seconds(eval_step)}
-    if on_gpu:
-        cost["peak_bytes"] = torch.cuda.max_memory_allocated(args.device)
+    def forward():
+        training_loss(trial, args)
+
+    cost = {"batch": batch_size, "saved_bytes_here": saved_bytes(trial.model, forward)}
+    train_step()    # AdamW now has its own memory
+    forget_peak(args.device)
+    cost["train_step_s"] = median_seconds(train_step)
+    cost["peak_bytes"] = train.peak_bytes(args.device)
+    cost["eval_s"] = median_seconds(eval_step)
+    cost["train_samples_per_second"] = batch_size / cost["train_step_s"]
+    cost["eval_samples_per_second"] = batch_size / cost["eval_s"]
     return cost
+
+
+def forget_peak(device):
+    """Let train.peak_bytes begin anew."""
+    if "cuda" in device:
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")    # Linux: forget the peak of this process
 
 
 def median_seconds(work):
@@ -728,28 +750,80 @@ def median_seconds(work):
 def compare_costs(asked):
     """Print and return what methods and rows cost. Where full fine-tuning is among them, print each
     share of it, and the paper's figures beside."""
-    # All names are checked before the first of them is measured.
-    runs = {name: cost_options(name, asked) for name in asked.cost}
-    results = []
-    for name, args in runs.items():
-        results.append({"method": name, "size": args.size, **count_cost(args),
-                        **time_cost(args, asked.batch_size)})
+    what, values = growth(asked)
+    size = asked.size or "base"
+    # All names and values are checked before the first of them is measured.
+    runs = []
+    for name in asked.cost:
+        for value in values:
+            times = value if what == "depth" else 1
+            with deeper_encoders(size, times):
+                runs.append((name, value, times, cost_options(name, asked, what, value)))
 
-    full = None
+    results = []
+    for name, value, times, args in runs:
+        with deeper_encoders(size, times):
+            row = {"method": name, "size": args.size, **count_cost(args),
+                   **measure_cost(args, value if what == "batch" else asked.batch_size,
+                                  value if what == "expressions" else 1)}
+        if what is not None:
+            row["grow"] = {what: value}
+        results.append(row)
+
     for row in results:
-        if row["method"] in FULL:
-            full = row
-            break
-    for row in results:
-        print_cost(row, full)
+        print_cost(row, full_beside(row, results))
     return results
 
 
-def cost_options(name, asked):
+def full_beside(row, results):
+    """The row of full fine-tuning that a row is compared with, or None."""
+    for other in results:
+        if other["method"] in FULL and other.get("grow") == row.get("grow"):
+            return other
+    return None
+
+
+GROWTHS = ("batch", "side", "expressions", "depth")
+
+
+def growth(asked):
+    """What --grow asks for: (the name of the quantity or None, its values)."""
+    if not asked.grow:
+        return None, [None]
+    what, *values = asked.grow
+    one_of("quantity of --grow", what, GROWTHS)
+    if not values or not all(value.isdecimal() and int(value) > 0 for value in values):
+        raise InputError(f"--grow {' '.join(asked.grow)}: give one or more whole numbers after "
+                         f"{what}, say --grow {what} 1 2 4")
+    if what == "batch" and asked.batch_size:
+        raise InputError("--grow batch and --batch-size contradict each other: leave out the latter")
+    return what, [int(value) for value in values]
+
+
+@contextlib.contextmanager
+def deeper_encoders(size, times):
+    """Within this context the encoders of a size have so many times their layers. DETR's are paired
+    with the last layers of BERT, as at any depth."""
+    own = copy.deepcopy(SIZES[size])
+    for sizes in SIZES[size].values():
+        for tower in ("vision", "text"):
+            sizes[tower]["layers"] *= times
+    detr = SIZES[size].get("detr")
+    if detr is not None:
+        last = detr["text"]["layers"]
+        detr["text_layers"] = list(range(last - detr["vision"]["layers"] + 1, last + 1))
+    yield
+    SIZES[size].update(own)
+
+
+def cost_options(name, asked, what=None, value=None):
     """The options of a method or a row, as train.py would run it, but with random weights."""
     flag = "--row" if "/" in name else "--method"
-    return train.parse_args([flag, name, "--size", asked.size or "base", "--weights", "random",
-                             "--device", asked.device])
+    flags = [flag, name, "--size", asked.size or "base", "--weights", "random",
+             "--device", asked.device, "--amp", asked.amp or "off"]
+    if what == "side":
+        flags += ["--image-size", str(value)]
+    return train.parse_args(flags)
 
 
 def print_cost(row, full):
@@ -761,12 +835,20 @@ def print_cost(row, full):
     line = (f"{row['method']}: {row['encoder_tunable']:,} tuned in or beside the encoders"
             f"{share(row, compared, 'encoder_tunable')}, {row['trainable']:,} trainable, "
             f"{row['total']:,} in all; {row['macs'] / 1e9:.2f} GMACs; "
-            f"{row['saved_bytes'] / 2 ** 20:.1f} MiB saved{share(row, compared, 'saved_bytes')}; "
-            f"batch {row['batch']}: step {row['train_step_s']:.3f} s, evaluation "
-            f"{row['eval_s']:.3f} s")
-    if "peak_bytes" in row:
-        line += f", peak {row['peak_bytes'] / 2 ** 30:.2f} GiB"
+            f"{row['saved_bytes'] / 2 ** 20:.1f} MiB saved for a sample"
+            f"{share(row, compared, 'saved_bytes')}")
     print(line)
+    grown = ""
+    if "grow" in row:
+        [(what, value)] = row["grow"].items()
+        grown = f"{what} {value}, "
+    peak = ""
+    if row["peak_bytes"] is not None:
+        peak = f"peak {row['peak_bytes'] / 2 ** 30:.2f} GiB; "
+    print(f"    {grown}batch {row['batch']}: {row['saved_bytes_here'] / 2 ** 20:.1f} MiB saved as "
+          f"executed{share(row, compared, 'saved_bytes_here')}; {peak}step {row['train_step_s']:.3f} s"
+          f"{share(row, compared, 'train_step_s')}, {row['train_samples_per_second']:.2f} samples/s; "
+          f"evaluation {row['eval_s']:.3f} s, {row['eval_samples_per_second']:.2f} samples/s")
 
     paper = paper_cost(row["method"])
     if full is not None and paper is not None:
@@ -790,6 +872,7 @@ def evaluate_checkpoint(asked):
     else:
         model, config = load_checkpoint(asked.checkpoint)
     args = merge_options(config["args"], asked)
+    train.set_precision(args)
     model.to(args.device)
 
     if asked.image:

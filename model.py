@@ -226,11 +226,13 @@ class TransformerLayer(nn.Module):
             nn.init.zeros_(self.fc1.bias)
             nn.init.zeros_(self.fc2.bias)
 
-    def forward(self, x, padding=None, position=None, context=None):
+    def forward(self, x, padding=None, position=None, context=None, first=None):
         """x, position: (B, N, C). padding: (B, N), not together with causal. context: anything
-        that the layer's inserted modules need. Returns x, a, g, each (B, N, C)."""
+        that the layer's inserted modules need. first: compute the outputs of the first so many
+        tokens alone, which still attend to all N. Returns x, a, g, each (B, first or N, C)."""
         h = self.norm1(x) if self.pre_norm else x
-        a = self.attention(h, padding, position)
+        a = self.attention(h, padding, position, first)
+        x = x[:, :first]    # all tokens, where first is None
         a = self.port("attention", a, x, context)
         x = x + self.dropout(a)
         if not self.pre_norm:
@@ -259,11 +261,11 @@ class TransformerLayer(nn.Module):
             output = self.plugs[name](output, x, context)
         return output
 
-    def attention(self, h, padding, position):
+    def attention(self, h, padding, position, first=None):
         placed = h if position is None else h + position    # for queries and keys, never for values
         dropout = self.dropout.p if self.training else 0.0
-        attended = attend(self.q(placed), self.k(placed), self.v(h), self.heads, padding, dropout,
-                          self.causal)
+        attended = attend(self.q(placed[:, :first]), self.k(placed), self.v(h), self.heads,
+                          padding, dropout, self.causal)
         return self.out(attended)
 
     def attention_map(self, x, padding, position):
@@ -453,9 +455,11 @@ class TextEncoder(nn.Module):
 
 class ClipVision(nn.Module):
     """CLIP's vision transformer, HiVG Section 3.1.
-    images (B, 3, S, S), padding (B, S, S) -> Encoded with 1 + Nv tokens, [CLS] first. context: what
-    the bridges in the layers need, if there are any. As in CLIP, attention looks at every patch,
-    padded patches too; the padding mask is for the grounding encoder."""
+    images (P, 3, S, S), padding (P, S, S) -> Encoded with 1 + Nv tokens, [CLS] first. context: what
+    the bridges in the layers need, if there are any. picture (B,): the row of each text's picture;
+    the layers below the first bridge, which see no text, then run once for each picture. As in
+    CLIP, attention looks at every patch, padded patches too; the padding mask is for the grounding
+    encoder."""
 
     def __init__(self, image_size, patch, dim, heads, hidden, layers, embedding,
                  released_rules=False, checkpointing=False):
@@ -474,14 +478,27 @@ class ClipVision(nn.Module):
         self.layers = stack(layers, dim, heads, hidden, "quick_gelu", pre_norm=True)
         self.projection = nn.Linear(dim, embedding, bias=False)
 
-    def forward(self, images, padding, context=None):
-        patches = self.patches(images).flatten(2).transpose(1, 2)             # (B, Nv, C)
+    def forward(self, images, padding, context=None, picture=None):
+        patches = self.patches(images).flatten(2).transpose(1, 2)             # (P, Nv, C)
         cls = self.cls.expand(len(images), 1, -1)
-        x = torch.cat([cls, patches], dim=1)                                  # (B, 1 + Nv, C)
+        x = torch.cat([cls, patches], dim=1)                                  # (P, 1 + Nv, C)
+        x = self.pre_norm(x + self.position)
         padding = F.pad(self.patch_padding(padding), (1, 0))    # [CLS] is never padding
-        encoded = run_layers(self.layers, self.pre_norm(x + self.position), context=context,
-                             checkpointing=self.checkpointing)
-        return encoded._replace(padding=padding, embedding=self.embed(encoded.x[:, 0]))
+
+        bridge = self.first_bridge()
+        below = run_layers(self.layers[:bridge], x, checkpointing=self.checkpointing)
+        above = run_layers(self.layers[bridge:], rows(below.x, picture), context=context,
+                           checkpointing=self.checkpointing)
+        states = [rows(state, picture) for state in below.states] + above.states
+        return Encoded(above.x, rows(padding, picture), states=states,
+                       embedding=self.embed(above.x[:, 0]))
+
+    def first_bridge(self):
+        """The place in `layers` of the first one with a bridge; behind the last one if none has."""
+        for place, layer in enumerate(self.layers):
+            if len(layer.plugs) > 0:
+                return place
+        return len(self.layers)
 
     def patch_padding(self, padding):
         """Which patches count as padding. padding: (B, S, S) -> (B, Nv)."""
@@ -613,13 +630,16 @@ class GroundingEncoder(nn.Module):
         looks = None
         if attention:
             looks = last.attention_map(x, padding, position)[:, cells]        # (B, Nv)
-        x, _, _ = last(x, padding, position)
+        # The box is read from [REG], the first token, so the last layer computes [REG] alone.
+        # HiVG's region-text constraint reads nearly all tokens, so in its training all are computed.
+        reads_regions = self.region is not None and self.training
+        x, _, _ = last(x, padding, position, first=None if reads_regions else 1)
         x = self.norm(x)
 
         reg = x[:, 0]                                                         # (B, C)
         boxes = self.head(reg).float().sigmoid()                              # (B, 4)
         grounding = Grounding(boxes, looks)
-        if self.region is not None and self.training:
+        if reads_regions:
             # HiVG Eq. (12) compares the token of [EOS], which ends the text, with every cell.
             # Before [EOS] are [REG], V vision tokens and the other words: 1 + V + (length - 1).
             eos = vision.padding.shape[1] + (~text.padding).sum(1)            # (B,) place of [EOS]
@@ -638,6 +658,12 @@ class LoraStack(NamedTuple):
     groups: int      # G of HiVG Eq. (6); a stack with one group takes part in every stage
 
 
+def rows(x, picture):
+    """One row for each text, of what was computed once for each picture.
+    x: (P, ...), picture: (B,) -> (B, ...). picture may be None, and x is then returned as it is."""
+    return x if picture is None else x[picture]
+
+
 class GroundingModel(nn.Module):
     """What both grounding models share: the interface, and the stages of LoRA.
 
@@ -654,11 +680,13 @@ class GroundingModel(nn.Module):
         self.spec = spec
         self.stage = 0
 
-    def forward(self, images, image_padding, tokens, token_padding, attention=False):
-        """images (B, 3, S, S), image_padding (B, S, S), tokens and token_padding (B, T)
-        -> Grounding. attention: whether to return [REG]'s attention as well."""
+    def forward(self, images, image_padding, tokens, token_padding, picture=None, attention=False):
+        """images (P, 3, S, S), image_padding (P, S, S), tokens and token_padding (B, T)
+        -> Grounding. picture (B,): the row of each text's picture in `images`, where P pictures
+        serve B texts; None: each text has its own, P = B. attention: whether to return [REG]'s
+        attention as well."""
         text = self.encode_text(tokens, token_padding)
-        vision = self.encode_image(images, image_padding, text)
+        vision = self.encode_image(images, image_padding, text, picture)
         return self.ground(vision, text, attention)
 
     def trim(self, tokens, padding):
@@ -743,10 +771,12 @@ class DetrBert(GroundingModel):
             vision.reverse()
         return [LoraStack(vision, self.spec["stages"]), LoraStack(list(self.text.layers), 1)]
 
-    def encode_image(self, images, image_padding, text=None):
-        """images (B, 3, S, S), image_padding (B, S, S) -> Encoded, x (B, Nv, C_v). M²IST's vision
-        encoder never sees the text: one encoded picture serves any number of texts."""
-        return self.encode("vision", self.vision, images, image_padding)
+    def encode_image(self, images, image_padding, text=None, picture=None):
+        """images (P, 3, S, S), image_padding (P, S, S) -> Encoded, x (P, Nv, C_v), or (B, Nv, C_v)
+        with picture (B,). M²IST's vision encoder never sees the text: one encoded picture serves
+        any number of texts."""
+        encoded = self.encode("vision", self.vision, images, image_padding)
+        return Encoded(rows(encoded.x, picture), rows(encoded.padding, picture))
 
     def encode_text(self, tokens, token_padding):
         """tokens, token_padding (B, T) -> Encoded, x (B, T, C_l). Beyond max_tokens there may be
@@ -843,9 +873,10 @@ class ClipGrounding(GroundingModel):
             token_padding = F.pad(token_padding, (0, missing), value=True)
         return self.clip.text(tokens, token_padding)
 
-    def encode_image(self, images, image_padding, text=None):
-        """images (B, 3, S, S), image_padding (B, S, S), text from encode_text -> Encoded, x
-        (B, 1 + Nv, m H_v). The text is needed: the bridges let it into the vision tower."""
+    def encode_image(self, images, image_padding, text=None, picture=None):
+        """images (P, 3, S, S), image_padding (P, S, S), text from encode_text, picture (B,) or
+        None -> Encoded, x (B, 1 + Nv, m H_v). The text is needed: the bridges let it into the
+        vision tower."""
         if text is None:
             raise ValueError("the vision tower of CLIP needs the text, from encode_text, for its "
                              "bridges")
@@ -854,7 +885,7 @@ class ClipGrounding(GroundingModel):
         masked = text.padding    # the text tokens that the bridges do not see
         if self.spec["released_rules"]:
             masked = torch.zeros_like(text.padding)    # [D47] They see padding too.
-        vision = self.clip.vision(images, image_padding, context=(seen, masked))
+        vision = self.clip.vision(images, image_padding, (seen, masked), picture)
         levels = [vision.states[level - 1] for level in self.levels]
         return vision._replace(x=torch.cat(levels, dim=-1))                   # HiVG Eq. (1)
 
@@ -1035,6 +1066,8 @@ class Option(NamedTuple):
 
 
 MODEL_OPTIONS = [
+    Option("image_size", int, "data", "S, the side of the padded square in pixels, a multiple of 32; "
+           "CLIP has positions for its own side alone.", "M²IST IV-B b", at_least=32, only=on_detr),
     Option("max_tokens", int, "data", "Cut texts at this many tokens, first and last included.",
            "released code, HiVG Appendix B", at_least=3),    # [CLS], a word, [SEP]
     Option("vision_weights", str, "weights", "DETR R-50: a file in official naming (TransVG's "
@@ -1136,6 +1169,9 @@ def architecture(method, size, **options):
     spec.update(given)
     for name, value in given.items():
         check_option(declared[name], value, spec, method)
+    if spec["image_size"] % spec["stride"] > 0:
+        raise InputError(f"--image-size is {spec['image_size']}; it must be a multiple of "
+                         f"{spec['stride']}")
     positions = spec["text"]["positions"]
     if spec["max_tokens"] > positions:
         raise InputError(f"--max-tokens is {spec['max_tokens']}; the text encoder of size {size} "

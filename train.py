@@ -5,7 +5,8 @@
     python train.py --dataset refcoco       M²IST at full size
     python train.py --row m2ist/V/b         a row of the papers' tables
     python train.py --row list              all of these rows
-    python train.py --out runs/x --resume   continue after the last whole epoch
+    python train.py --out runs/x --resume   continue where the run stopped
+    torchrun --nproc-per-node 4 train.py --dataset refcoco    on four GPUs
 
 The folder --out receives
     args.json          every option of the run, the versions of the packages
@@ -79,19 +80,26 @@ Where this file differs from a paper or its released code ("code"):
     why     it is the one file with an address of its own; `python data.py --help` names the others
 """
 import argparse
+import contextlib
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
 import json
 import math
+import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -159,6 +167,8 @@ RUN_OPTIONS = [
     Option("out", str, "run", "Folder of the run; runs/DATASET-METHOD-SEED if not given.", "ours"),
     Option("resume", bool, "run", "Continue the run in --out, with its own options.", "ours",
            default=False),
+    Option("save_minutes", float, "run", "Write last.pt within an epoch, too, after so many minutes.",
+           "ours", default=10.0, at_least=0),
     Option("log_every", int, "run", "Write a line to log.jsonl each N steps, too.", "ours",
            default=100, at_least=1),
     Option("seed", int, "run", "Seed of new weights, order and transforms.", "ours", default=0),
@@ -172,6 +182,11 @@ RUN_OPTIONS = [
            "M²IST IV-B c, HiVG 4.1", at_least=1),
     Option("batch_size", int, "training", "Samples for one optimizer step.",
            "M²IST Table I, HiVG Table 8", at_least=1),
+    Option("expressions_per_image", int, "training", "K: let up to K expressions of a picture share it "
+           "in a step, which costs less, as M²IST encodes the picture once for all of them. They "
+           "share its transforms, too, which suit all of their texts, so the samples of a batch "
+           "vary less; an epoch has the same samples and as many steps.", "ours", default=1,
+           at_least=1),
     Option("lr", float, "training", "Learning rate of the grounding encoder.",
            "M²IST IV-B c, HiVG Table 8", at_least=0),
     Option("lr_encoder", float, "training", "Learning rate of all else that is tuned.",
@@ -205,8 +220,10 @@ RUN_OPTIONS = [
            "released code", default=0.0, at_least=0),
     Option("device", str, "machine", "cpu, cuda, cuda:1, ...", "ours",
            default="cuda" if torch.cuda.is_available() else "cpu"),
-    Option("amp", str, "machine", "Mixed precision.", "released code", default="off",
-           choices=("off", "bf16", "fp16")),
+    Option("amp", str, "machine", "Mixed precision; tf32 is float32 with faster matrix products on a "
+           "GPU.", "released code", default="off", choices=("off", "tf32", "bf16", "fp16")),
+    Option("compile", bool, "machine", "Compile the model by torch.compile: a minute or more at the "
+           "start, then faster steps on a GPU.", "ours", default=False),
     Option("micro_batch", int, "machine", "Samples on the device at once, in training and on val; "
            "their gradients add up to those of the batch. HiVG's contrast is then within a "
            "micro-batch.", "ours; default: the whole batch", at_least=1),
@@ -216,7 +233,7 @@ RUN_OPTIONS = [
 OPTIONS = {option.name: option for option in [*RUN_OPTIONS, *MODEL_OPTIONS]}
 GROUPS = ("run", "data", "weights", "training", "M²IST", "HiVG", "losses", "machine")
 # Options that a resumed run may change.
-MAY_CHANGE = ("device", "workers", "log_every", "resume", "out")
+MAY_CHANGE = ("device", "workers", "save_minutes", "log_every", "resume", "out")
 
 
 def build_parser(args=None):
@@ -434,17 +451,16 @@ def print_recipe(args):
 # ---------------------------------------------------------------------------------------------
 # The loop
 
-INPUTS = ("images", "image_padding", "tokens", "token_padding")    # the model's, in a batch
-
-
 class Means:
-    """Means over the samples of some steps, and the speed of these steps."""
+    """Means over the samples of some steps, and the speed of these steps. The arguments are what
+    `state` returned, where a resumed run goes on with them."""
 
-    def __init__(self):
-        self.sums = {}      # {name: sum over the samples}
-        self.counts = {}    # {name: how many samples have this value}
-        self.samples = 0
-        self.began = time.time()
+    def __init__(self, sums=None, counts=None, samples=0, skipped=0, seconds=0.0):
+        self.sums = dict(sums or {})        # {name: sum over the samples}
+        self.counts = dict(counts or {})    # {name: how many samples have this value}
+        self.samples = samples
+        self.skipped = skipped              # steps without an update, see train_step
+        self.began = time.time() - seconds
 
     def add(self, values, samples):
         """Count values that are means over so many samples: {name: number}."""
@@ -462,6 +478,10 @@ class Means:
         return {"seconds": seconds, "samples_per_second": self.samples / seconds,
                 "peak_bytes": peak_bytes(device)}
 
+    def state(self):
+        return {"sums": self.sums, "counts": self.counts, "samples": self.samples,
+                "skipped": self.skipped, "seconds": time.time() - self.began}
+
 
 def peak_bytes(device):
     """The peak memory so far: of the GPU or, of a run on the CPU, of the process. None where the
@@ -474,42 +494,146 @@ def peak_bytes(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def train_epoch(model, loader, optimizer, scaler, args, epoch, phase, bar, report):
-    """One pass over the training data. Returns what the log says of it, see train_step, and calls
-    report(line) each --log-every steps."""
-    model.train()
-    whole = Means()     # over the epoch
-    recent = Means()    # since the last report
-    skipped = 0         # steps without an update, see train_step
-    for step, batch in enumerate(loader):
+@dataclasses.dataclass
+class Progress:
+    """How far a run is; last.pt holds it. An epoch goes three steps: it is trained, it is evaluated,
+    and it is written down."""
+    epoch: int = 0             # epochs that are trained
+    step: int = 0              # steps of the next epoch that are done
+    evaluated: bool = True     # whether all epochs that are trained are evaluated, too
+    best: float = -1.0         # the best accuracy on val so far
+    log: list = dataclasses.field(default_factory=list)      # a dictionary for each line of log.jsonl
+    whole: dict = dataclasses.field(default_factory=dict)    # Means over the epoch under way
+    recent: dict = dataclasses.field(default_factory=dict)   # Means since the last --log-every
+
+    def is_over(self, phase):
+        if self.epoch == phase.last:
+            return self.evaluated
+        return self.epoch > phase.last
+
+
+class Run:
+    """A run under way: what the functions of the loop share. It goes on from last.pt, if there is
+    one in the folder of the run."""
+
+    def __init__(self, model, args):
+        self.model = model
+        self.args = args
+        self.out = Path(args.out)
+        self.parallel = model     # what a step calls: the model, or DDP around it; see begin
+        self.optimizer = None     # of the present phase
+        self.scaler = torch.amp.GradScaler(torch.device(args.device).type,
+                                           enabled=args.amp == "fp16")
+        self.progress = Progress()
+        self.saved = time.time()                    # when last.pt was written
+        self.frozen = frozen_fingerprint(model)     # once, of the model as it was built
+        self.last = read_last(self.out / "last.pt", self.frozen)    # None in a new run
+        if self.last is not None:
+            self.progress = Progress(**self.last["progress"])
+            self.scaler.load_state_dict(self.last["scaler"])
+            print(f"resumed after epoch {self.progress.epoch}, step {self.progress.step} of the "
+                  f"next")
+
+
+def fit(model, args, train_loader, val_loader):
+    """Train in phases of epochs. After each epoch: save, evaluate on val, write everything down.
+    val_loader: None if the dataset has no val; the last epoch then counts as the best."""
+    run = Run(model, args)
+    phases = plan(args)
+    steps = len(train_loader)
+    done = run.progress.epoch * steps + run.progress.step
+    with (tqdm(total=phases[-1].last * steps, initial=done, desc=args.method, unit="step",
+               disable=rank() > 0) as bar, Signals(run) as signals):
+        for phase in phases:
+            if run.progress.is_over(phase):
+                continue
+            begin(run, phase)
+            while not run.progress.is_over(phase):
+                if run.progress.evaluated:
+                    train_epoch(run, train_loader, phase, bar, signals)
+                evaluate_epoch(run, val_loader, phase)
+
+
+def begin(run, phase):
+    """Begin a phase or, in a resumed run, go on within it."""
+    model, last, progress = run.model, run.last, run.progress
+    run.last = None    # later phases go on from the model, and the memory is free again
+    within = (progress.epoch, progress.step) != (phase.first, 0)
+    # If the run stopped between two phases, last.pt holds merged weights, and they are loaded
+    # before the phase adds its pairs. If it stopped within a phase, last.pt holds pairs, and
+    # begin_phase makes pairs for them first.
+    if last is not None and not within:
+        load_tuned(model, last["model"], "last.pt")
+    run.optimizer = begin_phase(model, phase, run.args)
+    if last is not None and within:
+        load_tuned(model, last["model"], "last.pt")
+        run.optimizer.load_state_dict(last["optimizer"])
+    if run.args.compile:
+        model.compile()
+    run.parallel = in_parallel(model)
+
+
+def train_epoch(run, loader, phase, bar, signals):
+    """One pass over the training data or, in a resumed run, the rest of it. Writes a line of the log
+    each --log-every steps and, at the end, that of the epoch."""
+    args, progress = run.args, run.progress
+    epoch = progress.epoch + 1
+    whole = Means(**progress.whole)
+    recent = Means(**progress.recent)
+    run.parallel.train()
+    set_epoch(loader, epoch, first=progress.step)
+    for batch in loader:
         # The schedule counts the steps of the phase; epochs count from 1 over the whole run.
-        done = (epoch - 1 - phase.first) * len(loader) + step
+        done = (epoch - 1 - phase.first) * len(loader) + progress.step
         factor = rate_factor(args, done, len(loader), phase.last - phase.first)
-        for group in optimizer.param_groups:
+        for group in run.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
 
-        values, updated = train_step(model, batch, optimizer, scaler, args)
-        if not updated:
-            skipped += 1
-        if not math.isfinite(sum(values.values())):
-            refuse_to_go_on(values, args, epoch, step, batch)
-
-        size = len(batch["boxes"])
-        whole.add(values, size)
-        recent.add(values, size)
-        if (step + 1) % args.log_every == 0:
-            report({"epoch": epoch, "phase": phase.name, "step": step + 1,
-                    **rates(optimizer), **recent.read(), **recent.speed(args.device)})
-            recent = Means()
+        with signals.held():    # a step is done, or it is not
+            torch.manual_seed(seed_of_step(args, epoch, progress.step))
+            values, updated = train_step(run.parallel, batch, run.optimizer, run.scaler, args)
+            if not math.isfinite(sum(values.values())):
+                refuse_to_go_on(values, args, epoch, progress.step, batch)
+            progress.step += 1
+            size = len(batch["boxes"]) * processes()
+            for means in (whole, recent):
+                means.add(values, size)
+                means.skipped += not updated
+            if progress.step % args.log_every == 0:
+                progress.log.append({"epoch": epoch, "phase": phase.name, "step": progress.step,
+                                     **rates(run.optimizer), **recent.read(),
+                                     **recent.speed(args.device)})
+                write_log(run)
+                recent = Means()
+            progress.whole = whole.state()
+            progress.recent = recent.state()
+        if time.time() - run.saved > 60 * args.save_minutes:
+            save_last(run)
         means = whole.read()
         bar.set_postfix_str(f"{phase.name}, epoch {epoch}, loss {means['train_loss']:.3f} "
                             f"acc {means['train_acc@0.5']:.3f}")
         bar.update()
 
-    line = {**whole.read(), **whole.speed(args.device)}
-    if scaler.is_enabled():
-        line["skipped_steps"] = skipped
-    return line
+    line = {"epoch": epoch, "phase": phase.name, **rates(run.optimizer), **whole.read(),
+            **whole.speed(args.device)}
+    if run.scaler.is_enabled():
+        line["skipped_steps"] = whole.skipped
+    with signals.held():
+        progress.log.append(line)
+        progress.epoch = epoch
+        progress.step = 0
+        progress.whole = {}
+        progress.recent = {}
+        progress.evaluated = False
+    # What is trained is saved before it is evaluated: hours of training are not lost to what may
+    # happen there.
+    save_last(run)
+
+
+def seed_of_step(args, epoch, step):
+    """The seed of a step's dropout. It depends on seed, epoch and step alone, so that a step is the
+    same in a resumed run. Processes that train together differ."""
+    return ((args.seed * 100_003 + epoch) * 1_000_003 + step) * 1_009 + rank()
 
 
 def train_step(model, batch, optimizer, scaler, args):
@@ -521,35 +645,38 @@ def train_step(model, batch, optimizer, scaler, args):
     """
     optimizer.zero_grad(set_to_none=True)
     size = len(batch["boxes"])
-    means = Means()
+    means = 0.0
     for start in range(0, size, args.micro_batch):    # gradient accumulation over micro-batches
-        micro = {}
-        for name, tensor in batch.items():
-            part = tensor[start:start + args.micro_batch]
-            micro[name] = part.to(args.device, non_blocking=True)
+        end = min(start + args.micro_batch, size)
+        micro = part_of(batch, start, end, args.device)
+        share = (end - start) / size
+        # Several processes average their gradients in the last backward pass of a step alone.
+        model.require_backward_grad_sync = end == size
 
         # Images and texts in, boxes out: text encoder, vision encoder, grounding encoder.
         with autocast(args):
-            grounding = model(*[micro[name] for name in INPUTS])
+            grounding = model(**micro)
 
         # The loss is a mean over the micro-batch. Weighted by its share, the parts add up to the
         # mean over the batch.
-        parts = weighted_losses(grounding, micro["boxes"], args)
+        boxes = batch["boxes"][start:end].to(args.device, non_blocking=True)
+        parts = weighted_losses(grounding, boxes, args)
         loss = sum(parts.values())    # M²IST Eq. (6), HiVG Eq. (15)
-        scaler.scale(loss * len(micro["boxes"]) / size).backward()
+        scaler.scale(loss * share).backward()
 
-        right = (measured_ious(grounding.boxes.detach(), micro["boxes"]) >= 0.5).float().mean()
+        right = (measured_ious(grounding.boxes.detach(), boxes) >= 0.5).float().mean()
         values = {"train_loss": loss, **parts, "train_acc@0.5": right}
-        # One transfer from the device, as each of them waits until the device has caught up.
-        numbers = torch.stack([value.detach() for value in values.values()]).tolist()
-        means.add(dict(zip(values, numbers)), len(micro["boxes"]))
+        means = means + share * torch.stack([value.detach() for value in values.values()])
 
     # Without fp16 the scaler passes gradients and steps on as they are.
     scaler.unscale_(optimizer)
     tuned = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(tuned, args.clip_norm or math.inf).item()
+    norm = torch.nn.utils.clip_grad_norm_(tuned, args.clip_norm or math.inf)
+    means = mean_over_processes(means)
+    # One transfer from the device in a step, as it waits until the device has caught up.
+    *numbers, norm = torch.cat([means, norm[None]]).tolist()
     updated = math.isfinite(norm)
-    values = means.read()
+    values = dict(zip(values, numbers))
     if updated or not scaler.is_enabled():
         values["grad_norm"] = norm
     if updated or scaler.is_enabled():    # gradients that are not finite must not reach the weights
@@ -558,12 +685,27 @@ def train_step(model, batch, optimizer, scaler, args):
     return values, updated
 
 
+def part_of(batch, start, end, device):
+    """The model's inputs for the samples start .. end of a batch, on the device: {name: tensor}."""
+    inputs = {}
+    for name in ("tokens", "token_padding"):
+        inputs[name] = batch[name][start:end].to(device, non_blocking=True)
+    # The pictures of neighbours are neighbours; see data.collate.
+    picture = batch["picture"][start:end]
+    first, last = picture[0], picture[-1]
+    for name in ("images", "image_padding"):
+        inputs[name] = batch[name][first:last + 1].to(device, non_blocking=True)
+    if len(inputs["images"]) < len(picture):
+        inputs["picture"] = (picture - first).to(device, non_blocking=True)
+    return inputs
+
+
 def refuse_to_go_on(values, args, epoch, step, batch):
     """Stop a run whose loss or gradients are not finite. No file of the run has seen them."""
     name, value = next(item for item in values.items() if not math.isfinite(item[1]))
     kept = ""
     if Path(args.out, "last.pt").exists():
-        kept = f"; {args.out}/last.pt holds the last whole epoch"
+        kept = f"; {args.out}/last.pt holds what came before"
     raise InputError(f"{name} is {value} at epoch {epoch}, step {step + 1}, samples "
                      f"{batch['index'].tolist()}: start again in another --out with a smaller "
                      f"--lr, with --clip-norm 1, or with --amp off{kept}")
@@ -575,80 +717,31 @@ def rates(optimizer):
     return {"lr": head["lr"], "lr_encoder": rest["lr"]}
 
 
-def fit(model, args, train_loader, val_loader):
-    """Train in phases of epochs. After each epoch: save, evaluate on val, write everything down.
-    val_loader: None if the dataset has no val; the last epoch then counts as the best."""
-    out = Path(args.out)
-    phases = plan(args)
-    scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.amp == "fp16")
-    frozen = frozen_fingerprint(model)    # once, of the model as it was built
+def evaluate_epoch(run, loader, phase):
+    """Evaluate the epoch that was just trained, and write down what was found."""
+    progress = run.progress
+    line = progress.log[-1]
+    line.update(validate(run.model, loader, run.args))
+    line["leaky_pretraining"] = leaky_pretraining(run.args)
+    print_line(line)
+    if loader is None or line["val_acc@0.5"] >= progress.best:
+        progress.best = line.get("val_acc@0.5", progress.best)
+        save_checkpoint(run, line)
+    write_log(run)
+    if run.args.stages and progress.epoch == phase.last:
+        end_phase(run.model, phase, run.out / "best.safetensors", progress.log)
+    # A run that is killed before this line evaluates the epoch again.
+    progress.evaluated = True
+    save_last(run)
 
-    # A resumed run goes on from `last`; a new run has none.
-    last = read_last(out / "last.pt", frozen)
-    trained = 0      # epochs that are trained
-    done = 0         # epochs that are evaluated and written down, too
-    best = -1.0      # the best accuracy on val so far
-    log = []         # one dictionary for each line of log.jsonl
-    if last is not None:
-        trained, best, log = last["epoch"], last["best"], last["log"]
-        done = trained if last["evaluated"] else trained - 1
-        scaler.load_state_dict(last["scaler"])
-        print(f"resumed after epoch {trained}")
 
-    def report(line):
-        log.append(line)
-        write_log(out / "log.jsonl", log)
-
-    steps = len(train_loader)
-    bar = tqdm(total=phases[-1].last * steps, initial=trained * steps, desc=args.method,
-               unit="step")
-    for phase in phases:
-        if done >= phase.last:
-            continue    # this phase was over before the run was resumed
-        # If the run stopped between two phases, last.pt holds merged weights, and they are loaded
-        # before the phase adds its pairs. If it stopped within a phase, last.pt holds pairs, and
-        # begin_phase makes pairs for them first.
-        if last is not None and trained == phase.first:
-            load_tuned(model, last["model"], "last.pt")
-        optimizer = begin_phase(model, phase, args)
-        if last is not None and trained > phase.first:
-            load_tuned(model, last["model"], "last.pt")
-            optimizer.load_state_dict(last["optimizer"])
-        last = None    # later phases go on from the model, and the memory is free again
-
-        for epoch in range(done + 1, phase.last + 1):
-            if epoch > trained:
-                # Order, transforms and dropout depend on seed and epoch alone, so that an epoch is
-                # the same in a resumed run.
-                set_epoch(train_loader, args.seed, epoch)
-                torch.manual_seed(args.seed * 100_003 + epoch)
-                line = train_epoch(model, train_loader, optimizer, scaler, args, epoch, phase, bar,
-                                   report)
-                log.append({"epoch": epoch, "phase": phase.name, **rates(optimizer), **line})
-                # What is trained is saved before it is evaluated: hours of training are not lost
-                # to a picture of val that is broken.
-                save_last(out / "last.pt", model, optimizer, scaler, epoch, best, log, frozen,
-                          evaluated=False)
-
-            line = log[-1]
-            line.update(validate(model, val_loader, args))
-            line["leaky_pretraining"] = leaky_pretraining(args)
-            print_line(line)
-            if val_loader is None or line["val_acc@0.5"] >= best:
-                best = line.get("val_acc@0.5", best)
-                save_checkpoint(out / "best.safetensors", model, args, line, frozen)
-            write_log(out / "log.jsonl", log)
-            if epoch == phase.last:
-                end_phase(model, phase, out / "best.safetensors", log)
-            # A run that is killed before this line evaluates the epoch again.
-            save_last(out / "last.pt", model, optimizer, scaler, epoch, best, log, frozen,
-                      evaluated=True)
-        done = phase.last
-    bar.close()
+def set_precision(args):
+    """Let matrix products of float32 use a GPU's TF32 with --amp tf32, and only then."""
+    torch.set_float32_matmul_precision("high" if args.amp == "tf32" else "highest")
 
 
 def autocast(args):
-    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
     return torch.autocast(torch.device(args.device).type, dtype, enabled=dtype is not None)
 
 
@@ -671,28 +764,31 @@ class Predictions(NamedTuple):
     boxes: Tensor                # (N, 4)   predicted
     truths: Tensor               # (N, 4)
     ious: Tensor                 # (N,)
-    attention: Tensor = None     # (N, Nv)  of [REG], where asked for
+    attention: list              # [REG]'s, (Nv,) a sample; None where it was not asked for
 
 
 @torch.no_grad()
 def predict(model, loader, args, attention=False):
-    """Predict the boxes of a whole loader -> Predictions."""
+    """Predict the boxes of a whole loader -> Predictions, in the order of the loader's samples,
+    whatever the order of its batches. Processes that evaluate together share the batches."""
     model.eval()
-    boxes = []
-    truths = []
-    looks = []
+    count = len(loader.dataset)
+    boxes = torch.zeros(count, 4, device=args.device)
+    truths = torch.zeros(count, 4, device=args.device)
+    looks = [None] * count
     for batch in loader:
-        inputs = [batch[name].to(args.device) for name in INPUTS]
+        inputs = part_of(batch, 0, len(batch["boxes"]), args.device)
         with autocast(args):
-            grounding = model(*inputs, attention=attention)
-        boxes.append(grounding.boxes.float().cpu())
-        truths.append(batch["boxes"])
+            grounding = model(**inputs, attention=attention)
+        boxes[batch["index"]] = grounding.boxes.float()
+        truths[batch["index"]] = batch["boxes"].to(args.device)
         if attention:
-            looks.append(grounding.attention)
-    boxes = torch.cat(boxes)
-    truths = torch.cat(truths)
-    ious = measured_ious(boxes, truths)
-    return Predictions(boxes, truths, ious, torch.cat(looks) if attention else None)
+            for index, look in zip(batch["index"].tolist(), grounding.attention):
+                looks[index] = look
+    # A process has zeros for the samples of the others.
+    boxes = sum_over_processes(boxes).cpu()
+    truths = sum_over_processes(truths).cpu()
+    return Predictions(boxes, truths, measured_ious(boxes, truths), looks)
 
 
 def measured_ious(boxes, truths):
@@ -705,6 +801,116 @@ def measured_ious(boxes, truths):
 def scores(ious):
     """Acc@0.5: the share of samples with IoU >= 0.5 (M²IST Section IV-A b, HiVG Section 4.1)."""
     return {"acc@0.5": (ious >= 0.5).float().mean().item(), "mean_iou": ious.mean().item()}
+
+
+# ---------------------------------------------------------------------------------------------
+# Several processes, each with its own GPU: torchrun --nproc-per-node N train.py ...
+# A batch has the same samples whatever N is. Each process takes an N-th of them, DDP averages the
+# gradients, and so all processes make the same step. The first of them, of rank 0, writes the files.
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_processes(args):
+    """Join the processes that torchrun has started. Plain `python train.py` is alone."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    dist.init_process_group("nccl" if "cuda" in args.device else "gloo")
+    if args.batch_size % processes() > 0:
+        raise InputError(f"--batch-size is {args.batch_size}, which {processes()} processes cannot "
+                         f"share: give a multiple of {processes()}")
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")    # what the first process prints is enough
+    print(f"{processes()} processes share each batch, {args.batch_size // processes()} samples for "
+          f"each; HiVG's contrast is within the samples of a process")
+
+
+def in_parallel(model):
+    """The model as each process calls it in training."""
+    if processes() == 1:
+        return model
+    # Rows of the papers' tables leave some weights without a part in the loss.
+    return DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
+
+
+def mean_over_processes(numbers):
+    return sum_over_processes(numbers) / processes()
+
+
+def sum_over_processes(numbers):
+    if processes() > 1:
+        dist.all_reduce(numbers)
+    return numbers
+
+
+def wait_for_all():
+    if processes() > 1:
+        dist.barrier()
+
+
+# ---------------------------------------------------------------------------------------------
+# Ctrl-C and SIGTERM
+
+class Signals:
+    """Ends a run at Ctrl-C and SIGTERM with last.pt written: `with Signals(run) as signals`. A
+    signal that comes inside of `with signals.held()` waits for its end."""
+
+    def __init__(self, run):
+        self.run = run
+        self.holding = False
+        self.waiting = None    # a signal that came while we were holding
+        self.handlers = {}     # those that were there before
+
+    def __enter__(self):
+        # Only the main thread of a program may listen.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.receive)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def held(self):
+        self.holding = True
+        yield
+        self.holding = False
+        if self.waiting is not None:
+            self.stop(self.waiting)
+
+    def receive(self, number, frame):
+        if self.holding:
+            self.waiting = number
+        else:
+            self.stop(number)
+
+    def stop(self, number):
+        for caught in self.handlers:
+            signal.signal(caught, signal.SIG_IGN)    # a second Ctrl-C does not spoil last.pt
+        if self.run.progress.step > 0:
+            save_last(self.run)
+        epoch = self.run.progress.epoch
+        if self.run.progress.evaluated:
+            epoch += 1    # the next one is being trained
+        print(f"\nstopped in epoch {epoch}; python train.py --out {self.run.out} --resume goes on "
+              f"from there", file=sys.stderr)
+        sys.exit(128 + number)
+
+
+def ignore_signals(worker):
+    """Workers of a DataLoader leave Ctrl-C and SIGTERM to the process that they work for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -761,6 +967,7 @@ def end_phase(model, phase, best_path, log):
     # best.safetensors holds W + α/r B A, so loading it is the merge of HiVG Section 3.3. load_tuned
     # first removes the pairs of this phase unmerged. Where the best weights come from an earlier
     # phase, the layers that the file does not hold are then as they were when this phase began.
+    wait_for_all()    # until the first process has written it
     load_tuned(model, read_state(best_path), best_path)
     here = best_of(log, phase.first + 1, phase.last)
     before = best_of(log, 1, phase.first)
@@ -792,7 +999,7 @@ def make_optimizer(model, args, phase):
             rest.append(p)
     groups = [dict(params=head, lr=phase.lr, peak=phase.lr),
               dict(params=rest, lr=phase.lr_encoder, peak=phase.lr_encoder)]
-    return torch.optim.AdamW(groups, weight_decay=args.weight_decay)
+    return torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
 
 
 def rate_factor(args, step, steps, epochs):
@@ -849,25 +1056,34 @@ def tell_outside(split, samples, fate, args):
 
 def make_loader(samples, model, args, train=False, batch_size=None):
     """The DataLoader of samples for a model. In training, set_epoch must be called before each
-    epoch. Raises InputError if pictures are missing."""
+    epoch. In evaluation each sample comes once, next to the others of its picture. Raises
+    InputError if pictures are missing."""
     spec = model.spec
     tokenizer = make_tokenizer(spec)
     augmented = train and args.size != "tiny"
     mirror = not on_clip(spec)    # HiVG Appendix B mirrors nothing
     pixels = data.PIXELS[spec["pixels"] or spec["encoders"]]
     dataset = data.GroundingDataset(samples, spec["image_size"], tokenizer, pixels, train,
-                                    seed=(args.seed, 0), augmented=augmented, mirror=mirror)
+                                    args.seed, augmented, mirror,
+                                    shared=args.expressions_per_image > 1)
     batch_size = batch_size or args.batch_size
-    return DataLoader(dataset, batch_size, shuffle=train, generator=torch.Generator(),
-                      num_workers=args.workers,
+    if train:
+        batches = data.TrainingBatches(samples, batch_size, args.seed, args.expressions_per_image,
+                                       rank(), processes())
+    else:
+        batches = data.evaluation_batches(samples, batch_size, rank(), processes())
+    return DataLoader(dataset, batch_sampler=batches, num_workers=args.workers,
                       collate_fn=functools.partial(data.collate, pad=tokenizer.pad),
-                      drop_last=train and len(samples) >= batch_size)
+                      pin_memory="cuda" in args.device, worker_init_fn=ignore_signals,
+                      persistent_workers=train and args.workers > 0)
 
 
-def set_epoch(loader, seed, epoch):
-    """Draw the order and the transforms of the next epoch from the seed and the epoch alone."""
-    loader.generator.manual_seed(seed * 100_003 + epoch)
-    loader.dataset.seed = (seed, epoch)
+def set_epoch(loader, epoch, first=0):
+    """Draw the order and the transforms of an epoch anew, and begin with its batch `first`, from 0.
+    They depend on the seed of the run and the epoch alone."""
+    loader.batch_sampler.epoch = epoch
+    loader.batch_sampler.first = first
+    loader.dataset.epoch.fill_(epoch)
 
 
 def leaky_pretraining(args):
@@ -893,7 +1109,8 @@ def picture_predictions(model, samples, args, path):
         boxes = [(sample.box, data.TRUE), (pred, data.PREDICTED)]
         caption = f"{sample.text} (IoU {predictions.ious[i]:.2f})"
         tiles.append(data.draw(picture, caption, boxes, predictions.attention[i]))
-    data.contact_sheet(tiles).save(path)
+    if rank() == 0:
+        data.contact_sheet(tiles).save(path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -957,27 +1174,34 @@ def frozen_fingerprint(model):
     return digest.hexdigest()
 
 
-def save_checkpoint(path, model, args, line, frozen):
-    """Write the tuned weights with the pairs merged, and in the metadata what rebuilds the model.
-    line: the line of the log of this epoch. frozen: the frozen_fingerprint of the run."""
-    config = {"model": model_arguments(args), "args": vars(args), **line, "frozen": frozen}
-    state = tuned_state(model, merged=True)
+def write_once(path, write):
+    """Write a file of the run. Of several processes the first alone does so."""
+    if rank() == 0:
+        write_atomically(path, write)
+
+
+def save_checkpoint(run, line):
+    """Write best.safetensors: the tuned weights with the pairs merged, and in the metadata what
+    rebuilds the model. line: the line of the log of this epoch."""
+    config = {"model": model_arguments(run.args), "args": vars(run.args), **line,
+              "frozen": run.frozen}
+    state = tuned_state(run.model, merged=True)
 
     def write(partial):
         save_file(state, partial, {"config": json.dumps(config)})
 
-    write_atomically(path, write)
+    write_once(run.out / "best.safetensors", write)
 
 
-def write_log(path, log):
+def write_log(run):
     """Write log.jsonl whole, so that no epoch stands there twice. The line of an epoch has
     val_acc@0.5 (where there is a val), a line within an epoch has "step" in its place."""
-    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in log)
+    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in run.progress.log)
 
     def write(partial):
         partial.write_text(text)
 
-    write_atomically(path, write)
+    write_once(run.out / "log.jsonl", write)
 
 
 def print_line(line):
@@ -988,21 +1212,23 @@ def print_line(line):
     tqdm.write("  ".join(parts))
 
 
-def save_last(path, model, optimizer, scaler, epoch, best, log, frozen, evaluated):
-    """Write all that a resumed run needs. evaluated: whether the epoch was evaluated, too; if not,
-    the last line of the log lacks the accuracy on val."""
-    tuned = tuned_state(model)
+def save_last(run):
+    """Write last.pt: all that a resumed run needs."""
+    path = run.out / "last.pt"
+    tuned = tuned_state(run.model)
     for name, value in tuned.items():
         if not value.isfinite().all():
-            raise InputError(f"{name} is not finite after epoch {epoch}: start again in another "
-                             f"--out with a smaller --lr; {path} was not written")
-    last = {"epoch": epoch, "evaluated": evaluated, "best": best, "log": log, "model": tuned,
-            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "frozen": frozen}
+            raise InputError(f"{name} is not finite after epoch {run.progress.epoch}: start again in "
+                             f"another --out with a smaller --lr; {path} was not written")
+    last = {"progress": vars(run.progress), "model": tuned,
+            "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
+            "frozen": run.frozen}
 
     def write(partial):
         torch.save(last, partial)
 
-    write_atomically(path, write)
+    write_once(path, write)
+    run.saved = time.time()
 
 
 def read_last(path, frozen):
@@ -1013,7 +1239,7 @@ def read_last(path, frozen):
         return None
     try:
         last = torch.load(path, map_location="cpu", weights_only=True)
-        for name in ("epoch", "evaluated", "best", "log", "model", "optimizer", "scaler", "frozen"):
+        for name in ("progress", "model", "optimizer", "scaler", "frozen"):
             last[name]
     except Exception:
         raise InputError(f"{path}: damaged, or not what train.py writes; start a new run in "
@@ -1050,7 +1276,7 @@ def write_args(out, args):
     def write(partial):
         partial.write_text(text)
 
-    write_atomically(out / "args.json", write)
+    write_once(out / "args.json", write)
 
 
 def check_out(out, resume):
@@ -1211,8 +1437,12 @@ def print_rows():
 def main(argv=None):
     began = time.time()
     args = parse_args(argv)
+    join_processes(args)
+    set_precision(args)
     out = Path(args.out)
-    check_out(out, args.resume)
+    if rank() == 0:
+        check_out(out, args.resume)
+    wait_for_all()
     print_recipe(args)
     train_samples, val_samples = load_splits(args)
 
@@ -1230,6 +1460,7 @@ def main(argv=None):
     fit(model, args, train_loader, val_loader)
 
     best = out / "best.safetensors"
+    wait_for_all()
     load_tuned(model, read_state(best), best)
     picture_predictions(model, data.spread(val_samples or train_samples), args, out / "val.png")
     minutes = (time.time() - began) / 60

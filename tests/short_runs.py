@@ -32,6 +32,29 @@ def run(out, *flags):
 SPEED = {"seconds", "samples_per_second", "peak_bytes"}
 
 
+def inputs_of(batch):
+    """The model's arguments for a whole batch."""
+    return train.part_of(batch, 0, len(batch["boxes"]), "cpu")
+
+
+def begin_run(model, args, out, number=0):
+    """A run in a folder, at the beginning of one of its phases, by its number from 0."""
+    args.out = str(out)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    under_way = train.Run(model, args)
+    phase = train.plan(args)[number]
+    under_way.progress.epoch = phase.first
+    train.begin(under_way, phase)
+    return under_way, phase
+
+
+def one_epoch(under_way, phase, loader):
+    """Train one epoch of a run -> its line of the log."""
+    with train.Signals(under_way) as signals:
+        train.train_epoch(under_way, loader, phase, train.tqdm(disable=True), signals)
+    return under_way.progress.log[-1]
+
+
 def read_log(out):
     """The lines of log.jsonl as dictionaries."""
     lines = Path(out, "log.jsonl").read_text().splitlines()

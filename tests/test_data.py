@@ -1217,7 +1217,7 @@ def test_ten_thousand_random_boxes_survive_the_transforms():
         size = rng.choice((64, 224, 640))
 
         whole = Image.new("RGB", (width, height))
-        picture, (x1, y1, x2, y2), text = data.augment(whole, box, "a cup", rng, False)
+        picture, [(x1, y1, x2, y2)], [text] = data.augment(whole, [box], ["a cup"], rng, False)
         assert text == "a cup"
         assert (x2 - x1, y2 - y1) == pytest.approx((box[2] - box[0], box[3] - box[1]))
         assert 0 < (x1 + x2) / 2 < picture.width
@@ -1246,7 +1246,7 @@ def test_crops_are_of_transvgs_sizes():
     square = Image.new("RGB", (640, 640))
     sides = []
     for _ in range(500):
-        picture, _ = data.crop(square, (319, 319, 321, 321), rng)
+        picture, _ = data.crop(square, [(319, 319, 321, 321)], rng)
         sides.extend(picture.size)
     assert min(sides) == pytest.approx(384 / 600 * 640, abs=8)
     assert max(sides) == 640
@@ -1254,7 +1254,7 @@ def test_crops_are_of_transvgs_sizes():
     wide = Image.new("RGB", (2000, 640))
     widths = []
     for _ in range(300):
-        picture, _ = data.crop(wide, (999, 319, 1001, 321), rng)
+        picture, _ = data.crop(wide, [(999, 319, 1001, 321)], rng)
         widths.append(picture.width)
     cropped = [width for width in widths if width < 2000]
     assert 850 < max(cropped) <= 600 * 640 / 400
@@ -1290,7 +1290,7 @@ def test_sides_of_crops_are_distributed_as_transvgs(size, whole_widths, whole_he
     ours = []
     theirs = []
     for seed in range(8000):
-        cut, _ = data.crop(picture, middle, random.Random(f"ours {seed}"))
+        cut, _ = data.crop(picture, [middle], random.Random(f"ours {seed}"))
         ours.append((cut.width / size[0], cut.height / size[1]))
         theirs.append(transvgs_crop(*size, random.Random(f"theirs {seed}")))
     ours = np.array(ours)         # (8000, 2): share of the width, share of the height
@@ -1319,10 +1319,10 @@ def test_the_box_still_covers_its_object_by_colour(split):
                 continue
             flat = Image.new("RGB", (data.WIDTH, height), "white")   # shows this object alone
             flat.paste((0, 0, 255), thing.box)
-            picture, box, text = data.augment(flat, thing.box, "the left one", rng, True)
+            picture, [box], [text] = data.augment(flat, [thing.box], ["the left one"], rng, True)
             if text == "the right one":
                 mirrored += 1
-            picture, box, _ = data.augment(picture, box, "cup", rng, True)
+            picture, [box], _ = data.augment(picture, [box], ["cup"], rng, True)
 
             pixels = np.asarray(picture, int)
             ys, xs = np.nonzero(pixels[..., 2] > pixels[..., 0] + 5)   # still blue
@@ -1432,10 +1432,10 @@ def test_a_mirror_image_keeps_the_words_true(before, after):
     red = (255, 0, 0)
     picture = Image.new("RGB", (100, 60), "white")
     picture.paste(red, (0, 0, 50, 60))   # the left half is red
-    unchanged = data.augment(picture, BOX, before, MirrorAlone(), False)
-    assert unchanged == (picture, BOX, before)
+    unchanged = data.augment(picture, [BOX], [before], MirrorAlone(), False)
+    assert unchanged == (picture, [BOX], [before])
 
-    mirror, box, text = data.augment(picture, BOX, before, MirrorAlone(), True)
+    mirror, [box], [text] = data.augment(picture, [BOX], [before], MirrorAlone(), True)
     if after is None:
         assert (mirror, box, text) == (picture, BOX, before)
     else:
@@ -1450,7 +1450,7 @@ def sizes_after_augment(text):
     sizes = set()
     for seed in range(20):
         whole = Image.new("RGB", (100, 60))
-        picture, _, _ = data.augment(whole, BOX, text, random.Random(seed), True)
+        picture, _, _ = data.augment(whole, [BOX], [text], random.Random(seed), True)
         sizes.add(picture.size)
     return sizes
 
@@ -1478,7 +1478,7 @@ def test_colours_change_in_four_of_five_pictures():
     changed = []
     for seed in range(300):
         rng = random.Random(seed)
-        result, _, _ = data.augment(picture, (1, 2, 9, 9), "left", rng, False)
+        result, _, _ = data.augment(picture, [(1, 2, 9, 9)], ["left"], rng, False)
         changed.append(result.getpixel((0, 0)))
     share = np.mean([pixel != colour for pixel in changed])
     assert share == pytest.approx(0.8, abs=0.06)

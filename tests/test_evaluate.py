@@ -875,7 +875,9 @@ def test_macs_are_those_of_the_products():
     cells, dim, wide = 400, 256, 2048
     detr = 6 * (cells * (4 * dim * dim + 2 * dim * wide) + 2 * cells * cells * dim)
     N = 1 + T + cells
-    grounding = 6 * (N * (4 * dim * dim + 2 * dim * wide) + 2 * N * N * dim)
+    grounding = 5 * (N * (4 * dim * dim + 2 * dim * wide) + 2 * N * N * dim)
+    # The last layer computes [REG] alone, but the keys and values of all tokens.
+    grounding += 2 * N * dim * dim + 2 * dim * dim + 2 * dim * wide + 2 * N * dim
     projections = cells * 2048 * dim + cells * dim * dim + T * C * dim
     head = 2 * dim * dim + 4 * dim
     resnet = found["macs"] - bert - detr - grounding - projections - head

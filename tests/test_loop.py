@@ -14,7 +14,7 @@ import evaluate
 import losses
 import model as m
 import train
-from short_runs import FAST, read_log, run, write_refcoco
+from short_runs import FAST, inputs_of, read_log, run, write_refcoco
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def set_up(*flags):
 def first_batch(model, args, samples):
     """The first batch of epoch 1."""
     loader = train.make_loader(samples, model, args, train=True)
-    train.set_epoch(loader, args.seed, 1)
+    train.set_epoch(loader, 1)
     return next(iter(loader))
 
 
@@ -66,10 +66,10 @@ def test_predictions_are_made_in_eval_mode(monkeypatch):
     args, model, samples = set_up("--batch-size", "24")
     loader = train.make_loader(samples, model, args)
     [batch] = list(loader)
-    inputs = [batch[name] for name in train.INPUTS]
+    inputs = inputs_of(batch)
     with torch.no_grad():
-        without_dropout = model.eval()(*inputs).boxes
-        with_dropout = model.train()(*inputs).boxes
+        without_dropout = model.eval()(**inputs).boxes
+        with_dropout = model.train()(**inputs).boxes
     assert (with_dropout - without_dropout).abs().max() > 0.01
 
     model.train()
@@ -95,7 +95,7 @@ def test_the_mean_iou_of_the_log_is_that_of_the_checkpoint(monkeypatch, tmp_path
     samples = data.load_samples("shapes", "val")[:60]
     [batch] = list(train.make_loader(samples, model, args, batch_size=60))
     with torch.no_grad():
-        dropped = model.train()(*[batch[name] for name in train.INPUTS]).boxes
+        dropped = model.train()(**inputs_of(batch)).boxes
     assert abs(train.measured_ious(dropped, batch["boxes"]).mean().item() - logged) > 1e-3
 
 
@@ -195,7 +195,7 @@ def test_an_epoch_depends_on_its_seed_and_its_number_alone(monkeypatch, tmp_path
     args, model, _ = set_up()
     samples = data.load_samples("shapes", "train")[:60]
     loader = train.make_loader(samples, model, args, train=True)
-    train.set_epoch(loader, args.seed, 2)
+    train.set_epoch(loader, 2)
     list(loader)
     assert WatchedLoader.passes[-1][1:] == first[1]
 
@@ -211,7 +211,8 @@ def test_the_augmentation_of_a_picture_differs_between_epochs(tmp_path):
     loader = train.make_loader(samples, model, args, train=True)
 
     def picture(seed, epoch):
-        train.set_epoch(loader, seed, epoch)
+        loader.dataset.seed = seed
+        train.set_epoch(loader, epoch)
         return loader.dataset[0].image
 
     assert torch.equal(picture(0, 1), picture(0, 1))
@@ -241,7 +242,7 @@ def test_colours_change_in_any_order(monkeypatch):
     picture = Image.new("RGB", (30, 20))
     for seed in range(100):
         order.clear()
-        data.augment(picture, (1, 2, 9, 9), "left", random.Random(seed), False)
+        data.augment(picture, [(1, 2, 9, 9)], ["left"], random.Random(seed), False)
         orders.add(tuple(order))
     assert orders == {(), *itertools.permutations(("Brightness", "Contrast", "Color"))}
 
@@ -297,7 +298,7 @@ def test_the_loss_is_float32_whatever_the_precision(monkeypatch):
     batch = first_batch(model, args, samples)
     model.train()
     with train.autocast(args):
-        found = model(*[batch[name] for name in train.INPUTS])
+        found = model(**inputs_of(batch))
         within = train.weighted_losses(found, batch["boxes"], args)
     outside = train.weighted_losses(found, batch["boxes"], args)
     assert found.boxes.dtype == torch.float32
@@ -322,7 +323,7 @@ def test_fp16_scales_the_loss_and_unscales_the_gradients(amp, scale):
     weight.register_hook(keep)
     values = take_step(model, args, batch)
 
-    found = exact.train()(*[batch[name] for name in train.INPUTS])
+    found = exact.train()(**inputs_of(batch))
     sum(train.weighted_losses(found, batch["boxes"], args).values()).backward()
     expected = exact.grounding.head[-1].weight.grad
     size = expected.abs().max()

@@ -114,14 +114,14 @@ def test_an_epoch_that_could_not_be_evaluated_is_not_lost(tmp_path, monkeypatch,
             run(out)
     assert not (out / "best.safetensors").exists()
     last = torch.load(out / "last.pt", weights_only=True)
-    assert (last["epoch"], last["evaluated"]) == (1, False)
+    assert (last["progress"]["epoch"], last["progress"]["evaluated"]) == (1, False)
 
     trained = []
     real = train.train_epoch
 
-    def watched(model, loader, optimizer, scaler, args, epoch, *rest):
-        trained.append(epoch)
-        return real(model, loader, optimizer, scaler, args, epoch, *rest)
+    def watched(under_way, *rest):
+        trained.append(under_way.progress.epoch + 1)
+        return real(under_way, *rest)
 
     monkeypatch.setattr(train, "train_epoch", watched)
     train.main(["--out", str(out), "--resume"])

@@ -13,8 +13,8 @@ import losses
 import model as m
 import train
 from data import InputError
-from short_runs import (FAST, HIVG, SPEED, add_dropout, computed, last_weights, read_log, run,
-                        same, write_refcoco)
+from short_runs import (FAST, HIVG, SPEED, add_dropout, begin_run, computed, inputs_of,
+                        last_weights, one_epoch, read_log, run, same, write_refcoco)
 from test_data import as_refer, coco
 
 pytestmark = pytest.mark.usefixtures("cpu_with_dropout")
@@ -127,12 +127,12 @@ def without_dropout(count, *flags):
     return args, model, train.make_loader(samples, model, args, train=True)
 
 
-def test_the_loss_and_the_accuracy_of_the_log_are_means_over_the_samples(monkeypatch):
+def test_the_loss_and_the_accuracy_of_the_log_are_means_over_the_samples(monkeypatch, tmp_path):
     """The loss of a micro-batch counts by its share, and an IoU of one half is right."""
     args, model, loader = without_dropout(10, "--batch-size", "10", "--micro-batch", "4")
-    train.set_epoch(loader, 0, 1)
+    train.set_epoch(loader, 1)
     batch = next(iter(loader))
-    found = model(*[batch[name] for name in train.INPUTS])
+    found = model(**inputs_of(batch))
     expected = losses.total_loss(found, batch["boxes"], args.l1, args.giou, 0, 0, 0).item()
 
     real = losses.iou_and_giou
@@ -142,34 +142,27 @@ def test_the_loss_and_the_accuracy_of_the_log_are_means_over_the_samples(monkeyp
         return torch.tensor([0.5, 0.49, 0.8, 0.0])[:len(pred)], giou
 
     monkeypatch.setattr(losses, "iou_and_giou", chosen_ious)
-    train.set_epoch(loader, 0, 1)
-    phase = train.plan(args)[0]
-    optimizer = train.make_optimizer(model, args, phase)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    bar = train.tqdm(disable=True)
-    line = train.train_epoch(model, loader, optimizer, scaler, args, 1, phase, bar, report=None)
+    train.set_epoch(loader, 1)
+    line = one_epoch(*begin_run(model, args, tmp_path), loader)
     assert line["train_loss"] == pytest.approx(expected, rel=1e-5)
     assert line["l1"] + line["giou"] == pytest.approx(expected, rel=1e-5)
     # Micro-batches of 4, 4 and 2 samples have 2, 2 and 1 with an IoU of 0.5 or more.
     assert line["train_acc@0.5"] == pytest.approx(5 / 10)
 
 
-def test_a_step_has_the_gradient_of_its_own_batch_alone():
+def test_a_step_has_the_gradient_of_its_own_batch_alone(tmp_path):
     """At a rate of 0, the gradients after an epoch are those of its last batch."""
-    args, model, loader = without_dropout(8, "--batch-size", "4")
-    phase = train.plan(args)[0]._replace(lr=0.0, lr_encoder=0.0)
-    optimizer = train.make_optimizer(model, args, phase)
+    args, model, loader = without_dropout(8, "--batch-size", "4", "--lr", "0", "--lr-encoder", "0")
+    under_way, phase = begin_run(model, args, tmp_path)
 
-    train.set_epoch(loader, 0, 1)
+    train.set_epoch(loader, 1)
     _, last = list(loader)
-    found = model(*[last[name] for name in train.INPUTS])
+    found = model(**inputs_of(last))
     sum(train.weighted_losses(found, last["boxes"], args).values()).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
-    train.set_epoch(loader, 0, 1)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    train.train_epoch(model, loader, optimizer, scaler, args, 1, phase, train.tqdm(disable=True),
-                      report=None)
+    train.set_epoch(loader, 1)
+    one_epoch(under_way, phase, loader)
     for name, gradient in expected.items():
         assert torch.allclose(model.get_parameter(name).grad, gradient, atol=1e-6), name
 
@@ -182,7 +175,7 @@ def test_micro_batches_add_up_to_the_batch():
         args, model, loader = without_dropout(12, "--batch-size", "12", "--micro-batch", micro)
         optimizer = train.make_optimizer(model, args, train.plan(args)[0])
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        train.set_epoch(loader, 0, 1)
+        train.set_epoch(loader, 1)
         train.train_step(model, next(iter(loader)), optimizer, scaler, args)
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     whole, parts = gradients
@@ -205,7 +198,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     saved = json.loads((out / "args.json").read_text())
     saved["args"]["epochs"] = 2    # one more epoch, which will fail
     (out / "args.json").write_text(json.dumps(saved))
-    with pytest.raises(InputError, match="at epoch 2, step 1, .*last.pt holds the last whole epoch"):
+    with pytest.raises(InputError, match="at epoch 2, step 1, .*last.pt holds what came before"):
         train.main(["--out", str(out), "--resume"])
 
 
@@ -249,18 +242,14 @@ def test_fp16_skips_steps_that_overflow_and_counts_them(tmp_path, monkeypatch):
     args, model, loader = without_dropout(12, "--batch-size", "4", "--amp", "fp16")
     break_gradients(model, when=lambda number: number != 2)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    phase = train.plan(args)[0]
-    optimizer = train.make_optimizer(model, args, phase)
-    scaler = torch.amp.GradScaler("cpu", enabled=True)
-    train.set_epoch(loader, 0, 1)
-    line = train.train_epoch(model, loader, optimizer, scaler, args, 1, phase,
-                             train.tqdm(disable=True), report=None)
+    under_way, phase = begin_run(model, args, tmp_path)
+    line = one_epoch(under_way, phase, loader)
     assert line["skipped_steps"] == 2
     assert math.isfinite(line["grad_norm"])
-    assert scaler.get_scale() == 2.0 ** 16 / 4    # halved by each overflow
+    assert under_way.scaler.get_scale() == 2.0 ** 16 / 4    # halved by each overflow
     assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert all(p.isfinite().all() for p in model.parameters())
-    steps = {int(state["step"]) for state in optimizer.state.values()}
+    steps = {int(state["step"]) for state in under_way.optimizer.state.values()}
     assert steps == {1}
 
 
@@ -268,11 +257,11 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path):
     """last.pt stays as it was, and the message names the weight."""
     args = train.parse_args(FAST)
     model = m.build_model(**train.model_arguments(args))
-    optimizer = train.make_optimizer(model, args, train.plan(args)[0])
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    under_way, _ = begin_run(model, args, tmp_path)
+    under_way.progress.epoch = 5
     model.grounding.reg.data[0, 3] = float("nan")
     with pytest.raises(InputError, match="grounding.reg is not finite after epoch 5: .*--lr"):
-        train.save_last(tmp_path / "last.pt", model, optimizer, scaler, 5, 0.5, [], "", True)
+        train.save_last(under_way)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -289,7 +278,7 @@ def test_the_norm_of_the_gradients_is_logged_and_clipped_if_asked_for():
         args, model, loader = without_dropout(4, "--batch-size", "4", "--clip-norm", clip)
         optimizer = train.make_optimizer(model, args, train.plan(args)[0])
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        train.set_epoch(loader, 0, 1)
+        train.set_epoch(loader, 1)
         values, updated = train.train_step(model, next(iter(loader)), optimizer, scaler, args)
         assert updated
         norms[clip] = (values["grad_norm"], gradient_norm(model))
@@ -333,9 +322,9 @@ def test_val_is_evaluated_in_micro_batches(tmp_path, monkeypatch):
     sizes = set()
     real = m.DetrBert.forward
 
-    def watched(model, images, *inputs, **options):
-        sizes.add((model.training, len(images)))
-        return real(model, images, *inputs, **options)
+    def watched(model, images, image_padding, tokens, *inputs, **options):
+        sizes.add((model.training, len(tokens)))
+        return real(model, images, image_padding, tokens, *inputs, **options)
 
     monkeypatch.setattr(m.DetrBert, "forward", watched)
     out = run(tmp_path / "a", "--epochs", "1", "--micro-batch", "4")
@@ -634,13 +623,13 @@ def test_plain_clip_trains_as_long_as_hivg():
         assert phases("--method", method)[-1][3] == 7
 
 
-def test_the_schedule_counts_the_steps_of_a_phase(monkeypatch):
+def test_the_schedule_counts_the_steps_of_a_phase(monkeypatch, tmp_path):
     """In the second epoch of a phase that began after 2 epochs, the first step is step 3 of 6."""
     args = train.parse_args([*FAST, *HIVG])
     model = m.build_model(**train.model_arguments(args))
-    phase = train.plan(args)[1]
+    under_way, phase = begin_run(model, args, tmp_path, number=1)
     assert (phase.first, phase.last) == (2, 4)
-    optimizer = train.begin_phase(model, phase, args)
+    under_way.progress.epoch = 3
     loader = train.make_loader(data.load_samples("shapes", "train")[:60], model, args, train=True)
     asked = []
 
@@ -649,11 +638,9 @@ def test_the_schedule_counts_the_steps_of_a_phase(monkeypatch):
         return 0.5
 
     monkeypatch.setattr(train, "rate_factor", watched)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    bar = train.tqdm(disable=True)
-    train.train_epoch(model, loader, optimizer, scaler, args, 4, phase, bar, report=None)
+    one_epoch(under_way, phase, loader)
     assert asked == [(3, 3, 2), (4, 3, 2), (5, 3, 2)]
-    assert [group["lr"] for group in optimizer.param_groups] == [4e-4, 4e-4]    # half of 8e-4
+    assert [group["lr"] for group in under_way.optimizer.param_groups] == [4e-4, 4e-4]    # half of 8e-4
 
 
 def test_accuracy_counts_an_iou_of_one_half_as_right():
@@ -676,18 +663,19 @@ def test_predict_cuts_predictions_off():
     """A model whose boxes reach out of the square is measured by their part inside."""
     args, model, loader = without_dropout(8, "--batch-size", "8")
 
-    def outside(images, image_padding, tokens, token_padding, attention=False):
+    def outside(**_):
         x1, y1, x2, y2 = losses.to_corners(truths).unbind(-1)
         # The box goes on to the left, beyond the border, by as much as there is inside of it.
         return m.Grounding(torch.stack([x2 - x2, (y1 + y2) / 2, 2 * x2, y2 - y1], dim=-1))
 
-    train.set_epoch(loader, 0, 1)
+    # Every true box begins at the left border.
+    loader.dataset.samples = [sample._replace(box=(0.0, *sample.box[1:]))
+                              for sample in loader.dataset.samples]
+    loader.dataset.train = False    # so that the picture is not moved
     truths = next(iter(loader))["boxes"]
-    truths[:, 0] = truths[:, 2] / 2    # every true box begins at the left border
     model.forward = outside
-    batch = next(iter(loader))
-    batch["boxes"] = truths
-    predictions = train.predict(model, [batch], args)
+    train.set_epoch(loader, 0)      # the order of `truths`
+    predictions = train.predict(model, loader, args)
     assert torch.allclose(predictions.ious, torch.ones(8), atol=1e-5)
 
 
@@ -776,8 +764,7 @@ def small_model():
 def test_a_checkpoint_holds_the_tuned_weights_alone_and_rebuilds_the_model(tmp_path, small_model):
     """The frozen encoders come from where they came from in training."""
     model, args = small_model
-    path = tmp_path / "best.safetensors"
-    train.save_checkpoint(path, model, args, {"epoch": 1}, train.frozen_fingerprint(model))
+    path = save_best(model, args, tmp_path)
     tuned = {name for name, p in model.named_parameters() if p.requires_grad}
     assert set(load_file(path)) == tuned
 
@@ -793,6 +780,13 @@ def test_a_checkpoint_holds_the_tuned_weights_alone_and_rebuilds_the_model(tmp_p
     assert torch.equal(loaded(*batch).boxes, model(*batch).boxes)
 
 
+def save_best(model, args, out, epoch=1):
+    """Write the checkpoint of a run in the first phase -> its path."""
+    args.out = str(out)
+    train.save_checkpoint(train.Run(model, args), {"epoch": epoch})
+    return out / "best.safetensors"
+
+
 @pytest.mark.parametrize("change", [{"method": "frozen"}, {"bottleneck": 5}])
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, small_model, change):
     """Another method has other names, another bottleneck other shapes."""
@@ -802,10 +796,9 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, small_model, change)
     if args.method == "frozen":
         for option in m.MODEL_OPTIONS:
             setattr(args, option.name, None)
-    frozen = train.frozen_fingerprint(model)
-    train.save_checkpoint(tmp_path / "x.safetensors", model, args, {"epoch": 1}, frozen)
+    path = save_best(model, args, tmp_path)
     with pytest.raises(InputError, match="another method or size"):
-        evaluate.load_checkpoint(tmp_path / "x.safetensors")
+        evaluate.load_checkpoint(path)
 
 
 def test_tuned_weights_that_do_not_fit_are_named(small_model):
@@ -828,10 +821,9 @@ def test_a_checkpoint_of_other_encoders_is_refused(tmp_path, small_model):
     """The metadata holds a hash of all that is frozen."""
     model, args = small_model
     model.text.word.weight.data[7] += 1
-    frozen = train.frozen_fingerprint(model)
-    train.save_checkpoint(tmp_path / "x.safetensors", model, args, {"epoch": 1}, frozen)
+    path = save_best(model, args, tmp_path)
     with pytest.raises(InputError, match="other encoder weights"):
-        evaluate.load_checkpoint(tmp_path / "x.safetensors")
+        evaluate.load_checkpoint(path)
 
 
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
@@ -848,12 +840,11 @@ def test_a_checkpoint_within_a_stage_has_its_pairs_merged(tmp_path):
     """The box of a loaded checkpoint is the box of the model with its pairs."""
     args = train.parse_args([*FAST, *HIVG])
     model = m.build_model(**train.model_arguments(args))
-    frozen = train.frozen_fingerprint(model)
-    train.begin_phase(model, train.plan(args)[1], args)
+    under_way, _ = begin_run(model, args, tmp_path, number=1)
     for found in hilora.find_pairs(model):
         torch.nn.init.normal_(found.pair.B)
-    train.save_checkpoint(tmp_path / "x.safetensors", model, args, {"epoch": 3}, frozen)
-    loaded, _ = evaluate.load_checkpoint(tmp_path / "x.safetensors")
+    train.save_checkpoint(under_way, {"epoch": 3})
+    loaded, _ = evaluate.load_checkpoint(tmp_path)
     assert hilora.find_pairs(loaded) == []
 
     batch = (torch.randn(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.bool),
@@ -1022,7 +1013,8 @@ def test_each_epoch_has_an_order_and_transforms_of_its_own():
     loader = train.make_loader(samples, model, args, train=True)
 
     def drawn(seed, epoch):
-        train.set_epoch(loader, seed, epoch)
+        loader.dataset.seed = loader.batch_sampler.seed = seed
+        train.set_epoch(loader, epoch)
         batches = list(loader)
         order = torch.cat([batch["index"] for batch in batches])
         boxes = torch.cat([batch["boxes"] for batch in batches])
