@@ -195,10 +195,40 @@ def run_command(main):
 
 
 def write_atomically(path, write):
-    """Call write(temporary path), then rename: a crash never leaves a half-written file."""
+    """Call write(temporary path), then rename: a crash never leaves a half-written file, and what
+    was at `path` before stays there until the new file is whole. Raises InputError if the file
+    cannot be written, for example because the disk is full."""
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            write(path)   # a device such as /dev/stdout, which a rename would replace
+        else:
+            write_and_rename(path.resolve(), write)
+    except Exception as error:   # torch and safetensors have errors of their own for a full disk
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise InputError(f"cannot write {path} ({reason}): is there room on the disk, and may you "
+                         f"write into that folder? What was there before is still there") from error
+
+
+def write_and_rename(path, write):
     partial = Path(f"{path}.{os.getpid()}.partial")
-    write(partial)
-    partial.replace(path)
+    try:
+        partial.touch()
+        mode = partial.stat().st_mode
+        write(partial)
+        partial.chmod(mode)   # safetensors makes a file that nobody else may read
+        partial.replace(path)
+    finally:
+        if partial.exists():
+            partial.unlink()
+
+
+def write_text(path, text):
+    """Write a text file by write_atomically."""
+    def write(partial):
+        partial.write_text(text)
+
+    write_atomically(path, write)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1557,6 +1587,13 @@ def contact_sheet(tiles, columns=4):
     return TF.to_pil_image(make_grid(tensors, columns, padding=8, pad_value=1.0))
 
 
+def write_picture(path, picture):
+    """Write a PIL picture by write_atomically, in the format that the file's name ends with."""
+    formats = Image.registered_extensions()
+    kind = formats[Path(path).suffix.lower()]
+    write_atomically(path, functools.partial(picture.save, format=kind))
+
+
 # -------------------------------------------------------------------------------------------------
 # Download
 
@@ -1762,7 +1799,7 @@ def draw_splits(samples, count, folder):
             picture = load_picture(sample.image)
             tiles.append(draw(picture, sample.text, [(sample.box, TRUE)]))
         path = folder / f"{split.replace('/', '-')}.png"
-        contact_sheet(tiles).save(path)
+        write_picture(path, contact_sheet(tiles))
         print(path)
 
 
@@ -1777,10 +1814,7 @@ def write_jsonl(samples, path):
                     "box": sample.box, "split": split}
             lines.append(json.dumps(line) + "\n")
 
-    def write(partial):
-        partial.write_text("".join(lines))
-
-    write_atomically(path, write)
+    write_text(path, "".join(lines))
 
 
 def build_parser():

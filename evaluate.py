@@ -338,7 +338,8 @@ def evaluate_image(model, args, asked):
         for found in located:
             boxes = [(found.box, data.PREDICTED)]
             tiles.append(data.draw(picture, found.text, boxes, found.attention, side=512))
-        data.contact_sheet(tiles, columns=min(len(tiles), 2)).save(asked.save)
+        sheet = data.contact_sheet(tiles, columns=min(len(tiles), 2))
+        data.write_picture(asked.save, sheet)
     return results
 
 
@@ -807,7 +808,7 @@ def main(argv=None):
     else:
         result = evaluate_checkpoint(asked)
     if asked.json:
-        Path(asked.json).write_text(json.dumps(result, indent=1) + "\n")
+        data.write_text(asked.json, json.dumps(result, indent=1) + "\n")
     return result
 
 

@@ -893,7 +893,7 @@ def picture_predictions(model, samples, args, path):
         boxes = [(sample.box, data.TRUE), (pred, data.PREDICTED)]
         caption = f"{sample.text} (IoU {predictions.ious[i]:.2f})"
         tiles.append(data.draw(picture, caption, boxes, predictions.attention[i]))
-    data.contact_sheet(tiles).save(path)
+    data.write_picture(path, data.contact_sheet(tiles))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ import pickle
 import random
 import re
 import stat
+import subprocess
+import sys
 import threading
 import zipfile
 from pathlib import Path
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import data
 from data import InputError
@@ -622,7 +625,7 @@ def test_an_error_in_a_loading_process_is_still_one_line(tmp_path, capsys):
 
 
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path):
-    """write_atomically replaces a file only after the new one is whole."""
+    """write_atomically replaces a file only after the new one is whole, and leaves no half."""
     path = tmp_path / "a.txt"
     path.write_text("old")
 
@@ -633,8 +636,82 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         data.write_atomically(path, crash)
     assert path.read_text() == "old"
-    data.write_atomically(path, lambda partial: partial.write_text("new"))
+    assert list(tmp_path.iterdir()) == [path]
+    data.write_text(path, "new")
     assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# A program whose files may not grow beyond 100,000 bytes, and that writes a larger one.
+LIMITED = """
+import functools, resource, sys
+import safetensors.torch, torch
+from PIL import Image
+import data
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+tensors = {"a": torch.rand(100_000)}
+writers = {
+    "last.pt": functools.partial(torch.save, tensors),
+    "best.safetensors": functools.partial(safetensors.torch.save_file, tensors),
+    "val.png": functools.partial(Image.effect_noise((800, 800), 80).save, format="PNG"),
+    "log.jsonl": functools.partial(data.write_bytes, content=bytes(200_000)),
+}
+path = sys.argv[1]
+data.run_command(functools.partial(data.write_atomically, path, writers[path]))
+"""
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.safetensors", "val.png", "log.jsonl"])
+def test_a_file_that_cannot_grow_is_one_line_and_the_old_one_stays(tmp_path, name):
+    """PyTorch, safetensors and PIL have errors of their own for it, and none of them names the
+    file. A full disk stops a write in the same way."""
+    (tmp_path / name).write_text("old")
+    done = subprocess.run([sys.executable, "-c", LIMITED, name], cwd=tmp_path, text=True,
+                          env={**os.environ, "PYTHONPATH": str(Path(data.__file__).parent)},
+                          capture_output=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: cannot write {name} (")
+    assert done.stderr.count("\n") == 1
+    assert (tmp_path / name).read_text() == "old"
+    assert list(tmp_path.iterdir()) == [tmp_path / name]
+
+
+@pytest.mark.parametrize("folder", ["gone", "file"])
+def test_a_folder_that_takes_no_file_is_named(tmp_path, folder):
+    """The message names the file that was to be written, and not the temporary one."""
+    (tmp_path / "file").write_text("")
+    path = tmp_path / folder / "a.txt"
+    with pytest.raises(InputError, match=f"cannot write {path} [(](No such|Not a directory)"):
+        data.write_text(path, "new")
+
+
+def test_files_have_the_mode_of_other_files(tmp_path):
+    """safetensors makes files that nobody else may read."""
+    data.write_text(tmp_path / "a.txt", "new")
+    data.write_atomically(tmp_path / "b.safetensors",
+                          functools.partial(save_file, {"a": torch.rand(2)}))
+    (tmp_path / "other").write_text("")
+    modes = {stat.filemode(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
+    """/dev/stdout may be a pipe. A file in its place would harm the whole machine."""
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    data.write_text(tmp_path / "pipe", "new")
+    assert os.read(reader, 10) == b"new"
+    os.close(reader)
+
+
+def test_a_link_to_a_file_stays_a_link(tmp_path):
+    """The file that the link names is replaced."""
+    (tmp_path / "a.txt").write_text("old")
+    (tmp_path / "link").symlink_to("a.txt")
+    data.write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "a.txt").read_text() == "new"
 
 
 def test_data_can_be_copied_alone():
