@@ -607,6 +607,49 @@ def test_a_file_without_a_pictures_header_is_named(tmp_path, name):
         data.boxes_outside([sample])
 
 
+def test_all_pictures_are_decoded_before_an_epoch_if_asked(tmp_path):
+    """A file with a good header may be cut off. Each picture counts once."""
+    Image.effect_noise((40, 30), 80).save(tmp_path / "whole.png")
+    content = (tmp_path / "whole.png").read_bytes()
+    samples = []
+    for name, end in (("whole.png", None), ("cut.png", 900), ("cut.png", 900), ("too.png", 60)):
+        (tmp_path / name).write_bytes(content[:end])
+        samples.append(data.Sample(tmp_path / name, "cup", (1, 2, 3, 4), name))
+    data.check_decodable(samples[:1])
+    with pytest.raises(InputError, match="cut.png: the file cannot be decoded.* 2 cannot be"):
+        data.check_decodable(samples)
+
+
+def boxes(*corners):
+    return [data.Sample(0, "cup", box, 0) for box in corners]
+
+
+@pytest.mark.parametrize("samples, doubt", [
+    (boxes((0.1, 0.2, 0.5, 1.0)), "1 of 1 boxes lie within one pixel of the corner: are they in "
+                                  "pixels?"),
+    (boxes((9, 9, 20, 20), (30, 40, 10, 60), (20, 60, 40, 9)),
+     "x2 < x1 or y2 < y1 in 2 of 3 boxes: are they x, y, w, h?"),
+    (boxes(*9 * [(9, 9, 20, 20)], (0.1, 0.1, 0.2, 0.2)), None),
+    (boxes(*9 * [(9, 9, 20, 20)], (30, 30, 20, 20)), None),
+    (boxes((5, 5, 5, 9), (0, 0, 1, 2)), None),
+    ([], None)])
+def test_boxes_in_another_unit_or_order_are_doubted(samples, doubt):
+    """More than a tenth of the boxes must be odd. A box without area is not inside out."""
+    assert data.doubt_about_boxes(samples) == doubt
+
+
+def test_the_report_doubts_boxes_of_another_unit(tmp_path, capsys):
+    """The doubt names the split."""
+    Image.new("L", (40, 30)).save(tmp_path / "a.png")
+    line = {**GOOD, "image": "a.png"}
+    path = write(tmp_path / "my.jsonl", line,
+                 {**line, "box": [0.1, 0.2, 0.5, 0.6], "split": "val"})
+    data.main([str(path)])
+    printed = capsys.readouterr().out
+    assert "val: 1 of 1 boxes lie within one pixel" in printed
+    assert printed.count("one pixel") == 1
+
+
 def test_an_error_in_a_loading_process_is_still_one_line(tmp_path, capsys):
     """run_command prints the message of an InputError that a DataLoader's worker raised."""
     (tmp_path / "broken.jpg").write_text("hello")
@@ -725,6 +768,83 @@ def test_data_can_be_copied_alone():
     assert "model" in project and "torch" in imports
     assert not project & set(imports)
     assert "transformers" not in imports
+
+
+# -------------------------------------------------------------------------------------------------
+# Texts that are cut
+
+# In the vocabulary of `shapes`, "zq" is two tokens. Two more tokens mark the ends of a text.
+FITS = "red circle"
+TOO_LONG = "red zq circle"
+
+
+def test_texts_that_are_cut_are_counted_by_the_tokenizer():
+    """A text that has exactly max_tokens tokens is not cut. Equal texts count each time."""
+    tokenizer = data.Tokenizer(4)
+    assert tokenizer.length(FITS) == 4
+    assert tokenizer.length(TOO_LONG) == 6
+    samples = [data.Sample(0, text, (1, 2, 3, 4), 0) for text in (TOO_LONG, FITS, TOO_LONG)]
+    assert data.cut_samples(samples, tokenizer) == [samples[0], samples[2]]
+    tokenizer.max_tokens = 5
+    assert len(data.cut_samples(samples, tokenizer)) == 2
+    tokenizer.max_tokens = 6
+    assert data.cut_samples(samples, tokenizer) == []
+
+
+def test_clips_texts_are_counted_as_they_are_mended(clip_tokenizer):
+    """ "&amp;amp;" is one sign for CLIP."""
+    assert clip_tokenizer.length("&amp;amp;") == len(clip_tokenizer("&")) == 3
+
+
+def counted(tmp_path, capsys, *flags):
+    """The line of the report about texts that are cut, for a text of three words."""
+    Image.new("L", (40, 30)).save(tmp_path / "a.png")
+    path = write(tmp_path / "my.jsonl", {**GOOD, "image": "a.png", "text": "don t red"})
+    data.main([str(path), *flags])
+    printed = capsys.readouterr().out
+    return [line for line in printed.splitlines() if "tokens" in line]
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """A machine on which nothing of the hub is stored. Returns the folder of its cache."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_the_report_counts_words_without_a_tokenizer(tmp_path, capsys, empty_cache):
+    """The line says so, and how to count tokens."""
+    assert counted(tmp_path, capsys, "--max-tokens", "5") == []
+    line, = counted(tmp_path, capsys, "--max-tokens", "4")
+    assert line == ("1 expressions that are cut at 4 tokens if each word is one token "
+                    "(--text-weights counts by a tokenizer), such as 'don t red'")
+
+
+def test_the_report_takes_the_tokenizer_that_is_asked_for(tmp_path, capsys, empty_cache,
+                                                         clip_tokenizer):
+    """For this vocabulary, "don t red" is five tokens between its ends."""
+    folder = str(tmp_path / "clip")
+    assert clip_tokenizer.length("don t red") == 7
+    assert counted(tmp_path, capsys, "--max-tokens", "7", "--text-weights", folder) == []
+    line, = counted(tmp_path, capsys, "--max-tokens", "6", "--text-weights", folder)
+    assert line == "1 expressions that are cut at 6 tokens, such as 'don t red'"
+
+
+def test_the_report_takes_the_bert_that_the_machine_has(tmp_path, capsys, empty_cache,
+                                                       bert_tokenizer):
+    """Files that the hub's library stored before are used, and nothing is fetched."""
+    repository = empty_cache / "models--bert-base-uncased"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("abc")
+    (repository / "snapshots").mkdir()
+    (tmp_path / "bert").rename(repository / "snapshots/abc")
+    line, = counted(tmp_path, capsys, "--max-tokens", "4")
+    assert line == "1 expressions that are cut at 4 tokens, such as 'don t red'"
+
+
+def test_shapes_has_a_tokenizer_of_its_own():
+    """It needs no files."""
+    assert isinstance(data.counting_tokenizer("shapes", 20, None), data.Tokenizer)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1165,7 +1285,7 @@ def test_leaky_pretraining_follows_from_the_file_and_the_dataset(dataset, detr_f
 # -------------------------------------------------------------------------------------------------
 # The report and the drawings
 
-def test_the_command_line_counts_and_names_what_is_wrong(tmp_path, capsys):
+def test_the_command_line_counts_and_names_what_is_wrong(tmp_path, capsys, empty_cache):
     """The report has a line per split, and a line per fault with its count and an example."""
     as_refer(tmp_path, refs=[*REFS, (71, "testB", ["one two three four"])])
     pictures(tmp_path / "images/train2014")
@@ -1188,7 +1308,7 @@ def test_the_command_line_counts_and_names_what_is_wrong(tmp_path, capsys):
     assert has_line(f"1 pictures that are missing or broken, such as .*{coco(9)}")
     assert has_line(f"1 boxes that reach out of the picture, such as .*{coco(8)}.*'tall man'")
     assert has_line(f"2 boxes wholly outside of the picture, such as .*{coco(7)}.*'right plate'")
-    assert has_line("2 expressions of more than 5 tokens, if each word is one token, such as "
+    assert has_line("2 expressions that are cut at 5 tokens if each word is one token .*, such as "
                     "'cup on the left'")
     assert has_line("2 boxes without area, such as")
     assert has_line("1 pictures both in train and in testB")
