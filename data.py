@@ -1097,6 +1097,10 @@ def to_rgb(picture):
         # 16 bits per pixel are scaled to 8. PIL would cut them off at 255.
         values = np.asarray(picture).clip(0, 65535) // 256
         picture = Image.fromarray(np.uint8(values))
+    if picture.mode == "F" and picture.getextrema()[1] <= 1:
+        # Floats from 0 to 1 are scaled to 255. PIL would make all of them black.
+        values = np.asarray(picture).clip(0, 1) * 255
+        picture = Image.fromarray(np.uint8(values.round()))
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture.convert("RGBA"))
@@ -1586,7 +1590,15 @@ def collate(items, pad):
 TRUE = (0, 130, 40)         # colour of a true box
 PREDICTED = (220, 0, 90)    # colour of a predicted box
 WARM = (255, 140, 0)        # colour of attention
-CAPTION_HEIGHT = 36         # pixels below a picture, enough for two lines
+LEGEND = {"true": TRUE, "predicted": PREDICTED, "attention": WARM}
+
+CAPTION_HEIGHT = 54         # pixels below a picture, enough for three lines
+LEGEND_HEIGHT = 24          # pixels above all pictures
+
+
+@functools.cache
+def font():
+    return ImageFont.load_default(13)
 
 
 def spread(samples, count=12):
@@ -1595,52 +1607,94 @@ def spread(samples, count=12):
     return samples[::step][:count]
 
 
-def draw(picture, caption, boxes, attention=None, side=256):
-    """Return a tile: the picture in a white square, with boxes in it and a caption below.
+def caption_of(text, number, path):
+    """Return what can be drawn below a picture for a text. The font that Pillow brings has the
+    letters of English and few others. A text in other letters is printed, under its number.
+
+    number: of the text on its sheet. path: the sheet's file.
+    """
+    missing = "\U0010fffd"   # no font has this character, so it looks like all that are missing
+    characters = set("".join(text.split()))
+    if any(bytes(font().getmask(c)) == bytes(font().getmask(missing)) for c in characters):
+        print(f"text {number} of {path}: {text}")
+        return f"(text {number}: see the terminal)"
+    return text
+
+
+def draw(picture, caption, boxes, attention=None, side=256, heading=""):
+    """Return a tile: the picture with boxes in it, and below it the heading and the caption.
 
     boxes: list of ((x1, y1, x2, y2) in pixels of the picture, colour)
     attention: (N_v,) over the vision tokens of the padded square, drawn as warmth
     side: of the square, in pixels
+    heading: a line above the caption
     """
     scale = side / max(picture.size)
     w, h, left, top = placement(*picture.size, side)
     view = picture.resize((w, h), Image.Resampling.BICUBIC)
     if attention is not None:
         view = add_warmth(view, attention, left, top, side)
+    draw_boxes(view, boxes, scale)
 
-    pen = ImageDraw.Draw(view)
-    for box, colour in boxes:
-        x1, y1, x2, y2 = [v * scale for v in box]
-        # A box that is inside out is drawn as a line.
-        pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=3)
-
-    right = side - w - left
-    bottom = side - h - top + CAPTION_HEIGHT
-    tile = ImageOps.expand(view, (left, top, right, bottom), "white")
+    tile = Image.new("RGB", (side, side + CAPTION_HEIGHT), "white")
+    tile.paste(view, (left, 0))
     letters = (side - 8) // 7   # per line, each about 7 pixels wide
-    lines = textwrap.fill(caption, letters, max_lines=2, placeholder=" ...")
-    ImageDraw.Draw(tile).text((4, side + 2), lines, "black", ImageFont.load_default(13))
+    lines = textwrap.wrap(caption, letters, max_lines=2, placeholder=" ...")
+    if heading:
+        lines.insert(0, heading)
+    ImageDraw.Draw(tile).text((4, h + 2), "\n".join(lines), "black", font())
     return tile
 
 
+def draw_boxes(view, boxes, scale):
+    """Draw boxes into a picture that was scaled. A light line around each keeps its contrast on any
+    ground. These lines come first, so that none of them covers another box."""
+    pen = ImageDraw.Draw(view)
+    corners = []
+    for box, _ in boxes:
+        x1, y1, x2, y2 = [v * scale for v in box]
+        corners.append((x1, y1, max(x1, x2), max(y1, y2)))   # inside out, it becomes a line
+
+    for x1, y1, x2, y2 in corners:
+        pen.rectangle((x1 - 2, y1 - 2, x2 + 2, y2 + 2), outline="white", width=6)
+    for rectangle, (_, colour) in zip(corners, boxes):
+        pen.rectangle(rectangle, outline=colour, width=3)
+
+
 def add_warmth(view, attention, left, top, side):
-    """Colour a picture, which lies at (left, top) in a square, where the attention is high."""
-    grid = math.isqrt(len(attention))
+    """Colour a picture, which lies at (left, top) in a square, where the attention is high.
+
+    The strength is 0 where attention is 1 / N_v, as if it were uniform, or less, and 1 where it is
+    1. Between them it grows with the logarithm, as attention of a tenth is much in 400 tokens.
+    Even at strength 1 the colours below can be recognised.
+    """
+    count = len(attention)                                             # N_v
+    grid = math.isqrt(count)
     cells = attention.float().cpu().unflatten(0, (grid, -1))           # (N_v,) -> (grid, grid)
-    levels = np.uint8(255 * cells / cells.max().clamp(min=1e-9))       # 0 to 255
-    heat = Image.fromarray(levels).resize((side, side), Image.Resampling.BICUBIC)
-    heat = heat.crop((left, top, left + view.width, top + view.height))
-    opacity = heat.point([level * 3 // 4 for level in range(256)])
+    strength = (cells * count).clamp(1, count).log() / math.log(count)
+    opacity = Image.fromarray(np.uint8(0.5 * 255 * strength))
+    opacity = opacity.resize((side, side), Image.Resampling.BICUBIC)
+    opacity = opacity.crop((left, top, left + view.width, top + view.height))
     warm = Image.new("RGB", view.size, WARM)
     return Image.composite(warm, view, opacity)
 
 
-def contact_sheet(tiles, columns=4):
-    """Return one picture that shows tiles of equal size side by side."""
+def contact_sheet(tiles, legend, columns=4):
+    """Return one picture that shows tiles of equal size side by side, below a legend.
+    legend: names in LEGEND of the colours that the tiles have"""
     import torchvision.transforms.functional as TF
     from torchvision.utils import make_grid
     tensors = [TF.to_tensor(tile) for tile in tiles]
-    return TF.to_pil_image(make_grid(tensors, columns, padding=8, pad_value=1.0))
+    grid = TF.to_pil_image(make_grid(tensors, columns, padding=8, pad_value=1.0))
+
+    sheet = ImageOps.expand(grid, (0, LEGEND_HEIGHT, 0, 0), "white")
+    pen = ImageDraw.Draw(sheet)
+    x = 8
+    for name in legend:
+        pen.rectangle((x, 8, x + 12, 20), LEGEND[name])
+        pen.text((x + 18, 6), name, "black", font())
+        x += 36 + round(font().getlength(name))
+    return sheet
 
 
 def write_picture(path, picture):
@@ -1871,32 +1925,62 @@ def compare_splits(pictures, faults):
             add_case(faults, f"pictures both in {first} and in {second}", picture)
 
 
-def draw_splits(samples, count, folder):
-    """Draw `count` samples of each split, and write one file per split.
-    samples: {split: list of Sample}"""
+def sheet_path(folder, split):
+    return folder / f"{split.replace('/', '-')}.png"
+
+
+def make_drawing_folder(folder, splits):
+    """Make the folder of --save. Raise InputError if one of the sheets is there already."""
     folder.mkdir(parents=True, exist_ok=True)
+    for split in splits:
+        path = sheet_path(folder, split)
+        if path.exists():
+            raise InputError(f"--draw would write {path}, which is there already; choose another "
+                             f"folder by --save")
+
+
+def draw_splits(samples, count, folder):
+    """Draw `count` samples of each split, and write one file per split. A picture that is missing
+    or broken is named and left out. samples: {split: list of Sample}"""
     for split, all_samples in samples.items():
+        path = sheet_path(folder, split)
         tiles = []
         for sample in spread(all_samples, count):
-            picture = load_picture(sample.image)
-            tiles.append(draw(picture, sample.text, [(sample.box, TRUE)]))
-        path = folder / f"{split.replace('/', '-')}.png"
-        write_picture(path, contact_sheet(tiles))
-        print(path)
+            try:
+                picture = load_picture(sample.image)
+            except InputError as error:
+                print(f"not drawn: {error}")
+                continue
+            text = caption_of(sample.text, len(tiles) + 1, path)
+            tiles.append(draw(picture, text, [(sample.box, TRUE)]))
+        if tiles:
+            write_picture(path, contact_sheet(tiles, ["true"]))
+            print(path)
 
 
-def write_jsonl(samples, path):
-    """Write all splits as JSONL, with picture paths relative to the file's folder."""
+def write_jsonl(samples, path, absolute):
+    """Write all splits as JSONL, with picture paths that are absolute or relative to the file's
+    folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = os.path.realpath(path.parent)
     lines = []
     for split, split_samples in samples.items():
         for sample in split_samples:
-            line = {"image": os.path.relpath(sample.image, folder), "text": sample.text,
-                    "box": sample.box, "split": split}
+            image = os.path.abspath(sample.image)
+            if not absolute:
+                image = relative_path(image, path.parent)
+            line = {"image": image, "text": sample.text, "box": sample.box, "split": split}
             lines.append(json.dumps(line) + "\n")
 
     write_text(path, "".join(lines))
+
+
+def relative_path(image, folder):
+    """Return the path of a picture from a folder, so that both can be moved together."""
+    relative = os.path.relpath(image, folder)
+    if relative.startswith(os.pardir):
+        # The way up from a folder that is a link begins at the place that the link names.
+        return os.path.relpath(os.path.realpath(image), os.path.realpath(folder))
+    return relative
 
 
 def build_parser():
@@ -1917,9 +2001,15 @@ def build_parser():
     add("--draw", type=int, default=0, metavar="N",
         help="draw N samples of each split (default: 0)")
     add("--save", type=Path, default=".", metavar="DIR",
-        help="write the drawings into this folder (default: the current one)")
+        help="write the drawings into this folder, as SPLIT.png; none that is there is overwritten "
+             "(default: the current one)")
     add("--write", type=Path, metavar="FILE.jsonl",
-        help="write all splits to this file (default: write nothing)")
+        help="write all splits to this file, with picture paths that are relative to its folder: "
+             "move the file and the pictures together, or take --absolute (default: write "
+             "nothing)")
+    add("--absolute", action="store_true",
+        help="with --write: absolute picture paths, so that the file alone may be moved (default: "
+             "relative ones)")
     add("--download", action="store_true",
         help="fetch what is missing, from the addresses below as users reported them (default: "
              "fetch nothing)")
@@ -1937,6 +2027,8 @@ def main(argv=None):
     asked = build_parser().parse_args(argv)
     dataset, root = asked.dataset, asked.root
 
+    if asked.absolute and not asked.write:
+        raise InputError("--absolute goes with --write FILE.jsonl")
     if asked.write and asked.write.exists():
         raise InputError(f"--write {asked.write}: the file is there already; choose another name")
     if asked.write and dataset == "shapes":
@@ -1950,14 +2042,17 @@ def main(argv=None):
         for name in names:
             download(name, root, asked.mirror)
 
+    splits = split_names(dataset, root)
+    if asked.draw > 0:
+        make_drawing_folder(asked.save, splits)
     tokenizer = counting_tokenizer(dataset, asked.max_tokens, asked.text_weights)
     report(dataset, root, tokenizer)
 
-    samples = {split: load_samples(dataset, split, root) for split in split_names(dataset, root)}
+    samples = {split: load_samples(dataset, split, root) for split in splits}
     if asked.draw > 0:
         draw_splits(samples, asked.draw, asked.save)
     if asked.write:
-        write_jsonl(samples, asked.write)
+        write_jsonl(samples, asked.write, asked.absolute)
 
 
 if __name__ == "__main__":

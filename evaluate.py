@@ -335,10 +335,12 @@ def evaluate_image(model, args, asked):
 
     if asked.save:
         tiles = []
-        for found in located:
+        for number, found in enumerate(located, start=1):
             boxes = [(found.box, data.PREDICTED)]
-            tiles.append(data.draw(picture, found.text, boxes, found.attention, side=512))
-        sheet = data.contact_sheet(tiles, columns=min(len(tiles), 2))
+            caption = data.caption_of(found.text, number, asked.save)
+            tiles.append(data.draw(picture, caption, boxes, found.attention, side=512))
+        legend = ["predicted", "attention"]
+        sheet = data.contact_sheet(tiles, legend, columns=min(len(tiles), 2))
         data.write_picture(asked.save, sheet)
     return results
 

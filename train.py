@@ -897,8 +897,8 @@ def leaky_pretraining(args):
 
 
 def picture_predictions(model, samples, args, path):
-    """Save a sheet of samples with expression, true box (green), predicted box (magenta) and
-    [REG]'s attention."""
+    """Save a sheet of samples with expression, IoU, true box, predicted box and [REG]'s
+    attention."""
     loader = make_loader(samples, model, args, batch_size=1)
     predictions = predict(model, loader, args, attention=True)
     tiles = []
@@ -906,9 +906,11 @@ def picture_predictions(model, samples, args, path):
         picture = data.load_picture(sample.image)
         pred = data.from_square(predictions.boxes[i], picture.size, model.spec["image_size"])
         boxes = [(sample.box, data.TRUE), (pred, data.PREDICTED)]
-        caption = f"{sample.text} (IoU {predictions.ious[i]:.2f})"
-        tiles.append(data.draw(picture, caption, boxes, predictions.attention[i]))
-    data.write_picture(path, data.contact_sheet(tiles))
+        caption = data.caption_of(sample.text, i + 1, path)
+        tiles.append(data.draw(picture, caption, boxes, predictions.attention[i],
+                               heading=f"IoU {predictions.ious[i]:.2f}"))
+    sheet = data.contact_sheet(tiles, ["true", "predicted", "attention"])
+    data.write_picture(path, sheet)
 
 
 # ---------------------------------------------------------------------------------------------

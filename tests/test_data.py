@@ -1022,6 +1022,49 @@ def test_what_is_written_as_jsonl_reads_the_same(tmp_path, capsys):
         data.main(["refcoco", "--root", str(tmp_path), "--write", str(target)])
 
 
+def written(target, root, *flags):
+    """The picture paths in a file that --write made."""
+    data.main(["refcoco", "--root", str(root), "--write", str(target), *flags])
+    return {json.loads(line)["image"] for line in target.read_text().splitlines()}
+
+
+def test_written_paths_survive_a_move_together_with_the_pictures(tmp_path):
+    """A root that is a link, as to another disk, changes nothing in that."""
+    as_refer(tmp_path / "disk/data")
+    pictures(tmp_path / "disk/data/images/train2014")
+    (tmp_path / "data").symlink_to("disk/data")
+    inside = written(tmp_path / "data/all.jsonl", tmp_path / "data")
+    assert inside == {f"images/train2014/{coco(number)}" for number in PICTURES}
+    beside = written(tmp_path / "disk/all.jsonl", tmp_path / "data")
+    assert beside == {f"data/images/train2014/{coco(number)}" for number in PICTURES}
+
+    (tmp_path / "disk").rename(tmp_path / "other")
+    for target in ("all.jsonl", "data/all.jsonl"):
+        sample, = data.load_samples(tmp_path / "other" / target, "val")
+        assert data.load_picture(sample.image).size == PICTURES[8]
+
+
+def test_written_paths_lead_through_a_folder_of_pictures_that_is_a_link(tmp_path):
+    """What stands behind the link may differ from machine to machine."""
+    as_refer(tmp_path)
+    pictures(tmp_path / "disk")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/train2014").symlink_to(tmp_path / "disk")
+    paths = written(tmp_path / "all.jsonl", tmp_path)
+    assert paths == {f"images/train2014/{coco(number)}" for number in PICTURES}
+
+
+def test_written_paths_are_absolute_if_asked(tmp_path, monkeypatch):
+    """The file alone may then be moved."""
+    as_refer(tmp_path)
+    pictures(tmp_path / "images/train2014")
+    monkeypatch.chdir(tmp_path)
+    paths = written(tmp_path / "all.jsonl", ".", "--absolute")
+    assert paths == {str(tmp_path / "images/train2014" / coco(number)) for number in PICTURES}
+    with pytest.raises(InputError, match="--absolute goes with --write"):
+        data.main(["refcoco", "--root", str(tmp_path), "--absolute"])
+
+
 @pytest.mark.parametrize("item", [list, np.array, tuple, torch.tensor])
 def test_referit_and_flickr_boxes_are_corners(tmp_path, item):
     """In TransVG's files of these two datasets a box is x1, y1, x2, y2 already."""
@@ -1324,7 +1367,7 @@ def test_draw_shows_the_box_where_it_is(tmp_path, capsys):
     assert names == {"train.png", "val.png", "testA.png"}
 
     # Picture 8 is 90 x 120 pixels. In its tile it is 192 x 256 pixels, with its left edge at 32.
-    sheet = np.asarray(Image.open(tmp_path / "val.png").convert("RGB"))
+    sheet = np.asarray(Image.open(tmp_path / "val.png").convert("RGB"))[data.LEGEND_HEIGHT:]
     ys, xs = np.nonzero((sheet == data.TRUE).all(-1))
     assert (xs.min(), ys.min()) == pytest.approx((32, 0), abs=2)
     right = 32 + 45.5 * 256 / 120
@@ -1332,14 +1375,102 @@ def test_draw_shows_the_box_where_it_is(tmp_path, capsys):
     assert (xs.max(), ys.max()) == pytest.approx((right, bottom), abs=3)
 
 
+def test_draw_overwrites_nothing(tmp_path):
+    """This is said before the pictures are opened, and before another sheet is drawn."""
+    as_refer(tmp_path)
+    (tmp_path / "testA.png").write_text("mine")
+    with pytest.raises(InputError, match="testA.png, which is there already.*--save"):
+        data.main(["refcoco", "--root", str(tmp_path), "--draw", "1", "--save", str(tmp_path)])
+    assert (tmp_path / "testA.png").read_text() == "mine"
+    assert not (tmp_path / "train.png").exists()
+
+
+def test_draw_goes_on_behind_a_broken_picture(tmp_path, capsys):
+    """The broken picture is named. A split of which nothing can be drawn has no sheet."""
+    as_refer(tmp_path, refs=[(80, "train", ["gone"]), (70, "train", ["cup"]), (90, "val", ["w"])])
+    pictures(tmp_path / "images/train2014")
+    for number in (8, 9):
+        (tmp_path / "images/train2014" / coco(number)).write_text("broken")
+    data.main(["refcoco", "--root", str(tmp_path), "--draw", "16", "--save", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert f"not drawn: {tmp_path / 'images/train2014' / coco(8)}" in printed
+    assert f"not drawn: {tmp_path / 'images/train2014' / coco(9)}" in printed
+    assert [path.name for path in tmp_path.glob("*.png")] == ["train.png"]
+
+
+def test_a_box_keeps_its_contrast_on_its_own_colour():
+    """A light line runs along both sides of the box, and covers no other box."""
+    ground = Image.new("RGB", (256, 256), data.TRUE)
+    near = (52, 53, 203, 203)   # its lines cross those of the first box
+    tile = data.draw(ground, "", [((50, 50, 200, 200), data.TRUE), (near, data.PREDICTED)])
+    along = [tile.getpixel((x, 120)) for x in range(46, 60)]
+    white = (255, 255, 255)
+    assert along == [data.TRUE] * 2 + [white] * 2 + [data.TRUE] * 2 + [data.PREDICTED] * 3 + (
+        [white] + [data.TRUE] * 4)
+
+
+def ink(tile):
+    """The rows of a tile with a white picture that hold dark letters."""
+    grey = np.asarray(tile.convert("L"))
+    rows, _ = np.nonzero(grey < 100)
+    return rows
+
+
+@pytest.mark.parametrize("size, height", [((200, 50), 64), ((50, 200), 256)])
+def test_the_caption_stands_right_below_its_picture(size, height):
+    """The heading has a line of its own, above the text."""
+    white = Image.new("RGB", size, "white")
+    alone = ink(data.draw(white, "cup", []))
+    assert height < alone.min() < height + 12
+    headed = ink(data.draw(white, "cup", [], heading="IoU 0.83"))
+    assert headed.min() == pytest.approx(alone.min(), abs=3)
+    assert headed.max() - alone.max() >= 13
+    assert headed.max() < 256 + data.CAPTION_HEIGHT - 1
+
+
+@pytest.mark.parametrize("heading, lines", [("", 2), ("IoU 0.83", 3)])
+def test_a_long_caption_fits_below_its_picture(heading, lines):
+    """Two lines of text are drawn at most, and all of a heading."""
+    white = Image.new("RGB", (64, 64), "white")
+    rows = ink(data.draw(white, 50 * "long text ", [], heading=heading))
+    assert (lines - 1) * 17 < rows.max() - 256 < lines * 17 + 2 < data.CAPTION_HEIGHT
+
+
+def test_a_sheet_says_once_which_colour_is_which():
+    """The legend has the colours that it is asked for, above all tiles."""
+    tile = Image.new("RGB", (256, 300), "white")
+    sheet = np.asarray(data.contact_sheet([tile, tile], ["true", "attention"]))
+    for colour, swatches in ((data.TRUE, 1), (data.WARM, 1), (data.PREDICTED, 0)):
+        ys, _ = np.nonzero((sheet == colour).all(-1))
+        assert len(ys) == 13 * 13 * swatches
+        assert (ys < data.LEGEND_HEIGHT).all()
+    assert sheet.shape[0] > data.LEGEND_HEIGHT + 300
+
+
+@pytest.mark.parametrize("text", ["the cup", "don't!", "", "two\nlines\u3000of text", "x" * 500])
+def test_a_text_in_english_is_its_own_caption(text, capsys):
+    """Nothing is printed."""
+    assert data.caption_of(text, 1, "a.png") == text
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("text", ["\u8d64\u3044\u30ab\u30c3\u30d7", "the \U0001f534",
+                                  "caf\u00e9", "\u0643\u0623\u0633"])
+def test_a_text_that_the_font_lacks_letters_for_is_printed(text, capsys):
+    """The caption says so, in place of boxes that nobody can read."""
+    assert data.caption_of(text, 3, "a.png") == "(text 3: see the terminal)"
+    assert capsys.readouterr().out == f"text 3 of a.png: {text}\n"
+
+
 def test_a_box_that_is_inside_out_is_drawn_as_a_line():
     """PIL refuses such rectangles, and a prediction may be one."""
     data.draw(Image.new("RGB", (40, 30)), "inside out", [((30, 10, 20, 25), data.TRUE)])
 
 
-@pytest.mark.parametrize("size, cell", [((200, 100), (3, 6)), ((100, 200), (6, 3))])
-def test_attention_is_drawn_where_it_looks(size, cell):
-    """Attention to one cell of 8 x 8 over the square makes warmth at the centre of this cell."""
+@pytest.mark.parametrize("size, cell, top", [((200, 100), (3, 6), 64), ((100, 200), (6, 3), 0)])
+def test_attention_is_drawn_where_it_looks(size, cell, top):
+    """Attention to one cell of 8 x 8 over the square makes warmth at the centre of this cell. The
+    tile leaves out the padding above the picture. top: its height"""
     row, column = cell
     attention = torch.zeros(8, 8)
     attention[row, column] = 1.0
@@ -1347,8 +1478,28 @@ def test_attention_is_drawn_where_it_looks(size, cell):
     tile = np.asarray(data.draw(grey, "", [], attention.flatten()), int)[:256]
     warm = tile[..., 0] - tile[..., 2] > 60   # orange, over grey or white
     ys, xs = np.nonzero(warm)
-    centre = ((row + 0.5) * 32, (column + 0.5) * 32)
+    centre = ((row + 0.5) * 32 - top, (column + 0.5) * 32)
     assert (ys.mean(), xs.mean()) == pytest.approx(centre, abs=3)
+
+
+def test_attention_is_measured_from_uniform_and_leaves_colours():
+    """Uniform attention adds nothing, more adds more, and all of it half of the warm colour."""
+    blue = Image.new("RGB", (160, 160), (40, 80, 200))
+
+    def middle(share):
+        """The colour at the middle, where 4 of 400 tokens share so much of the attention."""
+        attention = torch.full((20, 20), (1 - share) / 396)
+        attention[9:11, 9:11] = share / 4
+        return data.draw(blue, "", [], attention.flatten(), side=160).getpixel((80, 80))
+
+    assert middle(0.01) == (40, 80, 200)
+    reds = [middle(share)[0] for share in (0.01, 0.1, 0.5, 1.0)]
+    assert reds == sorted(set(reds))
+    one = torch.zeros(400)
+    one[210] = 1.0   # the cell at (84, 84)
+    warmest = data.draw(blue, "", [], one, side=160).getpixel((84, 84))
+    expected = (np.array(data.WARM) + (40, 80, 200)) / 2
+    assert np.abs(warmest - expected).max() < 15
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1385,6 +1536,14 @@ def test_sixteen_bits_are_scaled_and_not_cut_off(tmp_path):
     Image.fromarray(np.array([[0, 30000, 65535]], np.uint16)).save(tmp_path / "deep.png")
     read = data.load_picture(tmp_path / "deep.png")
     assert [read.getpixel((x, 0))[0] for x in range(3)] == [0, 117, 255]
+
+
+def test_floats_from_0_to_1_are_not_black(tmp_path):
+    """0.5 is 128 of 255. Floats that go further are levels already."""
+    for values, expected in (([0, 0.5, 1], [0, 128, 255]), ([0, 100, 200], [0, 100, 200])):
+        Image.fromarray(np.array([values], np.float32)).save(tmp_path / "float.tif")
+        read = data.load_picture(tmp_path / "float.tif")
+        assert [read.getpixel((x, 0))[0] for x in range(3)] == expected
 
 
 def test_only_ones_own_picture_is_turned_as_exif_says(tmp_path):
