@@ -195,10 +195,40 @@ def run_command(main):
 
 
 def write_atomically(path, write):
-    """Call write(temporary path), then rename: a crash never leaves a half-written file."""
+    """Call write(temporary path), then rename: a crash never leaves a half-written file, and what
+    was at `path` before stays there until the new file is whole. Raises InputError if the file
+    cannot be written, for example because the disk is full."""
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            write(path)   # a device such as /dev/stdout, which a rename would replace
+        else:
+            write_and_rename(path.resolve(), write)
+    except Exception as error:   # torch and safetensors have errors of their own for a full disk
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise InputError(f"cannot write {path} ({reason}): is there room on the disk, and may you "
+                         f"write into that folder? What was there before is still there") from error
+
+
+def write_and_rename(path, write):
     partial = Path(f"{path}.{os.getpid()}.partial")
-    write(partial)
-    partial.replace(path)
+    try:
+        partial.touch()
+        mode = partial.stat().st_mode
+        write(partial)
+        partial.chmod(mode)   # safetensors makes a file that nobody else may read
+        partial.replace(path)
+    finally:
+        if partial.exists():
+            partial.unlink()
+
+
+def write_text(path, text):
+    """Write a text file by write_atomically."""
+    def write(partial):
+        partial.write_text(text)
+
+    write_atomically(path, write)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -836,7 +866,8 @@ def check(annotation, where, needs_area):
     x1, y1, x2, y2 = box
     if needs_area and (x2 <= x1 or y2 <= y1):
         raise InputError(f"{where}: box {box} has no area; a box is [x1, y1, x2, y2] in pixels, "
-                         f"with x2 > x1 and y2 > y1")
+                         f"with x2 > x1 and y2 > y1. Is this one x, y, w, h? Then write "
+                         f"[x, y, x + w, y + h]")
 
     for value in (annotation.image, annotation.text, annotation.split):
         if not is_text(value):
@@ -1066,6 +1097,10 @@ def to_rgb(picture):
         # 16 bits per pixel are scaled to 8. PIL would cut them off at 255.
         values = np.asarray(picture).clip(0, 65535) // 256
         picture = Image.fromarray(np.uint8(values))
+    if picture.mode == "F" and picture.getextrema()[1] <= 1:
+        # Floats from 0 to 1 are scaled to 255. PIL would make all of them black.
+        values = np.asarray(picture).clip(0, 1) * 255
+        picture = Image.fromarray(np.uint8(values.round()))
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture.convert("RGBA"))
@@ -1098,6 +1133,29 @@ def is_outside(box, size):
     x1, y1, x2, y2 = box
     width, height = size
     return x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0
+
+
+MANY = 0.1   # this share of odd boxes says that the unit or the order of all of them is wrong
+
+
+def doubt_about_boxes(samples):
+    """Return what shows that boxes are not x1, y1, x2, y2 in pixels, or None if nothing does."""
+    near_corner = 0
+    inverted = 0
+    for sample in samples:
+        x1, y1, x2, y2 = sample.box
+        if max(sample.box) <= 1:
+            near_corner += 1
+        if x2 < x1 or y2 < y1:
+            inverted += 1
+
+    if near_corner > MANY * len(samples):
+        return (f"{near_corner:,} of {len(samples):,} boxes lie within one pixel of the corner: "
+                f"are they in pixels?")
+    if inverted > MANY * len(samples):
+        return (f"x2 < x1 or y2 < y1 in {inverted:,} of {len(samples):,} boxes: "
+                f"are they x, y, w, h?")
+    return None
 
 
 def boxes_outside(samples):
@@ -1349,13 +1407,35 @@ class Tokenizer:
         self.mask = self.wordpiece.mask_token_id
 
     def __call__(self, text):
+        return self.encode(text, truncation=True, max_length=self.max_tokens)
+
+    def length(self, text):
+        """Return the number of tokens of a text before it is cut."""
+        return len(self.encode(text, verbose=False))   # otherwise a long text gives a warning
+
+    def encode(self, text, **options):
         # [D46] CLIP's pretraining mended each text, BERT's did not. A text that spells "[SEP]" or
         # "<|endoftext|>" is split like any other, and makes no special token.
         if self.mends:
             text = mend(text)
-        encoding = self.wordpiece(text, truncation=True, max_length=self.max_tokens,
-                                  split_special_tokens=True)
-        return encoding["input_ids"]
+        return self.wordpiece(text, split_special_tokens=True, **options)["input_ids"]
+
+
+class WordCounter:
+    """Stands in for a Tokenizer whose files are not there: each word counts as one token."""
+
+    def __init__(self, max_tokens):
+        self.max_tokens = max_tokens
+
+    def length(self, text):
+        return len(text.split()) + 2   # one token marks the beginning of a text, and one its end
+
+
+def cut_samples(samples, tokenizer):
+    """Return the samples whose texts lose words, because they have more than max_tokens tokens."""
+    texts = {sample.text for sample in samples}   # 120,000 texts take about 5 seconds
+    cut = {text for text in texts if tokenizer.length(text) > tokenizer.max_tokens}
+    return [sample for sample in samples if sample.text in cut]
 
 
 def is_clips(wordpiece):
@@ -1564,6 +1644,16 @@ def check_pictures_exist(samples):
                          f"`python data.py DATASET --root DIR` reports what is there")
 
 
+def check_decodable(samples):
+    """Raise InputError if a picture cannot be decoded, before hours of training have passed. This
+    takes about 10 seconds for the 1,500 pictures of RefCOCO's val."""
+    faults = {}
+    open_pictures({sample.image for sample in samples}, {}, faults)
+    for errors in faults.values():
+        raise InputError(f"{errors[0]}. Of the pictures to validate on, {len(errors):,} cannot be "
+                         f"decoded: fetch them again, or take their expressions out of val")
+
+
 def collate(items, pad):
     """Join a list of Item into a batch. pad: the tokenizer's id of padding.
 
@@ -1600,7 +1690,15 @@ def collate(items, pad):
 TRUE = (0, 130, 40)         # colour of a true box
 PREDICTED = (220, 0, 90)    # colour of a predicted box
 WARM = (255, 140, 0)        # colour of attention
-CAPTION_HEIGHT = 36         # pixels below a picture, enough for two lines
+LEGEND = {"true": TRUE, "predicted": PREDICTED, "attention": WARM}
+
+CAPTION_HEIGHT = 54         # pixels below a picture, enough for three lines
+LEGEND_HEIGHT = 24          # pixels above all pictures
+
+
+@functools.cache
+def font():
+    return ImageFont.load_default(13)
 
 
 def spread(samples, count=12):
@@ -1609,52 +1707,101 @@ def spread(samples, count=12):
     return samples[::step][:count]
 
 
-def draw(picture, caption, boxes, attention=None, side=256):
-    """Return a tile: the picture in a white square, with boxes in it and a caption below.
+def caption_of(text, number, path):
+    """Return what can be drawn below a picture for a text. The font that Pillow brings has the
+    letters of English and few others. A text in other letters is printed, under its number.
+
+    number: of the text on its sheet. path: the sheet's file.
+    """
+    missing = "\U0010fffd"   # no font has this character, so it looks like all that are missing
+    characters = set("".join(text.split()))
+    if any(bytes(font().getmask(c)) == bytes(font().getmask(missing)) for c in characters):
+        print(f"text {number} of {path}: {text}")
+        return f"(text {number}: see the terminal)"
+    return text
+
+
+def draw(picture, caption, boxes, attention=None, side=256, heading=""):
+    """Return a tile: the picture with boxes in it, and below it the heading and the caption.
 
     boxes: list of ((x1, y1, x2, y2) in pixels of the picture, colour)
     attention: (N_v,) over the vision tokens of the padded square, drawn as warmth
     side: of the square, in pixels
+    heading: a line above the caption
     """
     scale = side / max(picture.size)
     w, h, left, top = placement(*picture.size, side)
     view = picture.resize((w, h), Image.Resampling.BICUBIC)
     if attention is not None:
         view = add_warmth(view, attention, left, top, side)
+    draw_boxes(view, boxes, scale)
 
-    pen = ImageDraw.Draw(view)
-    for box, colour in boxes:
-        x1, y1, x2, y2 = [v * scale for v in box]
-        # A box that is inside out is drawn as a line.
-        pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=3)
-
-    right = side - w - left
-    bottom = side - h - top + CAPTION_HEIGHT
-    tile = ImageOps.expand(view, (left, top, right, bottom), "white")
+    tile = Image.new("RGB", (side, side + CAPTION_HEIGHT), "white")
+    tile.paste(view, (left, 0))
     letters = (side - 8) // 7   # per line, each about 7 pixels wide
-    lines = textwrap.fill(caption, letters, max_lines=2, placeholder=" ...")
-    ImageDraw.Draw(tile).text((4, side + 2), lines, "black", ImageFont.load_default(13))
+    lines = textwrap.wrap(caption, letters, max_lines=2, placeholder=" ...")
+    if heading:
+        lines.insert(0, heading)
+    ImageDraw.Draw(tile).text((4, h + 2), "\n".join(lines), "black", font())
     return tile
 
 
+def draw_boxes(view, boxes, scale):
+    """Draw boxes into a picture that was scaled. A light line around each keeps its contrast on any
+    ground. These lines come first, so that none of them covers another box."""
+    pen = ImageDraw.Draw(view)
+    corners = []
+    for box, _ in boxes:
+        x1, y1, x2, y2 = [v * scale for v in box]
+        corners.append((x1, y1, max(x1, x2), max(y1, y2)))   # inside out, it becomes a line
+
+    for x1, y1, x2, y2 in corners:
+        pen.rectangle((x1 - 2, y1 - 2, x2 + 2, y2 + 2), outline="white", width=6)
+    for rectangle, (_, colour) in zip(corners, boxes):
+        pen.rectangle(rectangle, outline=colour, width=3)
+
+
 def add_warmth(view, attention, left, top, side):
-    """Colour a picture, which lies at (left, top) in a square, where the attention is high."""
-    grid = math.isqrt(len(attention))
+    """Colour a picture, which lies at (left, top) in a square, where the attention is high.
+
+    The strength is 0 where attention is 1 / N_v, as if it were uniform, or less, and 1 where it is
+    1. Between them it grows with the logarithm, as attention of a tenth is much in 400 tokens.
+    Even at strength 1 the colours below can be recognised.
+    """
+    count = len(attention)                                             # N_v
+    grid = math.isqrt(count)
     cells = attention.float().cpu().unflatten(0, (grid, -1))           # (N_v,) -> (grid, grid)
-    levels = np.uint8(255 * cells / cells.max().clamp(min=1e-9))       # 0 to 255
-    heat = Image.fromarray(levels).resize((side, side), Image.Resampling.BICUBIC)
-    heat = heat.crop((left, top, left + view.width, top + view.height))
-    opacity = heat.point([level * 3 // 4 for level in range(256)])
+    strength = (cells * count).clamp(1, count).log() / math.log(count)
+    opacity = Image.fromarray(np.uint8(0.5 * 255 * strength))
+    opacity = opacity.resize((side, side), Image.Resampling.BICUBIC)
+    opacity = opacity.crop((left, top, left + view.width, top + view.height))
     warm = Image.new("RGB", view.size, WARM)
     return Image.composite(warm, view, opacity)
 
 
-def contact_sheet(tiles, columns=4):
-    """Return one picture that shows tiles of equal size side by side."""
+def contact_sheet(tiles, legend, columns=4):
+    """Return one picture that shows tiles of equal size side by side, below a legend.
+    legend: names in LEGEND of the colours that the tiles have"""
     import torchvision.transforms.functional as TF
     from torchvision.utils import make_grid
     tensors = [TF.to_tensor(tile) for tile in tiles]
-    return TF.to_pil_image(make_grid(tensors, columns, padding=8, pad_value=1.0))
+    grid = TF.to_pil_image(make_grid(tensors, columns, padding=8, pad_value=1.0))
+
+    sheet = ImageOps.expand(grid, (0, LEGEND_HEIGHT, 0, 0), "white")
+    pen = ImageDraw.Draw(sheet)
+    x = 8
+    for name in legend:
+        pen.rectangle((x, 8, x + 12, 20), LEGEND[name])
+        pen.text((x + 18, 6), name, "black", font())
+        x += 36 + round(font().getlength(name))
+    return sheet
+
+
+def write_picture(path, picture):
+    """Write a PIL picture by write_atomically, in the format that the file's name ends with."""
+    formats = Image.registered_extensions()
+    kind = formats[Path(path).suffix.lower()]
+    write_atomically(path, functools.partial(picture.save, format=kind))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1775,11 +1922,27 @@ def write_bytes(path, content):
 # -------------------------------------------------------------------------------------------------
 # The command line: look at a dataset before a model is trained on it
 
-def report(dataset, root, max_tokens):
+def counting_tokenizer(dataset, max_tokens, text_weights):
+    """Return the tokenizer of --text-weights or, by default, that of `shapes` or BERT. For BERT
+    nothing is fetched: if its files are not on this machine, words are counted."""
+    if text_weights:
+        return Tokenizer(max_tokens, text_weights)
+    if dataset == "shapes":
+        return Tokenizer(max_tokens)
+    from huggingface_hub import try_to_load_from_cache   # transformers brings this library
+    for name in ("tokenizer.json", "config.json"):
+        path = try_to_load_from_cache("bert-base-uncased", name)
+        if not isinstance(path, str):
+            return WordCounter(max_tokens)
+    return Tokenizer(max_tokens, str(Path(path).parent))
+
+
+def report(dataset, root, tokenizer):
     """Print the size of each split beside the papers' count. Then print each fault that harms
     training, with its number of cases and an example."""
     info = DATASETS.get(dataset)
     faults = {}     # fault: list of cases
+    doubts = []     # about the boxes of whole splits
     pictures = {}   # split: set of pictures
     sizes = {}      # picture: (width, height), for those that could be opened
 
@@ -1794,9 +1957,15 @@ def report(dataset, root, max_tokens):
 
         open_pictures(pictures[split], sizes, faults)
         for sample in samples:
-            inspect(sample, sizes.get(sample.image), max_tokens, faults)
+            inspect(sample, sizes.get(sample.image), faults)
+        note_cut_texts(samples, tokenizer, faults)
+        doubt = doubt_about_boxes(samples)
+        if doubt:
+            doubts.append(f"{split}: {doubt}")
 
     compare_splits(pictures, faults)
+    for doubt in doubts:
+        print(doubt)
     for fault, cases in faults.items():
         print(f"{len(cases):,} {fault}, such as {cases[0]}")
 
@@ -1823,7 +1992,7 @@ def open_pictures(images, sizes, faults):
             add_case(faults, "pictures that are missing or broken", error)
 
 
-def inspect(sample, picture_size, max_tokens, faults):
+def inspect(sample, picture_size, faults):
     """Note the faults of one sample. picture_size: None if the picture could not be opened."""
     x1, y1, x2, y2 = sample.box
     where = f"{sample.image}, {sample.text!r}, {[x1, y1, x2, y2]}"
@@ -1837,9 +2006,13 @@ def inspect(sample, picture_size, max_tokens, faults):
     if x2 <= x1 or y2 <= y1:
         add_case(faults, "boxes without area", where)
 
-    # Two tokens mark the beginning and the end of a text. A rare word becomes several tokens.
-    if len(sample.text.split()) > max_tokens - 2:
-        fault = f"expressions of more than {max_tokens} tokens, if each word is one token"
+
+def note_cut_texts(samples, tokenizer, faults):
+    """Note the expressions of which the model does not see the end."""
+    fault = f"expressions that are cut at {tokenizer.max_tokens} tokens"
+    if isinstance(tokenizer, WordCounter):
+        fault += " if each word is one token (--text-weights counts by a tokenizer)"
+    for sample in cut_samples(samples, tokenizer):
         add_case(faults, fault, repr(sample.text))
 
 
@@ -1852,35 +2025,62 @@ def compare_splits(pictures, faults):
             add_case(faults, f"pictures both in {first} and in {second}", picture)
 
 
-def draw_splits(samples, count, folder):
-    """Draw `count` samples of each split, and write one file per split.
-    samples: {split: list of Sample}"""
+def sheet_path(folder, split):
+    return folder / f"{split.replace('/', '-')}.png"
+
+
+def make_drawing_folder(folder, splits):
+    """Make the folder of --save. Raise InputError if one of the sheets is there already."""
     folder.mkdir(parents=True, exist_ok=True)
+    for split in splits:
+        path = sheet_path(folder, split)
+        if path.exists():
+            raise InputError(f"--draw would write {path}, which is there already; choose another "
+                             f"folder by --save")
+
+
+def draw_splits(samples, count, folder):
+    """Draw `count` samples of each split, and write one file per split. A picture that is missing
+    or broken is named and left out. samples: {split: list of Sample}"""
     for split, all_samples in samples.items():
+        path = sheet_path(folder, split)
         tiles = []
         for sample in spread(all_samples, count):
-            picture = load_picture(sample.image)
-            tiles.append(draw(picture, sample.text, [(sample.box, TRUE)]))
-        path = folder / f"{split.replace('/', '-')}.png"
-        contact_sheet(tiles).save(path)
-        print(path)
+            try:
+                picture = load_picture(sample.image)
+            except InputError as error:
+                print(f"not drawn: {error}")
+                continue
+            text = caption_of(sample.text, len(tiles) + 1, path)
+            tiles.append(draw(picture, text, [(sample.box, TRUE)]))
+        if tiles:
+            write_picture(path, contact_sheet(tiles, ["true"]))
+            print(path)
 
 
-def write_jsonl(samples, path):
-    """Write all splits as JSONL, with picture paths relative to the file's folder."""
+def write_jsonl(samples, path, absolute):
+    """Write all splits as JSONL, with picture paths that are absolute or relative to the file's
+    folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = os.path.realpath(path.parent)
     lines = []
     for split, split_samples in samples.items():
         for sample in split_samples:
-            line = {"image": os.path.relpath(sample.image, folder), "text": sample.text,
-                    "box": sample.box, "split": split}
+            image = os.path.abspath(sample.image)
+            if not absolute:
+                image = relative_path(image, path.parent)
+            line = {"image": image, "text": sample.text, "box": sample.box, "split": split}
             lines.append(json.dumps(line) + "\n")
 
-    def write(partial):
-        partial.write_text("".join(lines))
+    write_text(path, "".join(lines))
 
-    write_atomically(path, write)
+
+def relative_path(image, folder):
+    """Return the path of a picture from a folder, so that both can be moved together."""
+    relative = os.path.relpath(image, folder)
+    if relative.startswith(os.pardir):
+        # The way up from a folder that is a link begins at the place that the link names.
+        return os.path.relpath(os.path.realpath(image), os.path.realpath(folder))
+    return relative
 
 
 def build_parser():
@@ -1901,9 +2101,15 @@ def build_parser():
     add("--draw", type=int, default=0, metavar="N",
         help="draw N samples of each split (default: 0)")
     add("--save", type=Path, default=".", metavar="DIR",
-        help="write the drawings into this folder (default: the current one)")
+        help="write the drawings into this folder, as SPLIT.png; none that is there is overwritten "
+             "(default: the current one)")
     add("--write", type=Path, metavar="FILE.jsonl",
-        help="write all splits to this file (default: write nothing)")
+        help="write all splits to this file, with picture paths that are relative to its folder: "
+             "move the file and the pictures together, or take --absolute (default: write "
+             "nothing)")
+    add("--absolute", action="store_true",
+        help="with --write: absolute picture paths, so that the file alone may be moved (default: "
+             "relative ones)")
     add("--download", action="store_true",
         help="fetch what is missing, from the addresses below as users reported them (default: "
              "fetch nothing)")
@@ -1911,6 +2117,9 @@ def build_parser():
         help="fetch what is missing from this folder instead (default: the addresses below)")
     add("--max-tokens", type=int, default=20, metavar="N",
         help="count expressions of more than N tokens (default: 20)")
+    add("--text-weights", metavar="NAME",
+        help="count tokens by the tokenizer of this text encoder, a hub name or a folder (default: "
+             "bert-base-uncased if its files are on this machine; if not, words are counted)")
     return parser
 
 
@@ -1918,6 +2127,8 @@ def main(argv=None):
     asked = build_parser().parse_args(argv)
     dataset, root = asked.dataset, asked.root
 
+    if asked.absolute and not asked.write:
+        raise InputError("--absolute goes with --write FILE.jsonl")
     if asked.write and asked.write.exists():
         raise InputError(f"--write {asked.write}: the file is there already; choose another name")
     if asked.write and dataset == "shapes":
@@ -1931,13 +2142,17 @@ def main(argv=None):
         for name in names:
             download(name, root, asked.mirror)
 
-    report(dataset, root, asked.max_tokens)
+    splits = split_names(dataset, root)
+    if asked.draw > 0:
+        make_drawing_folder(asked.save, splits)
+    tokenizer = counting_tokenizer(dataset, asked.max_tokens, asked.text_weights)
+    report(dataset, root, tokenizer)
 
-    samples = {split: load_samples(dataset, split, root) for split in split_names(dataset, root)}
+    samples = {split: load_samples(dataset, split, root) for split in splits}
     if asked.draw > 0:
         draw_splits(samples, asked.draw, asked.save)
     if asked.write:
-        write_jsonl(samples, asked.write)
+        write_jsonl(samples, asked.write, asked.absolute)
 
 
 if __name__ == "__main__":

@@ -335,10 +335,13 @@ def evaluate_image(model, args, asked):
 
     if asked.save:
         tiles = []
-        for found in located:
+        for number, found in enumerate(located, start=1):
             boxes = [(found.box, data.PREDICTED)]
-            tiles.append(data.draw(picture, found.text, boxes, found.attention, side=512))
-        data.contact_sheet(tiles, columns=min(len(tiles), 2)).save(asked.save)
+            caption = data.caption_of(found.text, number, asked.save)
+            tiles.append(data.draw(picture, caption, boxes, found.attention, side=512))
+        legend = ["predicted", "attention"]
+        sheet = data.contact_sheet(tiles, legend, columns=min(len(tiles), 2))
+        data.write_picture(asked.save, sheet)
     return results
 
 
@@ -890,7 +893,7 @@ def main(argv=None):
     else:
         result = evaluate_checkpoint(asked)
     if asked.json:
-        Path(asked.json).write_text(json.dumps(result, indent=1) + "\n")
+        data.write_text(asked.json, json.dumps(result, indent=1) + "\n")
     return result
 
 

@@ -1027,6 +1027,12 @@ def load_splits(args):
     else:
         print(f"{args.dataset} has no split 'val': the last epoch is kept as the best")
     data.check_pictures_exist([*listed, *val_samples])
+    for split, samples in (("train", listed), ("val", val_samples)):
+        doubt = data.doubt_about_boxes(samples)
+        if doubt:
+            raise InputError(f"{args.dataset}, {split}: {doubt} Boxes of a .jsonl file are x1, y1, "
+                             f"x2, y2 in pixels of the stored picture; `python data.py "
+                             f"{args.dataset} --draw 16` draws them")
 
     with_area = []
     for sample in listed:
@@ -1037,6 +1043,7 @@ def load_splits(args):
     train_samples = [sample for sample in with_area if sample not in outside]
     tell_outside("train", outside, "left out", args)
     tell_outside("val", data.boxes_outside(val_samples), "misses", args)
+    data.check_decodable(val_samples)
 
     print(f"{args.method} {args.size} on {args.dataset}: {len(train_samples)} expressions to train "
           f"on ({len(listed) - len(with_area)} left out, without area), {len(val_samples)} to "
@@ -1052,6 +1059,14 @@ def tell_outside(split, samples, fate, args):
     where = data.where_is(args.dataset, args.root, first)
     print(f"{len(samples)} boxes of {split} lie outside of their pictures and are {fate}; one is "
           f"in {where}: {list(first.box)} of {first.text!r} in {first.image}")
+
+
+def tell_cut(samples, tokenizer):
+    """Say how many expressions have more tokens than the model sees, and show one of them."""
+    cut = data.cut_samples(samples, tokenizer)
+    if cut:
+        print(f"{len(cut)} of {len(samples)} expressions are cut at {tokenizer.max_tokens} tokens, "
+              f"such as {cut[0].text!r}; --max-tokens sets another limit")
 
 
 def make_loader(samples, model, args, train=False, batch_size=None):
@@ -1098,8 +1113,8 @@ def leaky_pretraining(args):
 
 
 def picture_predictions(model, samples, args, path):
-    """Save a sheet of samples with expression, true box (green), predicted box (magenta) and
-    [REG]'s attention."""
+    """Save a sheet of samples with expression, IoU, true box, predicted box and [REG]'s
+    attention."""
     loader = make_loader(samples, model, args, batch_size=1)
     predictions = predict(model, loader, args, attention=True)
     tiles = []
@@ -1107,10 +1122,12 @@ def picture_predictions(model, samples, args, path):
         picture = data.load_picture(sample.image)
         pred = data.from_square(predictions.boxes[i], picture.size, model.spec["image_size"])
         boxes = [(sample.box, data.TRUE), (pred, data.PREDICTED)]
-        caption = f"{sample.text} (IoU {predictions.ious[i]:.2f})"
-        tiles.append(data.draw(picture, caption, boxes, predictions.attention[i]))
+        caption = data.caption_of(sample.text, i + 1, path)
+        tiles.append(data.draw(picture, caption, boxes, predictions.attention[i],
+                               heading=f"IoU {predictions.ious[i]:.2f}"))
+    sheet = data.contact_sheet(tiles, ["true", "predicted", "attention"])
     if rank() == 0:
-        data.contact_sheet(tiles).save(path)
+        data.write_picture(path, sheet)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1449,6 +1466,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)    # for the new weights of the model
     model = build_model(**model_arguments(args)).to(args.device)
     print(f"parameters {count_parameters(model)}")
+    tell_cut([*train_samples, *val_samples], make_tokenizer(model.spec))
     train_loader = make_loader(train_samples, model, args, train=True)
     val_loader = None
     if val_samples:

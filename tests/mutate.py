@@ -453,7 +453,7 @@ MUTANTS = [
            "Image.Resampling.BILINEAR)\n    image", "Image.Resampling.NEAREST)\n    image",
            "test_data.py test_loop.py"),
     Mutant("data.py", "a text that is too long loses its end token",
-           "truncation=True, max_length=self.max_tokens,\n", "truncation=False,\n",
+           "text, truncation=True, max_length=self.max_tokens)", "text)",
            "test_data.py"),
 ]
 

@@ -7,6 +7,8 @@ import pickle
 import random
 import re
 import stat
+import subprocess
+import sys
 import threading
 import zipfile
 from pathlib import Path
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import data
 from data import InputError
@@ -604,6 +607,49 @@ def test_a_file_without_a_pictures_header_is_named(tmp_path, name):
         data.boxes_outside([sample])
 
 
+def test_all_pictures_are_decoded_before_an_epoch_if_asked(tmp_path):
+    """A file with a good header may be cut off. Each picture counts once."""
+    Image.effect_noise((40, 30), 80).save(tmp_path / "whole.png")
+    content = (tmp_path / "whole.png").read_bytes()
+    samples = []
+    for name, end in (("whole.png", None), ("cut.png", 900), ("cut.png", 900), ("too.png", 60)):
+        (tmp_path / name).write_bytes(content[:end])
+        samples.append(data.Sample(tmp_path / name, "cup", (1, 2, 3, 4), name))
+    data.check_decodable(samples[:1])
+    with pytest.raises(InputError, match="cut.png: the file cannot be decoded.* 2 cannot be"):
+        data.check_decodable(samples)
+
+
+def boxes(*corners):
+    return [data.Sample(0, "cup", box, 0) for box in corners]
+
+
+@pytest.mark.parametrize("samples, doubt", [
+    (boxes((0.1, 0.2, 0.5, 1.0)), "1 of 1 boxes lie within one pixel of the corner: are they in "
+                                  "pixels?"),
+    (boxes((9, 9, 20, 20), (30, 40, 10, 60), (20, 60, 40, 9)),
+     "x2 < x1 or y2 < y1 in 2 of 3 boxes: are they x, y, w, h?"),
+    (boxes(*9 * [(9, 9, 20, 20)], (0.1, 0.1, 0.2, 0.2)), None),
+    (boxes(*9 * [(9, 9, 20, 20)], (30, 30, 20, 20)), None),
+    (boxes((5, 5, 5, 9), (0, 0, 1, 2)), None),
+    ([], None)])
+def test_boxes_in_another_unit_or_order_are_doubted(samples, doubt):
+    """More than a tenth of the boxes must be odd. A box without area is not inside out."""
+    assert data.doubt_about_boxes(samples) == doubt
+
+
+def test_the_report_doubts_boxes_of_another_unit(tmp_path, capsys):
+    """The doubt names the split."""
+    Image.new("L", (40, 30)).save(tmp_path / "a.png")
+    line = {**GOOD, "image": "a.png"}
+    path = write(tmp_path / "my.jsonl", line,
+                 {**line, "box": [0.1, 0.2, 0.5, 0.6], "split": "val"})
+    data.main([str(path)])
+    printed = capsys.readouterr().out
+    assert "val: 1 of 1 boxes lie within one pixel" in printed
+    assert printed.count("one pixel") == 1
+
+
 def test_an_error_in_a_loading_process_is_still_one_line(tmp_path, capsys):
     """run_command prints the message of an InputError that a DataLoader's worker raised."""
     (tmp_path / "broken.jpg").write_text("hello")
@@ -622,7 +668,7 @@ def test_an_error_in_a_loading_process_is_still_one_line(tmp_path, capsys):
 
 
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path):
-    """write_atomically replaces a file only after the new one is whole."""
+    """write_atomically replaces a file only after the new one is whole, and leaves no half."""
     path = tmp_path / "a.txt"
     path.write_text("old")
 
@@ -633,8 +679,82 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         data.write_atomically(path, crash)
     assert path.read_text() == "old"
-    data.write_atomically(path, lambda partial: partial.write_text("new"))
+    assert list(tmp_path.iterdir()) == [path]
+    data.write_text(path, "new")
     assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# A program whose files may not grow beyond 100,000 bytes, and that writes a larger one.
+LIMITED = """
+import functools, resource, sys
+import safetensors.torch, torch
+from PIL import Image
+import data
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+tensors = {"a": torch.rand(100_000)}
+writers = {
+    "last.pt": functools.partial(torch.save, tensors),
+    "best.safetensors": functools.partial(safetensors.torch.save_file, tensors),
+    "val.png": functools.partial(Image.effect_noise((800, 800), 80).save, format="PNG"),
+    "log.jsonl": functools.partial(data.write_bytes, content=bytes(200_000)),
+}
+path = sys.argv[1]
+data.run_command(functools.partial(data.write_atomically, path, writers[path]))
+"""
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.safetensors", "val.png", "log.jsonl"])
+def test_a_file_that_cannot_grow_is_one_line_and_the_old_one_stays(tmp_path, name):
+    """PyTorch, safetensors and PIL have errors of their own for it, and none of them names the
+    file. A full disk stops a write in the same way."""
+    (tmp_path / name).write_text("old")
+    done = subprocess.run([sys.executable, "-c", LIMITED, name], cwd=tmp_path, text=True,
+                          env={**os.environ, "PYTHONPATH": str(Path(data.__file__).parent)},
+                          capture_output=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: cannot write {name} (")
+    assert done.stderr.count("\n") == 1
+    assert (tmp_path / name).read_text() == "old"
+    assert list(tmp_path.iterdir()) == [tmp_path / name]
+
+
+@pytest.mark.parametrize("folder", ["gone", "file"])
+def test_a_folder_that_takes_no_file_is_named(tmp_path, folder):
+    """The message names the file that was to be written, and not the temporary one."""
+    (tmp_path / "file").write_text("")
+    path = tmp_path / folder / "a.txt"
+    with pytest.raises(InputError, match=f"cannot write {path} [(](No such|Not a directory)"):
+        data.write_text(path, "new")
+
+
+def test_files_have_the_mode_of_other_files(tmp_path):
+    """safetensors makes files that nobody else may read."""
+    data.write_text(tmp_path / "a.txt", "new")
+    data.write_atomically(tmp_path / "b.safetensors",
+                          functools.partial(save_file, {"a": torch.rand(2)}))
+    (tmp_path / "other").write_text("")
+    modes = {stat.filemode(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
+    """/dev/stdout may be a pipe. A file in its place would harm the whole machine."""
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    data.write_text(tmp_path / "pipe", "new")
+    assert os.read(reader, 10) == b"new"
+    os.close(reader)
+
+
+def test_a_link_to_a_file_stays_a_link(tmp_path):
+    """The file that the link names is replaced."""
+    (tmp_path / "a.txt").write_text("old")
+    (tmp_path / "link").symlink_to("a.txt")
+    data.write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "a.txt").read_text() == "new"
 
 
 def test_data_can_be_copied_alone():
@@ -648,6 +768,83 @@ def test_data_can_be_copied_alone():
     assert "model" in project and "torch" in imports
     assert not project & set(imports)
     assert "transformers" not in imports
+
+
+# -------------------------------------------------------------------------------------------------
+# Texts that are cut
+
+# In the vocabulary of `shapes`, "zq" is two tokens. Two more tokens mark the ends of a text.
+FITS = "red circle"
+TOO_LONG = "red zq circle"
+
+
+def test_texts_that_are_cut_are_counted_by_the_tokenizer():
+    """A text that has exactly max_tokens tokens is not cut. Equal texts count each time."""
+    tokenizer = data.Tokenizer(4)
+    assert tokenizer.length(FITS) == 4
+    assert tokenizer.length(TOO_LONG) == 6
+    samples = [data.Sample(0, text, (1, 2, 3, 4), 0) for text in (TOO_LONG, FITS, TOO_LONG)]
+    assert data.cut_samples(samples, tokenizer) == [samples[0], samples[2]]
+    tokenizer.max_tokens = 5
+    assert len(data.cut_samples(samples, tokenizer)) == 2
+    tokenizer.max_tokens = 6
+    assert data.cut_samples(samples, tokenizer) == []
+
+
+def test_clips_texts_are_counted_as_they_are_mended(clip_tokenizer):
+    """ "&amp;amp;" is one sign for CLIP."""
+    assert clip_tokenizer.length("&amp;amp;") == len(clip_tokenizer("&")) == 3
+
+
+def counted(tmp_path, capsys, *flags):
+    """The line of the report about texts that are cut, for a text of three words."""
+    Image.new("L", (40, 30)).save(tmp_path / "a.png")
+    path = write(tmp_path / "my.jsonl", {**GOOD, "image": "a.png", "text": "don t red"})
+    data.main([str(path), *flags])
+    printed = capsys.readouterr().out
+    return [line for line in printed.splitlines() if "tokens" in line]
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """A machine on which nothing of the hub is stored. Returns the folder of its cache."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_the_report_counts_words_without_a_tokenizer(tmp_path, capsys, empty_cache):
+    """The line says so, and how to count tokens."""
+    assert counted(tmp_path, capsys, "--max-tokens", "5") == []
+    line, = counted(tmp_path, capsys, "--max-tokens", "4")
+    assert line == ("1 expressions that are cut at 4 tokens if each word is one token "
+                    "(--text-weights counts by a tokenizer), such as 'don t red'")
+
+
+def test_the_report_takes_the_tokenizer_that_is_asked_for(tmp_path, capsys, empty_cache,
+                                                         clip_tokenizer):
+    """For this vocabulary, "don t red" is five tokens between its ends."""
+    folder = str(tmp_path / "clip")
+    assert clip_tokenizer.length("don t red") == 7
+    assert counted(tmp_path, capsys, "--max-tokens", "7", "--text-weights", folder) == []
+    line, = counted(tmp_path, capsys, "--max-tokens", "6", "--text-weights", folder)
+    assert line == "1 expressions that are cut at 6 tokens, such as 'don t red'"
+
+
+def test_the_report_takes_the_bert_that_the_machine_has(tmp_path, capsys, empty_cache,
+                                                       bert_tokenizer):
+    """Files that the hub's library stored before are used, and nothing is fetched."""
+    repository = empty_cache / "models--bert-base-uncased"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("abc")
+    (repository / "snapshots").mkdir()
+    (tmp_path / "bert").rename(repository / "snapshots/abc")
+    line, = counted(tmp_path, capsys, "--max-tokens", "4")
+    assert line == "1 expressions that are cut at 4 tokens, such as 'don t red'"
+
+
+def test_shapes_has_a_tokenizer_of_its_own():
+    """It needs no files."""
+    assert isinstance(data.counting_tokenizer("shapes", 20, None), data.Tokenizer)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -823,6 +1020,49 @@ def test_what_is_written_as_jsonl_reads_the_same(tmp_path, capsys):
         assert [sample.box for sample in again] == [sample.box for sample in expected]
     with pytest.raises(InputError, match="all.jsonl: .*is there already"):
         data.main(["refcoco", "--root", str(tmp_path), "--write", str(target)])
+
+
+def written(target, root, *flags):
+    """The picture paths in a file that --write made."""
+    data.main(["refcoco", "--root", str(root), "--write", str(target), *flags])
+    return {json.loads(line)["image"] for line in target.read_text().splitlines()}
+
+
+def test_written_paths_survive_a_move_together_with_the_pictures(tmp_path):
+    """A root that is a link, as to another disk, changes nothing in that."""
+    as_refer(tmp_path / "disk/data")
+    pictures(tmp_path / "disk/data/images/train2014")
+    (tmp_path / "data").symlink_to("disk/data")
+    inside = written(tmp_path / "data/all.jsonl", tmp_path / "data")
+    assert inside == {f"images/train2014/{coco(number)}" for number in PICTURES}
+    beside = written(tmp_path / "disk/all.jsonl", tmp_path / "data")
+    assert beside == {f"data/images/train2014/{coco(number)}" for number in PICTURES}
+
+    (tmp_path / "disk").rename(tmp_path / "other")
+    for target in ("all.jsonl", "data/all.jsonl"):
+        sample, = data.load_samples(tmp_path / "other" / target, "val")
+        assert data.load_picture(sample.image).size == PICTURES[8]
+
+
+def test_written_paths_lead_through_a_folder_of_pictures_that_is_a_link(tmp_path):
+    """What stands behind the link may differ from machine to machine."""
+    as_refer(tmp_path)
+    pictures(tmp_path / "disk")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/train2014").symlink_to(tmp_path / "disk")
+    paths = written(tmp_path / "all.jsonl", tmp_path)
+    assert paths == {f"images/train2014/{coco(number)}" for number in PICTURES}
+
+
+def test_written_paths_are_absolute_if_asked(tmp_path, monkeypatch):
+    """The file alone may then be moved."""
+    as_refer(tmp_path)
+    pictures(tmp_path / "images/train2014")
+    monkeypatch.chdir(tmp_path)
+    paths = written(tmp_path / "all.jsonl", ".", "--absolute")
+    assert paths == {str(tmp_path / "images/train2014" / coco(number)) for number in PICTURES}
+    with pytest.raises(InputError, match="--absolute goes with --write"):
+        data.main(["refcoco", "--root", str(tmp_path), "--absolute"])
 
 
 @pytest.mark.parametrize("item", [list, np.array, tuple, torch.tensor])
@@ -1088,7 +1328,7 @@ def test_leaky_pretraining_follows_from_the_file_and_the_dataset(dataset, detr_f
 # -------------------------------------------------------------------------------------------------
 # The report and the drawings
 
-def test_the_command_line_counts_and_names_what_is_wrong(tmp_path, capsys):
+def test_the_command_line_counts_and_names_what_is_wrong(tmp_path, capsys, empty_cache):
     """The report has a line per split, and a line per fault with its count and an example."""
     as_refer(tmp_path, refs=[*REFS, (71, "testB", ["one two three four"])])
     pictures(tmp_path / "images/train2014")
@@ -1111,7 +1351,7 @@ def test_the_command_line_counts_and_names_what_is_wrong(tmp_path, capsys):
     assert has_line(f"1 pictures that are missing or broken, such as .*{coco(9)}")
     assert has_line(f"1 boxes that reach out of the picture, such as .*{coco(8)}.*'tall man'")
     assert has_line(f"2 boxes wholly outside of the picture, such as .*{coco(7)}.*'right plate'")
-    assert has_line("2 expressions of more than 5 tokens, if each word is one token, such as "
+    assert has_line("2 expressions that are cut at 5 tokens if each word is one token .*, such as "
                     "'cup on the left'")
     assert has_line("2 boxes without area, such as")
     assert has_line("1 pictures both in train and in testB")
@@ -1127,7 +1367,7 @@ def test_draw_shows_the_box_where_it_is(tmp_path, capsys):
     assert names == {"train.png", "val.png", "testA.png"}
 
     # Picture 8 is 90 x 120 pixels. In its tile it is 192 x 256 pixels, with its left edge at 32.
-    sheet = np.asarray(Image.open(tmp_path / "val.png").convert("RGB"))
+    sheet = np.asarray(Image.open(tmp_path / "val.png").convert("RGB"))[data.LEGEND_HEIGHT:]
     ys, xs = np.nonzero((sheet == data.TRUE).all(-1))
     assert (xs.min(), ys.min()) == pytest.approx((32, 0), abs=2)
     right = 32 + 45.5 * 256 / 120
@@ -1135,14 +1375,102 @@ def test_draw_shows_the_box_where_it_is(tmp_path, capsys):
     assert (xs.max(), ys.max()) == pytest.approx((right, bottom), abs=3)
 
 
+def test_draw_overwrites_nothing(tmp_path):
+    """This is said before the pictures are opened, and before another sheet is drawn."""
+    as_refer(tmp_path)
+    (tmp_path / "testA.png").write_text("mine")
+    with pytest.raises(InputError, match="testA.png, which is there already.*--save"):
+        data.main(["refcoco", "--root", str(tmp_path), "--draw", "1", "--save", str(tmp_path)])
+    assert (tmp_path / "testA.png").read_text() == "mine"
+    assert not (tmp_path / "train.png").exists()
+
+
+def test_draw_goes_on_behind_a_broken_picture(tmp_path, capsys):
+    """The broken picture is named. A split of which nothing can be drawn has no sheet."""
+    as_refer(tmp_path, refs=[(80, "train", ["gone"]), (70, "train", ["cup"]), (90, "val", ["w"])])
+    pictures(tmp_path / "images/train2014")
+    for number in (8, 9):
+        (tmp_path / "images/train2014" / coco(number)).write_text("broken")
+    data.main(["refcoco", "--root", str(tmp_path), "--draw", "16", "--save", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert f"not drawn: {tmp_path / 'images/train2014' / coco(8)}" in printed
+    assert f"not drawn: {tmp_path / 'images/train2014' / coco(9)}" in printed
+    assert [path.name for path in tmp_path.glob("*.png")] == ["train.png"]
+
+
+def test_a_box_keeps_its_contrast_on_its_own_colour():
+    """A light line runs along both sides of the box, and covers no other box."""
+    ground = Image.new("RGB", (256, 256), data.TRUE)
+    near = (52, 53, 203, 203)   # its lines cross those of the first box
+    tile = data.draw(ground, "", [((50, 50, 200, 200), data.TRUE), (near, data.PREDICTED)])
+    along = [tile.getpixel((x, 120)) for x in range(46, 60)]
+    white = (255, 255, 255)
+    assert along == [data.TRUE] * 2 + [white] * 2 + [data.TRUE] * 2 + [data.PREDICTED] * 3 + (
+        [white] + [data.TRUE] * 4)
+
+
+def ink(tile):
+    """The rows of a tile with a white picture that hold dark letters."""
+    grey = np.asarray(tile.convert("L"))
+    rows, _ = np.nonzero(grey < 100)
+    return rows
+
+
+@pytest.mark.parametrize("size, height", [((200, 50), 64), ((50, 200), 256)])
+def test_the_caption_stands_right_below_its_picture(size, height):
+    """The heading has a line of its own, above the text."""
+    white = Image.new("RGB", size, "white")
+    alone = ink(data.draw(white, "cup", []))
+    assert height < alone.min() < height + 12
+    headed = ink(data.draw(white, "cup", [], heading="IoU 0.83"))
+    assert headed.min() == pytest.approx(alone.min(), abs=3)
+    assert headed.max() - alone.max() >= 13
+    assert headed.max() < 256 + data.CAPTION_HEIGHT - 1
+
+
+@pytest.mark.parametrize("heading, lines", [("", 2), ("IoU 0.83", 3)])
+def test_a_long_caption_fits_below_its_picture(heading, lines):
+    """Two lines of text are drawn at most, and all of a heading."""
+    white = Image.new("RGB", (64, 64), "white")
+    rows = ink(data.draw(white, 50 * "long text ", [], heading=heading))
+    assert (lines - 1) * 17 < rows.max() - 256 < lines * 17 + 2 < data.CAPTION_HEIGHT
+
+
+def test_a_sheet_says_once_which_colour_is_which():
+    """The legend has the colours that it is asked for, above all tiles."""
+    tile = Image.new("RGB", (256, 300), "white")
+    sheet = np.asarray(data.contact_sheet([tile, tile], ["true", "attention"]))
+    for colour, swatches in ((data.TRUE, 1), (data.WARM, 1), (data.PREDICTED, 0)):
+        ys, _ = np.nonzero((sheet == colour).all(-1))
+        assert len(ys) == 13 * 13 * swatches
+        assert (ys < data.LEGEND_HEIGHT).all()
+    assert sheet.shape[0] > data.LEGEND_HEIGHT + 300
+
+
+@pytest.mark.parametrize("text", ["the cup", "don't!", "", "two\nlines\u3000of text", "x" * 500])
+def test_a_text_in_english_is_its_own_caption(text, capsys):
+    """Nothing is printed."""
+    assert data.caption_of(text, 1, "a.png") == text
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("text", ["\u8d64\u3044\u30ab\u30c3\u30d7", "the \U0001f534",
+                                  "caf\u00e9", "\u0643\u0623\u0633"])
+def test_a_text_that_the_font_lacks_letters_for_is_printed(text, capsys):
+    """The caption says so, in place of boxes that nobody can read."""
+    assert data.caption_of(text, 3, "a.png") == "(text 3: see the terminal)"
+    assert capsys.readouterr().out == f"text 3 of a.png: {text}\n"
+
+
 def test_a_box_that_is_inside_out_is_drawn_as_a_line():
     """PIL refuses such rectangles, and a prediction may be one."""
     data.draw(Image.new("RGB", (40, 30)), "inside out", [((30, 10, 20, 25), data.TRUE)])
 
 
-@pytest.mark.parametrize("size, cell", [((200, 100), (3, 6)), ((100, 200), (6, 3))])
-def test_attention_is_drawn_where_it_looks(size, cell):
-    """Attention to one cell of 8 x 8 over the square makes warmth at the centre of this cell."""
+@pytest.mark.parametrize("size, cell, top", [((200, 100), (3, 6), 64), ((100, 200), (6, 3), 0)])
+def test_attention_is_drawn_where_it_looks(size, cell, top):
+    """Attention to one cell of 8 x 8 over the square makes warmth at the centre of this cell. The
+    tile leaves out the padding above the picture. top: its height"""
     row, column = cell
     attention = torch.zeros(8, 8)
     attention[row, column] = 1.0
@@ -1150,8 +1478,28 @@ def test_attention_is_drawn_where_it_looks(size, cell):
     tile = np.asarray(data.draw(grey, "", [], attention.flatten()), int)[:256]
     warm = tile[..., 0] - tile[..., 2] > 60   # orange, over grey or white
     ys, xs = np.nonzero(warm)
-    centre = ((row + 0.5) * 32, (column + 0.5) * 32)
+    centre = ((row + 0.5) * 32 - top, (column + 0.5) * 32)
     assert (ys.mean(), xs.mean()) == pytest.approx(centre, abs=3)
+
+
+def test_attention_is_measured_from_uniform_and_leaves_colours():
+    """Uniform attention adds nothing, more adds more, and all of it half of the warm colour."""
+    blue = Image.new("RGB", (160, 160), (40, 80, 200))
+
+    def middle(share):
+        """The colour at the middle, where 4 of 400 tokens share so much of the attention."""
+        attention = torch.full((20, 20), (1 - share) / 396)
+        attention[9:11, 9:11] = share / 4
+        return data.draw(blue, "", [], attention.flatten(), side=160).getpixel((80, 80))
+
+    assert middle(0.01) == (40, 80, 200)
+    reds = [middle(share)[0] for share in (0.01, 0.1, 0.5, 1.0)]
+    assert reds == sorted(set(reds))
+    one = torch.zeros(400)
+    one[210] = 1.0   # the cell at (84, 84)
+    warmest = data.draw(blue, "", [], one, side=160).getpixel((84, 84))
+    expected = (np.array(data.WARM) + (40, 80, 200)) / 2
+    assert np.abs(warmest - expected).max() < 15
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1188,6 +1536,14 @@ def test_sixteen_bits_are_scaled_and_not_cut_off(tmp_path):
     Image.fromarray(np.array([[0, 30000, 65535]], np.uint16)).save(tmp_path / "deep.png")
     read = data.load_picture(tmp_path / "deep.png")
     assert [read.getpixel((x, 0))[0] for x in range(3)] == [0, 117, 255]
+
+
+def test_floats_from_0_to_1_are_not_black(tmp_path):
+    """0.5 is 128 of 255. Floats that go further are levels already."""
+    for values, expected in (([0, 0.5, 1], [0, 128, 255]), ([0, 100, 200], [0, 100, 200])):
+        Image.fromarray(np.array([values], np.float32)).save(tmp_path / "float.tif")
+        read = data.load_picture(tmp_path / "float.tif")
+        assert [read.getpixel((x, 0))[0] for x in range(3)] == expected
 
 
 def test_only_ones_own_picture_is_turned_as_exif_says(tmp_path):

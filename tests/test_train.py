@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import data
@@ -961,6 +962,38 @@ def test_a_missing_picture_of_val_is_named_before_anything_is_trained(tmp_path):
     with pytest.raises(InputError, match=f"{coco(8)}: no such picture"):
         run(tmp_path / "a", *flags)
     assert not (tmp_path / "a").exists()
+
+
+def test_a_truncated_picture_of_val_is_named_before_anything_is_trained(tmp_path):
+    """Its header is whole, and the first epoch would be lost at it."""
+    flags = write_refcoco(tmp_path / "data")
+    picture = tmp_path / "data/images/train2014" / coco(8)
+    Image.effect_noise((90, 120), 80).save(picture)
+    picture.write_bytes(picture.read_bytes()[:-1000])
+    assert data.header_size(picture) == (90, 120)
+    with pytest.raises(InputError, match=f"{coco(8)}: the file cannot be decoded"):
+        run(tmp_path / "a", *flags)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_boxes_that_are_not_in_pixels_are_refused(tmp_path, split):
+    """The error names the split."""
+    data.render(0).save(tmp_path / "a.png")
+    good = {"image": "a.png", "text": "it", "box": [1, 2, 30, 40]}
+    lines = [{**good, "split": "train"}, {**good, "split": "val"},
+             {**good, "box": [0.1, 0.1, 0.9, 0.9], "split": split}]
+    (tmp_path / "my.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    with pytest.raises(InputError, match=f"my.jsonl, {split}: 1 of 2 boxes .* are they in pixels"):
+        run(tmp_path / "out", "--dataset", str(tmp_path / "my.jsonl"))
+
+
+def test_texts_that_are_cut_are_told_before_training(tmp_path, capsys):
+    """The texts of train and val are counted by the tokenizer of the model."""
+    flags = write_refcoco(tmp_path / "data")
+    run(tmp_path / "a", *flags, "--epochs", "1", "--workers", "0", "--max-tokens", "8")
+    assert ("2 of 4 expressions are cut at 8 tokens, such as 'the bright cup'; --max-tokens sets "
+            "another limit") in capsys.readouterr().out
 
 
 def test_a_jsonl_without_val_keeps_the_last_epoch(tmp_path, capsys):
