@@ -1,4 +1,5 @@
 """train.py after an interruption: a resumed run ends as an uninterrupted one, bit by bit."""
+import os
 import signal
 import subprocess
 import sys
@@ -178,6 +179,78 @@ def test_a_run_killed_by_sigkill_resumes_to_the_same_weights(tmp_path):
     command = [sys.executable, "-c", RESUME_ONE_AND_RUN_ANOTHER, str(killed), str(whole), *flags]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
     assert_same_run(whole, killed)
+
+
+@pytest.mark.parametrize("write", [2, 4, 5, 9, 12])
+@pytest.mark.parametrize("method", ["m2ist", "hivg"])
+def test_a_run_that_dies_within_an_epoch_goes_on_at_the_next_batch(tmp_path, monkeypatch, method,
+                                                                   m2ist_run, hivg_run, write):
+    """--save-minutes 0 writes last.pt after each step. What dies at one of these writes goes on at
+    the step before, with the order, the transforms and the dropout that were to come."""
+    flags, whole = ([], m2ist_run)
+    if method == "hivg":
+        flags, whole = (HIVG, hivg_run)
+        monkeypatch.setattr(train, "scores", up_and_down)
+    dead = tmp_path / "dead"
+    die(monkeypatch, Dying(write, "last.pt"), dead, *flags, "--save-minutes", "0")
+    # An epoch has three steps, and five writes: after each step, and before and after val.
+    progress = torch.load(dead / "last.pt", weights_only=True)["progress"]
+    writes = 5 * progress["epoch"] + progress["step"]
+    if progress["epoch"] > 0 and not progress["evaluated"]:
+        writes -= 1
+    assert writes == write - 1
+    train.main(["--out", str(dead), "--resume"])
+    assert_same_run(whole, dead)
+
+
+def test_the_log_of_steps_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch):
+    """The means of a line of the log are over all of its steps, those before the interruption,
+    too."""
+    flags = ["--log-every", "2", "--epochs", "2"]
+    whole = run(tmp_path / "whole", *flags)
+    dead = tmp_path / "dead"
+    die(monkeypatch, Dying(8, "last.pt"), dead, *flags, "--save-minutes", "0")
+    train.main(["--out", str(dead), "--resume"])
+    assert computed(dead) == computed(whole)
+    assert [line.get("step") for line in read_log(dead)] == [2, None, 2, None]
+
+
+@pytest.mark.parametrize("number, workers", [
+    (signal.SIGINT, "0"), (signal.SIGTERM, "0"), (signal.SIGINT, "2"), (signal.SIGTERM, "2")])
+def test_a_signal_ends_a_run_with_one_line(tmp_path, number, workers):
+    """Ctrl-C and SIGTERM, which reach the workers too: last.pt is written, nothing else is said,
+    and the exit status is that of the signal."""
+    out = tmp_path / "a"
+    flags = [*FAST, "--epochs", "50", "--limit", "3000", "--workers", workers, "--log-every", "1"]
+    command = [sys.executable, str(ROOT / "train.py"), *flags, "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    deadline = time.time() + 120
+    while not (out / "log.jsonl").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in said
+    said = said.replace("\r", "\n").strip().splitlines()
+    stops = [line for line in said if "stopped in epoch 1; python train.py --out" in line]
+    assert len(stops) == 1 and stops[0].endswith("--resume goes on from there")
+    assert torch.load(out / "last.pt", weights_only=True)["progress"]["step"] > 0
+
+
+def test_a_signal_within_a_step_waits_for_its_end():
+    """Weights and optimizer change together, or not at all."""
+    class UnderWay:
+        progress = train.Progress()
+        out = Path("runs/x")
+
+    with pytest.raises(SystemExit) as stopped, train.Signals(UnderWay()) as signals:
+        with signals.held():
+            signal.raise_signal(signal.SIGTERM)
+            finished = True
+        raise AssertionError("the run must have stopped")
+    assert finished
+    assert stopped.value.code == 143
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path, capsys):
