@@ -755,6 +755,7 @@ def compare_costs(asked):
     share of it, and the paper's figures beside."""
     what, values = growth(asked)
     size = asked.size or "base"
+    one_of("--size", size, SIZES)
     # All names and values are checked before the first of them is measured.
     runs = []
     for name in asked.cost:

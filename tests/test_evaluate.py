@@ -936,7 +936,7 @@ def test_saved_bytes_are_what_is_alive_after_the_forward_pass(method, flags):
                              "--device", "cpu", *flags])
     trial = evaluate.set_up(args, "meta", batch=1)
     model = trial.model
-    before = [*model.parameters(), *model.buffers(), *trial.inputs]
+    before = [*model.parameters(), *model.buffers(), *trial.inputs.values(), trial.boxes]
     own = {evaluate.storage_address(tensor) for tensor in before}
     with Created() as created:
         loss = evaluate.training_loss(trial, args)
@@ -970,10 +970,11 @@ def test_the_pairs_of_the_last_stage_are_counted():
     """The last phase of the training has pairs in all layers; an evaluation has them merged."""
     assert cost("m2ist/I/lora")["encoder_tunable"] == 2_365_440
     assert cost("hivg/3/4")["encoder_tunable"] == 40_768_512
-    trial = evaluate.set_up(arguments("hivg/3/4", "--size", "base"), "meta", batch=1)
+    args = arguments("hivg/3/4", "--size", "base")
+    trial = evaluate.set_up(args, "meta", batch=1)
     assert trial.model.stage == 3
     assert len(hilora.find_pairs(trial.model)) > 0
-    evaluate.evaluation_step(trial)
+    evaluate.evaluation_step(trial, args)
     assert len(hilora.find_pairs(trial.model)) == 0
 
 
@@ -982,8 +983,8 @@ def test_macs_of_hivg_beside_the_papers():
     three bridges and no such head."""
     ours = cost("hivg/3/4")["macs"]
     four = cost("hivg/3/4", "--bridge-layers", "1", "4", "8", "12")["macs"]
-    assert round(ours / 1e9, 2) == 31.47
-    assert round(four / 1e9, 2) == 33.11
+    assert round(ours / 1e9, 2) == 30.67
+    assert round(four / 1e9, 2) == 32.31
     assert f"{ours / 1e9:.2f} G" in RESULTS
 
 
@@ -1014,7 +1015,9 @@ def test_the_command_prints_costs_with_shares_of_full_and_the_papers_figures(tmp
     assert json.loads(path.read_text()) == results
     assert [row["method"] for row in results] == ["m2ist/I/full", "m2ist", "hivg/3/2"]
     assert set(results[0]) == {"method", "size", "total", "trainable", "encoder_tunable", "macs",
-                               "saved_bytes", "train_step_s", "eval_s", "batch"}
+                               "saved_bytes", "batch", "saved_bytes_here", "peak_bytes",
+                               "train_step_s", "train_samples_per_second", "eval_s",
+                               "eval_samples_per_second"}
     for row in results:
         assert 0 < row["eval_s"] < row["train_step_s"]
         assert row["batch"] == 1

@@ -338,10 +338,11 @@ def test_both_models_have_the_same_methods(name):
 
 
 def test_the_text_is_an_optional_argument_of_encode_image():
-    """encode_image(images, image_padding, text=None)."""
+    """encode_image(images, image_padding, text=None, picture=None)."""
     parameters = inspect.signature(m.DetrBert.encode_image).parameters
-    assert list(parameters) == ["self", "images", "image_padding", "text"]
+    assert list(parameters) == ["self", "images", "image_padding", "text", "picture"]
     assert parameters["text"].default is None
+    assert parameters["picture"].default is None
 
 
 @pytest.mark.parametrize("method", ON_DETR + ON_CLIP)
