@@ -1123,7 +1123,7 @@ def picture_sizes(samples):
     """Return {image: (width, height)} of all pictures of a list of Sample."""
     images = sorted({sample.image for sample in samples})
     sizes = {}
-    for image in tqdm(images, "reading each picture's size", leave=False):
+    for image in tqdm(images, "reading each picture's size", leave=False, disable=None):
         sizes[image] = header_size(image)
     return sizes
 
@@ -1910,7 +1910,7 @@ def unpack_files(archive, folder, names):
             if name in names:
                 members[name] = member
 
-        for name, member in tqdm(members.items(), f"unpacking {archive.name}"):
+        for name, member in tqdm(members.items(), f"unpacking {archive.name}", disable=None):
             content = file.read(member)   # this also compares the checksum
             write_atomically(folder / name, functools.partial(write_bytes, content=content))
 
@@ -1985,7 +1985,7 @@ def add_case(faults, fault, case):
 
 def open_pictures(images, sizes, faults):
     """Open each picture that is not in `sizes` yet, and note its size there or the fault."""
-    for image in tqdm(sorted(images - set(sizes)), "opening each picture", leave=False):
+    for image in tqdm(sorted(images - set(sizes)), "opening each picture", leave=False, disable=None):
         try:
             sizes[image] = load_picture(image).size
         except InputError as error:

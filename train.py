@@ -10,6 +10,7 @@
 
 The folder --out receives
     args.json          every option of the run, the versions of the packages
+    lock               which process trains here now, or did so last
     log.jsonl          an object for each epoch, and each --log-every steps
     best.safetensors   the tuned weights of the best epoch, for evaluate.py
     last.pt            everything that --resume needs
@@ -88,6 +89,8 @@ import importlib.metadata
 import json
 import math
 import os
+import platform
+import shutil
 import signal
 import sys
 import threading
@@ -164,9 +167,10 @@ RUN_OPTIONS = [
            choices=SIZES),
     Option("row", str, "run", "Run this row of the papers' tables, m2ist/V/b say; `list` lists "
            "them.", "the papers' tables"),
-    Option("out", str, "run", "Folder of the run; runs/DATASET-METHOD-SEED if not given.", "ours"),
-    Option("resume", bool, "run", "Continue the run in --out, with its own options.", "ours",
-           default=False),
+    Option("out", str, "run", "Folder of the run; if not given, runs/DATASET-METHOD-SEED and all "
+           "flags that change what is computed.", "ours"),
+    Option("resume", bool, "run", "Continue the run in --out, with its own options; --epochs N "
+           "makes it longer.", "ours", default=False),
     Option("save_minutes", float, "run", "Write last.pt within an epoch, too, after so many minutes.",
            "ours", default=10.0, at_least=0),
     Option("log_every", int, "run", "Write a line to log.jsonl each N steps, too.", "ours",
@@ -232,7 +236,9 @@ RUN_OPTIONS = [
 
 OPTIONS = {option.name: option for option in [*RUN_OPTIONS, *MODEL_OPTIONS]}
 GROUPS = ("run", "data", "weights", "training", "M²IST", "HiVG", "losses", "machine")
-# Options that a resumed run may change.
+CHANGES_A_ROW = ("weights", "training", "M²IST", "HiVG", "losses")    # groups, see `title`
+# Options that change nothing of what a run computes, apart from the last bits of its sums. A resumed
+# run may change them.
 MAY_CHANGE = ("device", "workers", "save_minutes", "log_every", "resume", "out")
 
 
@@ -310,19 +316,16 @@ def parse_args(argv=None):
         print_rows()
         sys.exit()
 
-    saved = None
+    out = given.get("out") or default_out(given)
     if given.get("resume"):
-        saved = read_args(Path(given.get("out") or default_out(given)))
-    if saved is None:
-        args = resolve(given)
-        args.resume = False
-    else:
+        saved = read_args(Path(out))
         refuse_changes(given, saved)
         # A run that an older version of this file began may lack the newest options.
         defaults = {option.name: option.default for option in OPTIONS.values()}
         args = argparse.Namespace(**{**defaults, **saved, **given})
-    if args.out is None:
-        args.out = default_out(given)
+    else:
+        args = resolve(given)
+    args.out = out
 
     if asks_for_help:
         build_parser(args).print_help()
@@ -332,11 +335,24 @@ def parse_args(argv=None):
 
 
 def default_out(given):
-    """runs/DATASET-METHOD-SEED, or with the row's name where a row is given."""
+    """runs/DATASET-METHOD-SEED, or with the row's name where a row is given. The other flags that
+    change what a run computes follow, so that runs which differ have folders that differ."""
     datasets = given.get("dataset", OPTIONS["dataset"].default).split(",")
     stems = ",".join(Path(dataset).stem for dataset in datasets)
     name = given.get("row") or given.get("method") or OPTIONS["method"].default
-    return f"runs/{stems}-{name.replace('/', '-')}-{given.get('seed', 0)}"
+    parts = [stems, name.replace("/", "-"), str(given.get("seed", 0))]
+    said = (*MAY_CHANGE, "dataset", "row", "method", "seed", "root")
+    for flag in OPTIONS:
+        if flag in given and flag not in said:
+            parts.append(f"{flag}={short(given[flag])}")
+    return "runs/" + "-".join(parts)
+
+
+def short(value):
+    """The value of a flag as a part of a folder's name."""
+    if isinstance(value, list):
+        return "+".join(str(part) for part in value) or "none"
+    return Path(str(value)).name    # of a file, the name alone
 
 
 def recipe(method, size, dataset):
@@ -373,6 +389,10 @@ def resolve(given):
     if size is None:
         size = "tiny" if dataset == "shapes" else "base"
     row = row_options(given["row"], size) if "row" in given else {}
+    for name, value in row.items():
+        if given.get(name, value) != value:
+            raise InputError(f"--row {given['row']} has {name} {value}: leave out "
+                             f"--{name.replace('_', '-')}, or leave out --row and give its flags")
     method = given.get("method") or row.get("method") or OPTIONS["method"].default
     one_of("--method", method, METHODS)
 
@@ -425,12 +445,34 @@ def check_device(device):
 
 
 def refuse_changes(given, saved):
-    """Refuse flags that contradict the run that is to be resumed."""
+    """Refuse flags that contradict the run that is to be resumed. A run may be made longer, unless
+    it has stages, whose epochs would come later."""
     for name, value in given.items():
-        if name not in MAY_CHANGE and value != saved.get(name):
-            raise InputError(f"--{name.replace('_', '-')} is {value}, but the run in --out has "
-                             f"{saved.get(name)}: leave the flag out to resume the run, or start a "
-                             f"new run in another --out")
+        if name in MAY_CHANGE or value == saved.get(name):
+            continue
+        if name == "epochs" and not saved.get("stages") and value > saved[name]:
+            print(f"the run goes on to epoch {value}; up to now its end was {saved[name]}. From here "
+                  f"on its rates are those of a run of {value} epochs, which with --schedule cosine "
+                  f"are higher at first than the last ones were")
+            continue
+        raise InputError(f"--{name.replace('_', '-')} is {value}, but the run in --out has "
+                         f"{saved.get(name)}: leave the flag out to resume the run, or start a "
+                         f"new run in another --out")
+
+
+def title(args):
+    """The row of a run, or else its method. Of a row, with the flags that depart from it."""
+    if args.row is None:
+        return args.method
+    row = resolve({"row": args.row, "size": args.size, "dataset": args.dataset})
+    changed = []
+    for option in OPTIONS.values():
+        departs = getattr(args, option.name) != getattr(row, option.name)
+        if option.group in CHANGES_A_ROW and departs:
+            changed.append(f"{option.name} {shown(option, args)}")
+    if not changed:
+        return args.row
+    return f"{args.row} changed ({', '.join(changed)})"
 
 
 def print_recipe(args):
@@ -542,8 +584,10 @@ def fit(model, args, train_loader, val_loader):
     phases = plan(args)
     steps = len(train_loader)
     done = run.progress.epoch * steps + run.progress.step
+    # A file would be filled with bars; lines of the log go there instead.
+    silent = rank() > 0 or not sys.stderr.isatty()
     with (tqdm(total=phases[-1].last * steps, initial=done, desc=args.method, unit="step",
-               disable=rank() > 0) as bar, Signals(run) as signals):
+               disable=silent) as bar, Signals(run) as signals):
         for phase in phases:
             if run.progress.is_over(phase):
                 continue
@@ -604,6 +648,8 @@ def train_epoch(run, loader, phase, bar, signals):
                                      **rates(run.optimizer), **recent.read(),
                                      **recent.speed(args.device)})
                 write_log(run)
+                if bar.disable:
+                    print_line(progress.log[-1])
                 recent = Means()
             progress.whole = whole.state()
             progress.recent = recent.state()
@@ -1045,7 +1091,7 @@ def load_splits(args):
     tell_outside("val", data.boxes_outside(val_samples), "misses", args)
     data.check_decodable(val_samples)
 
-    print(f"{args.method} {args.size} on {args.dataset}: {len(train_samples)} expressions to train "
+    print(f"{title(args)} {args.size} on {args.dataset}: {len(train_samples)} expressions to train "
           f"on ({len(listed) - len(with_area)} left out, without area), {len(val_samples)} to "
           f"validate; leaky pretraining {leaky_pretraining(args)}")
     return train_samples, val_samples
@@ -1268,27 +1314,30 @@ def read_last(path, frozen):
 
 
 def read_args(out):
-    """The options of the run in a folder, or None if there is no run yet."""
+    """The options of the run in a folder: {name: value}. A run that was stopped before its first
+    last.pt begins again with them."""
     path = out / "args.json"
+    if not path.is_file():
+        raise InputError(f"--resume: {out} holds no run, as there is no args.json in it; leave "
+                         f"--resume out to start one there")
     try:
-        return json.loads(path.read_text())["args"]
-    except (FileNotFoundError, NotADirectoryError):    # killed before its first write
-        print(f"--resume: nothing to go on with in {out} yet, starting a new run")
-        return None
-    except (ValueError, KeyError):
+        saved = json.loads(path.read_text())["args"]
+        saved["method"]
+    except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: not what train.py writes; start a new run in another "
                          f"--out") from None
+    return saved
 
 
 def write_args(out, args):
-    """Make the folder of a new run, and write args.json."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Write args.json."""
     environment = {name: importlib.metadata.version(name)
                    for name in ("torch", "torchvision", "transformers")}
     environment["device"] = "cpu"
     if "cuda" in args.device:
         environment["device"] = torch.cuda.get_device_name(args.device)
-    text = json.dumps({"args": vars(args), "environment": environment}, indent=1)
+    options = {**vars(args), "resume": False}
+    text = json.dumps({"args": options, "environment": environment}, indent=1)
 
     def write(partial):
         partial.write_text(text)
@@ -1296,17 +1345,53 @@ def write_args(out, args):
     write_once(out / "args.json", write)
 
 
-def check_out(out, resume):
-    """Refuse a folder that cannot be made, or that holds another run."""
+@contextlib.contextmanager
+def claim(args):
+    """Hold the folder --out for this process alone. What another run has left there is refused
+    before any slow work, and what a killed run has half written is removed."""
+    out = Path(args.out)
     for path in (out, *out.parents):
         if path.exists() and not path.is_dir():
             raise InputError(f"--out {out}: {path} is a file, not a folder")
-    if resume or not out.exists():
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "a+") as lock:
+        hold(lock, out)
+        check_out(out, args.resume)
+        for partial in out.glob("*.partial"):
+            partial.unlink()
+        try:
+            yield
+        finally:
+            if os.listdir(out) == ["lock"]:    # a flag or a file was wrong, and no run was begun
+                shutil.rmtree(out, ignore_errors=True)
+
+
+def hold(lock, out):
+    """Lock an open file for as long as it is open and this process lives."""
+    if sys.platform == "win32":
+        return    # which has no such lock
+    import fcntl
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):    # the two that systems have for it
+        lock.seek(0)
+        raise InputError(f"--out {out} is in use by {lock.read().strip()}: wait for that run, or "
+                         f"give another --out") from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {platform.node()}\n")
+    lock.flush()
+
+
+def check_out(out, resume):
+    """Refuse a new run in a folder that holds another one, or anything else. A run that was stopped
+    before its first epoch may have left args.json alone, and it is begun anew."""
+    if resume:
         return
-    for path in out.iterdir():
-        if path.suffix != ".partial":
-            raise InputError(f"--out {out} already holds a run: give another --out, or --resume to "
-                             f"go on with it")
+    for path in sorted(out.iterdir()):
+        if path.name in ("args.json", "lock") or path.suffix == ".partial":
+            continue
+        raise InputError(f"--out {out} already holds {path.name}: give another --out, or --resume "
+                         f"to go on with the run there")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1452,14 +1537,20 @@ def print_rows():
 # ---------------------------------------------------------------------------------------------
 
 def main(argv=None):
-    began = time.time()
     args = parse_args(argv)
     join_processes(args)
     set_precision(args)
+    with contextlib.ExitStack() as held:
+        if rank() == 0:
+            held.enter_context(claim(args))
+        wait_for_all()
+        train_model(args)
+
+
+def train_model(args):
+    """Train the model of a run, and look at what it has learnt."""
+    began = time.time()
     out = Path(args.out)
-    if rank() == 0:
-        check_out(out, args.resume)
-    wait_for_all()
     print_recipe(args)
     train_samples, val_samples = load_splits(args)
 
@@ -1472,9 +1563,7 @@ def main(argv=None):
     if val_samples:
         # What fits on the device in training fits in evaluation, too.
         val_loader = make_loader(val_samples, model, args, batch_size=args.micro_batch)
-
-    if not args.resume:
-        write_args(out, args)
+    write_args(out, args)
     fit(model, args, train_loader, val_loader)
 
     best = out / "best.safetensors"

@@ -359,8 +359,8 @@ HIVG = ["--method", "hivg"]
     ([*HIVG, "--stage-epochs", "0", "--epochs", "2"], ["--stages 3", "--stage-epochs"]),
     (["--method", "lora", "--epochs", "1", "--stages", "2"], ["--stages 2", "--epochs"]),
     (["--row", "hivg/5/2", "--stages", "1"], ["the last stage is 2", "--stages is 1"]),
-    (["--row", "hivg/4/7", "--text-layers", "1", "2"],
-     ["3 bridges need as many text layers, not 2"]),
+    (["--row", "hivg/4/7", "--bridge-layers", "1", "2"],
+     ["2 bridges need as many text layers, not 3"]),
     # Options of other methods
     (["--stages", "2"], ["--stages", "m2ist"]),
     (["--rank", "8"], ["--rank", "m2ist"]),
@@ -375,7 +375,10 @@ HIVG = ["--method", "hivg"]
     # Rows
     (["--row", "m2ist/V/z"], ["m2ist/V/z", "--row list"]),
     (["--row", "hivg/3/1", "--size", "large"], ["hivg/3/1", "base and tiny"]),
-    (["--row", "m2ist/V/b", "--method", "hivg"], ["--attention-port", "hivg"]),
+    (["--row", "m2ist/V/b", "--method", "hivg"], ["--row m2ist/V/b has method m2ist",
+                                                  "leave out --method"]),
+    (["--row", "m2ist/V/b", "--ffn-port", "vea"], ["--row m2ist/V/b has ffn_port lea",
+                                                   "leave out --ffn-port"]),
     # Files and machines
     (["--dataset", "gone.jsonl"], ["gone.jsonl", "no such file"]),
     (["--out", __file__], ["test_options.py", "is a file"]),

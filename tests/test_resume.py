@@ -1,5 +1,7 @@
 """train.py after an interruption: a resumed run ends as an uninterrupted one, bit by bit."""
+import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,9 +69,9 @@ def test_a_run_that_dies_at_any_write_resumes_to_the_same_weights(tmp_path, monk
     dead = tmp_path / "dead"
     die(monkeypatch, Dying(write), dead)
 
-    # Before args.json is written, nothing is known of the run but its folder.
-    flags = FAST if write == 1 else []
-    train.main([*flags, "--out", str(dead), "--resume"])
+    # Before args.json is written, there is no run to be resumed.
+    flags = FAST if write == 1 else ["--resume"]
+    train.main([*flags, "--out", str(dead)])
 
     assert_same_run(m2ist_run, dead)
     resumed, _ = evaluate.load_checkpoint(dead)
@@ -263,11 +265,51 @@ def test_a_finished_run_is_not_trained_again(tmp_path, capsys):
     assert {name: (out / name).read_bytes() for name in names} == before
 
 
-def test_resume_without_a_run_starts_one(tmp_path, capsys):
-    """--resume can stand in a command that is always the same, in the first run too."""
-    out = run(tmp_path / "a", "--epochs", "1", "--resume")
-    assert "starting a new run" in capsys.readouterr().out
-    assert len(read_log(out)) == 1
+def test_resume_of_a_folder_without_a_run_is_refused(tmp_path):
+    """A mistyped --out must not become a new run."""
+    (tmp_path / "empty").mkdir()
+    for out in (tmp_path / "empty", tmp_path / "gone"):
+        with pytest.raises(InputError, match=f"--resume: {out} holds no run.*leave --resume out"):
+            run(out, "--resume")
+    assert list(tmp_path.iterdir()) == [tmp_path / "empty"]
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_a_folder_with_args_json_alone_can_be_started_again(tmp_path):
+    """A run may be killed between its first file and its first last.pt. Either command begins it
+    again, --resume with the options of the run."""
+    whole = run(tmp_path / "whole", "--epochs", "1")
+    for flags in (["--resume"], [*FAST, "--epochs", "1"]):
+        out = tmp_path / flags[0]
+        out.mkdir()
+        shutil.copy(whole / "args.json", out)
+        train.main(["--out", str(out), *flags])
+        assert computed(out) == computed(whole)
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path, capsys):
+    """With the schedule `step`, whose rates do not depend on the end of the run, a run that is made
+    longer is the run that was long from the start. The change stays in args.json."""
+    flags = ["--schedule", "step", "--lr-drop", "9"]
+    whole = run(tmp_path / "whole", *flags, "--epochs", "2")
+    out = run(tmp_path / "a", *flags, "--epochs", "1")
+    capsys.readouterr()
+    train.main(["--out", str(out), "--resume", "--epochs", "2"])
+    said = capsys.readouterr().out
+    assert "the run goes on to epoch 2; up to now its end was 1" in said
+    assert "its rates are those of a run of 2 epochs" in said
+    assert_same_run(whole, out)
+    assert train.parse_args(["--out", str(out), "--resume"]).epochs == 2
+
+
+def test_a_run_cannot_be_made_shorter_and_one_in_stages_not_longer(tmp_path, hivg_run):
+    """Fewer epochs would leave out what is trained already. The stages of a run in stages would
+    begin later than they did."""
+    out = run(tmp_path / "a", "--epochs", "2")
+    with pytest.raises(InputError, match="--epochs is 1, but the run in --out has 2"):
+        train.main(["--out", str(out), "--resume", "--epochs", "1"])
+    with pytest.raises(InputError, match="--epochs is 9, but the run in --out has 2"):
+        train.main(["--out", str(hivg_run), "--resume", "--epochs", "9"])
 
 
 def test_a_resumed_run_may_change_what_makes_no_difference(tmp_path):
@@ -283,6 +325,7 @@ def test_a_run_of_an_older_version_gets_the_defaults_of_newer_options(tmp_path):
     saved = train.parse_args(FAST)
     del saved.weight_decay
     saved.out = str(tmp_path / "a")
+    (tmp_path / "a").mkdir()
     train.write_args(tmp_path / "a", saved)
     args = train.parse_args(["--out", str(tmp_path / "a"), "--resume"])
     assert args.weight_decay == 1e-4
@@ -306,13 +349,35 @@ def test_a_folder_that_holds_a_run_is_never_overwritten(tmp_path):
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+def claim(out, resume=False):
+    """The context in which a run has its folder."""
+    return train.claim(argparse.Namespace(out=str(out), resume=resume))
+
+
 def test_a_file_that_was_half_written_is_no_run(tmp_path):
-    """A folder that holds nothing but a .partial file takes a new run."""
-    (tmp_path / "args.json.1.partial").write_bytes(b"half")
-    train.check_out(tmp_path, resume=False)
+    """A folder that holds nothing but args.json and .partial files takes a new run, which removes
+    the latter."""
     (tmp_path / "args.json").write_bytes(b"whole")
-    with pytest.raises(InputError, match="already holds a run"):
-        train.check_out(tmp_path, resume=False)
+    (tmp_path / "last.pt.1.partial").write_bytes(b"half")
+    with claim(tmp_path):
+        assert sorted(os.listdir(tmp_path)) == ["args.json", "lock"]
+
+
+def test_a_folder_that_holds_anything_else_is_refused(tmp_path):
+    """A photo of the user's is no run, but it might be overwritten."""
+    (tmp_path / "val.png").write_bytes(b"mine")
+    with pytest.raises(InputError, match="already holds val.png: give another --out"):
+        with claim(tmp_path):
+            pass
+    assert (tmp_path / "val.png").read_bytes() == b"mine"
+
+
+def test_a_folder_in_which_no_run_was_begun_is_removed(tmp_path):
+    """A wrong flag may be found after the folder was made."""
+    with pytest.raises(InputError):
+        with claim(tmp_path / "a"):
+            raise InputError("a flag is wrong")
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_folder_of_a_run_cannot_be_a_file(tmp_path):
@@ -320,7 +385,33 @@ def test_a_folder_of_a_run_cannot_be_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "a"):
         with pytest.raises(InputError, match="file is a file, not a folder"):
-            train.check_out(out, resume=False)
+            with claim(out):
+                pass
+
+
+def test_two_runs_cannot_have_one_folder(tmp_path):
+    """While a run is under way, another process is told which process holds the folder. Afterwards
+    the folder is free, also if the process was killed."""
+    out = tmp_path / "a"
+    command = [sys.executable, str(ROOT / "train.py"), "--out", str(out), *FAST]
+    first = subprocess.Popen([sys.executable, "-c", HOLD, str(out)], stdout=subprocess.PIPE,
+                             cwd=ROOT, text=True)
+    assert first.stdout.readline() == "holding\n"
+    second = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert second.returncode == 2
+    assert second.stderr.startswith(f"error: --out {out} is in use by process {first.pid} on ")
+    first.kill()
+    first.wait()
+    with claim(out):
+        assert f"process {os.getpid()} on" in (out / "lock").read_text()
+
+
+HOLD = """
+import argparse, sys, time, train
+with train.claim(argparse.Namespace(out=sys.argv[1], resume=False)):
+    print("holding", flush=True)
+    time.sleep(60)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -341,6 +432,8 @@ def test_other_encoders_are_named(short_run, monkeypatch):
     ("last.pt", b"PK, the beginning of an archive", "last.pt: damaged"),
     ("args.json", b"{", "args.json: not what train.py writes"),
     ("args.json", b"{}", "args.json: not what train.py writes"),
+    ("args.json", b"[1]", "args.json: not what train.py writes"),
+    ("args.json", b'{"args": [1]}', "args.json: not what train.py writes"),
 ])
 def test_damaged_files_are_named(short_run, file, content, message):
     """A file that train.py cannot read gives one line with the name of the file."""
