@@ -312,6 +312,41 @@ def test_the_recipe_is_printed_a_group_a_line(capsys):
             assert f"{name} none" not in printed.get(option.group, [])
 
 
+# --- The name of a run ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags, folder", [
+    ([], "runs/shapes-m2ist-0"),
+    (["--seed", "3", "--workers", "2", "--save-minutes", "5"], "runs/shapes-m2ist-3"),
+    (["--epochs", "9", "--method", "hivg", "--stages", "0"], "runs/shapes-hivg-0-epochs=9-stages=0"),
+    (["--stages", "0", "--epochs", "9", "--method", "hivg"], "runs/shapes-hivg-0-epochs=9-stages=0"),
+    (["--method", "hivg", "--bridge-layers"], "runs/shapes-hivg-0-bridge_layers=none"),
+    (["--method", "hivg", "--stage-lr", "1e-3", "1e-4"],
+     "runs/shapes-hivg-0-stage_lr=0.001+0.0001"),
+    (["--row", "m2ist/V/b", "--beta", "1"], "runs/shapes-m2ist-V-b-0-beta=1.0"),
+    (["--size", "base", "--vision-weights", "weights/detr.pth", "--root", "data"],
+     "runs/shapes-m2ist-0-size=base-vision_weights=detr.pth"),
+])
+def test_runs_that_differ_have_folders_that_differ(flags, folder):
+    """A folder is named by dataset, method or row, seed, and every flag that changes what the run
+    computes, whatever the order of the flags."""
+    assert train.parse_args(flags).out == folder
+
+
+@pytest.mark.parametrize("flags, title", [
+    ([], "m2ist"),
+    (["--beta", "1"], "m2ist"),
+    (["--row", "m2ist/V/b"], "m2ist/V/b"),
+    (["--row", "m2ist/V/b", "--seed", "1", "--micro-batch", "8"], "m2ist/V/b"),
+    (["--row", "m2ist/V/b", "--beta", "1", "--text-layers", "1", "2"],
+     "m2ist/V/b changed (beta 1.0, text_layers 1 2)"),
+    (["--row", "hivg/3/1", "--weights", "random"], "hivg/3/1 changed (weights random)"),
+])
+def test_a_row_that_is_changed_by_flags_says_so(flags, title):
+    """A figure of another run must not stand under the name of a row."""
+    assert train.title(train.parse_args(flags)) == title
+
+
 # --- Bad input: exit status 2, one line, no traceback ---------------------------------------------
 
 HIVG = ["--method", "hivg"]

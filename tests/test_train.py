@@ -318,6 +318,15 @@ def test_the_log_has_a_line_each_log_every_steps(tmp_path):
         (3, 1), (3, 2), (3, 3), (3, None)]
 
 
+def test_a_redirected_log_has_lines_and_no_bars(tmp_path, capsys):
+    """A file gets a line each --log-every steps and each epoch; a terminal gets a bar instead."""
+    run(tmp_path / "a", "--epochs", "2", "--log-every", "2")
+    said = capsys.readouterr()
+    assert "step/s" not in said.err
+    steps = [line for line in said.out.splitlines() if line.startswith("epoch ")]
+    assert ["step 2 " in line for line in steps] == [True, False, True, False]
+
+
 def test_val_is_evaluated_in_micro_batches(tmp_path, monkeypatch):
     """What fits on the device in training fits in evaluation, too."""
     sizes = set()
