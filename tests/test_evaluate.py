@@ -1,5 +1,6 @@
 """evaluate.py: accuracy, one's own pictures, HiVG's released checkpoints, costs of methods."""
 import argparse
+import copy
 import functools
 import json
 import math
@@ -903,6 +904,38 @@ def test_no_side_network_saves_much_more_than_nothing(row):
     assert cost(f"m2ist/V/{row}")["saved_bytes"] - frozen <= 11 * 2 ** 20
 
 
+def saved_with(monkeypatch, method, **vision):
+    """The saved bytes of a method at size tiny, with other encoders: depth is how many times their
+    layers, the rest replaces what the vision tower has."""
+    depth = vision.pop("depth", 1)
+    detr = copy.deepcopy(m.SIZES["tiny"]["detr"])
+    detr["vision"].update(vision)
+    with monkeypatch.context() as patch:
+        patch.setitem(m.SIZES["tiny"], "detr", detr)
+        with evaluate.deeper_encoders("tiny", depth):
+            args = arguments(f"m2ist/I/{method}", "--size", "tiny")
+            return evaluate.count_cost(args)["saved_bytes"]
+
+
+def test_m2ist_saves_nothing_of_its_encoders(monkeypatch):
+    """Neither their depth nor their inner width changes what autograd keeps, but that each paired
+    layer has its adapters: those of twice the layers keep twice as much. Full fine-tuning keeps
+    more with either."""
+    frozen = saved_with(monkeypatch, "frozen")
+    assert saved_with(monkeypatch, "frozen", depth=3) == frozen
+    assert saved_with(monkeypatch, "frozen", hidden=512) == frozen
+
+    adapters_of_two = saved_with(monkeypatch, "m2ist") - frozen
+    adapters_of_four = saved_with(monkeypatch, "m2ist", depth=2) - frozen
+    adapters_of_six = saved_with(monkeypatch, "m2ist", depth=3) - frozen
+    assert adapters_of_six - adapters_of_four == adapters_of_four - adapters_of_two > 0
+    assert saved_with(monkeypatch, "m2ist", hidden=512) - frozen == adapters_of_two
+
+    full = saved_with(monkeypatch, "full")
+    assert saved_with(monkeypatch, "full", hidden=512) > full
+    assert saved_with(monkeypatch, "full", depth=2) > full
+
+
 def test_what_hivg_saves():
     """In the last stage, by the counts of the meta device, which has no fused attention: at most
     240 MB a sample; with each vision layer computed again at most 120 MB."""
@@ -1037,8 +1070,61 @@ def test_without_full_there_are_no_shares(capsys):
     assert "%" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("what, values, differs", [
+    ("batch", [1, 3], "batch"), ("side", [64, 96], "macs"), ("depth", [1, 2], "total"),
+    ("expressions", [1, 4], "saved_bytes_here")])
+def test_costs_grow_with_one_quantity(capsys, what, values, differs):
+    """--grow gives a row for each value, with its name, and its share of full at the same value."""
+    flags = ["--batch-size", "4"] if what == "expressions" else []
+    results = evaluated("--cost", "full", "m2ist", "--size", "tiny", "--grow", what,
+                        *map(str, values), *flags)
+    assert [row["method"] for row in results] == ["full", "full", "m2ist", "m2ist"]
+    assert [row["grow"][what] for row in results] == values + values
+    assert results[2][differs] != results[3][differs]
+
+    out = capsys.readouterr().out
+    for row, full in zip(results[2:], results[:2]):
+        share = row["saved_bytes_here"] / full["saved_bytes_here"]
+        assert re.search(rf"    {what} {row['grow'][what]}, batch .*\({share:.1%}\)", out)
+
+
+def test_sharing_a_picture_saves_what_its_encoder_keeps():
+    """Four samples need four, two or one vision tower, and full fine-tuning keeps as many."""
+    results = evaluated("--cost", "full", "--size", "tiny", "--batch-size", "4", "--grow",
+                        "expressions", "1", "2", "4")
+    four, two, one = [row["saved_bytes_here"] for row in results]
+    assert four - two == pytest.approx(2 * (two - one), rel=0.05)
+    assert two > one
+
+
+def test_growing_leaves_the_sizes_as_they_were():
+    """`deeper_encoders` changes the sizes only as long as it lasts."""
+    before = copy.deepcopy(m.SIZES)
+    with evaluate.deeper_encoders("tiny", 2):
+        assert m.SIZES["tiny"]["detr"]["vision"]["layers"] == 4
+    assert m.SIZES == before
+
+
+@pytest.mark.parametrize("amp", ["bf16", "tf32"])
+def test_costs_are_measured_in_the_precision_that_is_asked_for(amp):
+    """The exact count stays that of float32; bf16 keeps fewer bytes as executed."""
+    flags = ["--cost", "m2ist", "--size", "tiny", "--batch-size", "16"]
+    plain, = evaluated(*flags)
+    other, = evaluated(*flags, "--amp", amp)
+    assert other["saved_bytes"] == plain["saved_bytes"]
+    assert (other["saved_bytes_here"] < plain["saved_bytes_here"]) == (amp == "bf16")
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--cost", "nosuch"], "nosuch"),
+    (["--cost", "m2ist", "--grow", "width", "1"], "width.*batch, side, expressions, depth"),
+    (["--cost", "m2ist", "--grow", "batch"], "--grow batch: give one or more whole numbers"),
+    (["--cost", "m2ist", "--grow", "batch", "0"], "--grow batch 0: give"),
+    (["--cost", "m2ist", "--grow", "batch", "x"], "--grow batch x: give"),
+    (["--cost", "m2ist", "--grow", "batch", "2", "--batch-size", "2"], "contradict"),
+    (["--cost", "m2ist", "--grow", "side", "330"], "--image-size"),
+    (["--cost", "hivg", "--grow", "side", "320"], "--image-size"),
+    (["runs/x", "--grow", "batch", "2"], "--cost"),
     (["--cost", "m2ist/V/z"], "m2ist/V/z.*--row list"),
     ([], "--cost"),
     (["runs/x", "--cost", "m2ist"], "--cost"),

@@ -586,6 +586,110 @@ def test_without_bridges_the_text_does_not_reach_the_picture():
                        model.encode_image(images, image_padding, swapped).x)
 
 
+# --- What is computed once, or not at all ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_a_layer_computes_its_first_tokens_as_it_computes_all(pre_norm):
+    """With first=2, outputs and gradients are those of the first two tokens of the whole."""
+    torch.manual_seed(0)
+    layer = m.TransformerLayer(16, 4, 32, pre_norm=pre_norm).double()
+    x = torch.randn(3, 7, 16, dtype=torch.float64, requires_grad=True)
+    position = torch.randn(7, 16, dtype=torch.float64)
+    padding = torch.zeros(3, 7, dtype=torch.bool)
+    padding[1, 4:] = True
+    found = []
+    for first in (None, 2):
+        outputs = layer(x, padding, position, first=first)
+        outputs = [output[:, :2] for output in outputs]
+        weighted = sum((output * (k + 1)).sin().sum() for k, output in enumerate(outputs))
+        found.append([*outputs, *torch.autograd.grad(weighted, [x, *layer.parameters()])])
+    for whole, part in zip(*found):
+        torch.testing.assert_close(part, whole, rtol=0, atol=1e-12)
+
+
+def in_double(method, **options):
+    """A tiny model in float64, and the arguments of a batch of two pictures with five texts."""
+    model = tiny(method, **options).double()
+    images, image_padding, _, _ = inputs(2)
+    _, _, tokens, token_padding = inputs(5, text=12)
+    return model, images.double(), image_padding, tokens, token_padding
+
+
+def outputs_and_gradients(model, *batch, **options):
+    """Boxes, and scores where there are any, of a batch, and the gradients of all that is tuned."""
+    grounding = model(*batch, **options)
+    outputs = [grounding.boxes]
+    if grounding.scores is not None:
+        outputs.append(grounding.scores)
+    tuned = [p for p in model.parameters() if p.requires_grad]
+    weighted = sum((output * 3).sin().sum() for output in outputs)
+    gradients = torch.autograd.grad(weighted, tuned, allow_unused=True)
+    return outputs + [g for g in gradients if g is not None]
+
+
+@pytest.mark.parametrize("method", ["m2ist", "hivg"])
+def test_the_last_grounding_layer_needs_no_token_but_reg(method, monkeypatch):
+    """Boxes and gradients are those of a layer that computes all of its tokens."""
+    options = {"region_text": False} if method == "hivg" else {}
+    model, *batch = in_double(method, **options)
+    picture = torch.tensor([0, 0, 1, 1, 1])
+    found = outputs_and_gradients(model, *batch, picture)
+
+    asked = []
+    real = m.TransformerLayer.forward
+
+    def compute_all(layer, x, padding=None, position=None, context=None, first=None):
+        asked.append(first)
+        return real(layer, x, padding, position, context)
+
+    monkeypatch.setattr(m.TransformerLayer, "forward", compute_all)
+    whole = outputs_and_gradients(model, *batch, picture)
+    assert asked[-1] == 1 and set(asked[:-1]) == {None}
+    for one, other in zip(found, whole):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+def test_the_region_text_constraint_sees_all_tokens():
+    """In its training HiVG computes all tokens in the last layer; in evaluation [REG] alone."""
+    model, *batch = in_double("hivg")
+    seen = []
+    model.grounding.layers[-1].register_forward_hook(
+        lambda layer, arguments, output: seen.append(output[0].shape[1]))
+    for training in (True, False):
+        model.train(training)(*batch, torch.tensor([0, 0, 1, 1, 1]))
+    assert seen == [1 + 65 + 12, 1]    # [REG], [CLS] and 64 cells, the text
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("method", ["m2ist", "full", "cm-adapter", "clip-frozen", "hivg"])
+def test_texts_that_share_a_picture_are_as_if_each_had_its_own(method, training):
+    """Two pictures with five texts, and five pictures of which some are the same: boxes, scores and
+    gradients are equal."""
+    model, images, image_padding, tokens, token_padding = in_double(method)
+    model.train(training)
+    picture = torch.tensor([0, 0, 1, 1, 1])
+    shared = outputs_and_gradients(model, images, image_padding, tokens, token_padding, picture)
+    alone = outputs_and_gradients(model, images[picture], image_padding[picture], tokens,
+                                  token_padding)
+    assert len(shared) == len(alone)
+    for one, other in zip(shared, alone):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("method, layers", [("m2ist", 2), ("hivg", 1), ("clip-lora", 6)])
+def test_what_sees_no_text_runs_once_for_each_picture(method, layers):
+    """On DETR that is the whole vision tower; in HiVG the layers below the first bridge, in layer 2;
+    without bridges all layers."""
+    model, *batch = in_double(method)
+    tower = model.vision if method == "m2ist" else model.clip.vision
+    samples = []
+    for layer in tower.layers:
+        layer.register_forward_hook(lambda layer, arguments, output: samples.append(len(output[0])))
+    model.eval()(*batch, torch.tensor([0, 0, 1, 1, 1]))
+    assert samples == [2] * layers + [5] * (len(tower.layers) - layers)
+
+
 # --- A box depends on its own picture and text alone ----------------------------------------------
 
 
