@@ -497,12 +497,13 @@ class Means:
     """Means over the samples of some steps, and the speed of these steps. The arguments are what
     `state` returned, where a resumed run goes on with them."""
 
-    def __init__(self, sums=None, counts=None, samples=0, skipped=0, seconds=0.0):
+    def __init__(self, sums=None, counts=None, samples=0, skipped=0, seconds=0.0, waited=0.0):
         self.sums = dict(sums or {})        # {name: sum over the samples}
         self.counts = dict(counts or {})    # {name: how many samples have this value}
         self.samples = samples
         self.skipped = skipped              # steps without an update, see train_step
         self.began = time.time() - seconds
+        self.waited = waited                # seconds in which the loop waited for the next batch
 
     def add(self, values, samples):
         """Count values that are means over so many samples: {name: number}."""
@@ -517,12 +518,13 @@ class Means:
     def speed(self, device):
         """What these steps cost."""
         seconds = time.time() - self.began
-        return {"seconds": seconds, "samples_per_second": self.samples / seconds,
-                "peak_bytes": peak_bytes(device)}
+        return {"seconds": seconds, "seconds_waiting_for_data": self.waited,
+                "samples_per_second": self.samples / seconds, "peak_bytes": peak_bytes(device)}
 
     def state(self):
         return {"sums": self.sums, "counts": self.counts, "samples": self.samples,
-                "skipped": self.skipped, "seconds": time.time() - self.began}
+                "skipped": self.skipped, "seconds": time.time() - self.began,
+                "waited": self.waited}
 
 
 def peak_bytes(device):
@@ -626,7 +628,9 @@ def train_epoch(run, loader, phase, bar, signals):
     recent = Means(**progress.recent)
     run.parallel.train()
     set_epoch(loader, epoch, first=progress.step)
+    ready = time.time()
     for batch in loader:
+        waited = time.time() - ready
         # The schedule counts the steps of the phase; epochs count from 1 over the whole run.
         done = (epoch - 1 - phase.first) * len(loader) + progress.step
         factor = rate_factor(args, done, len(loader), phase.last - phase.first)
@@ -643,6 +647,7 @@ def train_epoch(run, loader, phase, bar, signals):
             for means in (whole, recent):
                 means.add(values, size)
                 means.skipped += not updated
+                means.waited += waited
             if progress.step % args.log_every == 0:
                 progress.log.append({"epoch": epoch, "phase": phase.name, "step": progress.step,
                                      **rates(run.optimizer), **recent.read(),
@@ -659,6 +664,7 @@ def train_epoch(run, loader, phase, bar, signals):
         bar.set_postfix_str(f"{phase.name}, epoch {epoch}, loss {means['train_loss']:.3f} "
                             f"acc {means['train_acc@0.5']:.3f}")
         bar.update()
+        ready = time.time()
 
     line = {"epoch": epoch, "phase": phase.name, **rates(run.optimizer), **whole.read(),
             **whole.speed(args.device)}

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-SPEED = {"seconds", "samples_per_second", "peak_bytes"}
+SPEED = {"seconds", "seconds_waiting_for_data", "samples_per_second", "peak_bytes"}
 
 
 def run(folder, out, flags):

@@ -29,7 +29,7 @@ def run(out, *flags):
 
 
 # What a line of the log says of the machine, and not of what was computed.
-SPEED = {"seconds", "samples_per_second", "peak_bytes"}
+SPEED = {"seconds", "seconds_waiting_for_data", "samples_per_second", "peak_bytes"}
 
 
 def inputs_of(batch):

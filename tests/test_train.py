@@ -1,6 +1,7 @@
 """train.py as a user meets it: whole runs, recipes and phases, checkpoints, people's datasets."""
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -316,6 +317,20 @@ def test_the_log_has_a_line_each_log_every_steps(tmp_path):
     train.main(["--out", str(out), "--resume", "--log-every", "1"])
     assert [(line["epoch"], line.get("step")) for line in read_log(out)[4:]] == [
         (3, 1), (3, 2), (3, 3), (3, None)]
+
+
+def test_the_log_says_how_long_the_loop_waited_for_data(tmp_path, monkeypatch):
+    """Three batches that take a tenth of a second each to load are waited for so long."""
+    real = data.GroundingDataset.__getitems__
+
+    def slow(dataset, indices):
+        if dataset.train:
+            time.sleep(0.1)
+        return real(dataset, indices)
+
+    monkeypatch.setattr(data.GroundingDataset, "__getitems__", slow)
+    line, = read_log(run(tmp_path / "a", "--epochs", "1"))
+    assert 0.3 <= line["seconds_waiting_for_data"] < line["seconds"]
 
 
 def test_a_redirected_log_has_lines_and_no_bars(tmp_path, capsys):
