@@ -183,9 +183,13 @@ def one_of(what, value, valid):
 
 
 def run_command(main):
-    """Run a command line. Wrong input gives one line on stderr and exit status 2, no traceback."""
+    """Run a command line. Wrong input gives one line on stderr and exit status 2, no traceback, and
+    Ctrl-C gives one line and exit status 130."""
     try:
         main()
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
     except (InputError, OSError) as error:
         # An error inside a worker of a DataLoader arrives as a whole traceback. Its last line
         # begins with "data.InputError: " and holds our message.
@@ -226,7 +230,8 @@ def write_and_rename(path, write):
 def write_text(path, text):
     """Write a text file by write_atomically."""
     def write(partial):
-        partial.write_text(text)
+        # Names of files may have bytes that are no text, which Python keeps as lone surrogates.
+        partial.write_text(text, encoding="utf-8", errors="replace")
 
     write_atomically(path, write)
 
@@ -1447,7 +1452,7 @@ def pretrained_wordpiece(name, vocabulary, flag):
     """Return transformers' tokenizer by a hub name or folder."""
     from transformers import AutoTokenizer   # importing transformers takes seconds
     try:
-        wordpiece = AutoTokenizer.from_pretrained(name)
+        wordpiece = AutoTokenizer.from_pretrained(name, local_files_only=not may_ask_hub(name))
         # Where its files are missing, transformers makes an empty tokenizer without a warning.
         if vocabulary and len(wordpiece) != vocabulary:
             raise ValueError(
@@ -1458,6 +1463,24 @@ def pretrained_wordpiece(name, vocabulary, flag):
         raise InputError(f"no tokenizer in {name} fits ({reason}): give a hub name or folder by "
                          f"{flag}, or take --weights random or --size tiny") from None
     return wordpiece
+
+
+def may_ask_hub(name):
+    """Return whether a folder is a hub name, and the hub answers. Without a network the hub's own
+    retries would take a minute, before its error comes."""
+    return not Path(name).exists() and hub_answers()
+
+
+@functools.lru_cache(maxsize=1)
+def hub_answers():
+    from huggingface_hub.constants import ENDPOINT
+    try:
+        urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=10).close()
+    except urllib.error.HTTPError:
+        return True   # an answer, too
+    except OSError:
+        return False
+    return True
 
 
 def shapes_wordpiece():

@@ -2,8 +2,11 @@
 
     python evaluate.py runs/shapes-m2ist-0
         accuracy on every split but train
+    python evaluate.py runs/refcoco-m2ist-0 --predictions boxes.jsonl
+        the same, and a line with the predicted box of each expression
     python evaluate.py runs/refcoco-m2ist-0 --image a.jpg --text "the red cup"
-        the box of an expression in a picture of one's own
+        the box of an expression in a picture of one's own, or in several pictures, or
+        in all pictures of a folder
     python evaluate.py best_checkpoint.pth --dataset refcoco --root data
         accuracy of a checkpoint that HiVG's authors released
     python evaluate.py --cost full m2ist m2ist/VII/a
@@ -91,13 +94,17 @@ def build_parser():
         help="Use only the first N expressions of each split (default: as in training).")
     add("--figures", metavar="DIR",
         help="Save a sheet of predictions of each split in this folder (default: none).")
-    add("--image", metavar="FILE",
-        help="Find --text in this picture, in place of a dataset (default: none).")
+    add("--predictions", metavar="FILE",
+        help="Write a line of JSON for each expression to this file: split, image, text, true box, "
+             "predicted box, IoU (default: none).")
+    add("--image", nargs="+", metavar="FILE",
+        help="Find --text in this picture, or in several, or in all pictures of a folder, in place "
+             "of a dataset (default: none).")
     add("--text", action="append", metavar="TEXT",
         help="An expression; may be given more than once (default: none).")
     add("--save", metavar="FILE",
-        help="Save the picture with its boxes and [REG]'s attention as this .png or .jpg "
-             "(default: none).")
+        help="Save the picture with its boxes and [REG]'s attention as this .png or .jpg; those of "
+             "several pictures in this folder (default: none).")
     add("--cost", nargs="+", metavar="METHOD",
         help="Compare the costs of methods or rows (`python train.py --row list` lists the "
              "rows), in place of a checkpoint.")
@@ -152,7 +159,8 @@ def check_combination(asked):
              "methods cost")
     if bool(asked.checkpoint) == bool(asked.cost):
         raise InputError(usage)
-    if asked.cost and (asked.image or asked.dataset or asked.split or asked.figures):
+    if asked.cost and (asked.image or asked.dataset or asked.split or asked.figures or
+                       asked.predictions):
         raise InputError(usage)
     if (asked.size or asked.grow) and not asked.cost:
         raise InputError(usage)
@@ -163,6 +171,9 @@ def check_combination(asked):
         raise InputError("--image and --text go together: give both of them")
     if asked.save and not asked.image:
         raise InputError("--save, --image and --text go together: --save needs the other two")
+    if asked.image and (asked.dataset or asked.split or asked.figures or asked.predictions):
+        raise InputError("--image takes the place of a dataset: leave out --dataset, --split, "
+                         "--figures and --predictions, or leave out --image")
     if asked.text:
         check_texts(asked.text)
 
@@ -174,17 +185,30 @@ def is_released(checkpoint):
 
 def make_folders(asked):
     """Make the folders of all results, before minutes are spent on what could not be written."""
-    for flag in ("json", "save"):
-        path = getattr(asked, flag)
-        if path is None:
-            continue
-        if Path(path).is_dir():
+    files = {"json": asked.json, "predictions": asked.predictions}
+    folders = {"figures": asked.figures}
+    if asked.save and shows_several(asked.image):
+        folders["save"] = asked.save
+    elif asked.save:
+        files["save"] = asked.save
+        if Path(asked.save).suffix.lower() not in (".png", ".jpg", ".jpeg"):
+            raise InputError(f"--save {asked.save}: give the name of a .png or .jpg file")
+
+    for flag, path in files.items():
+        if path is not None and Path(path).is_dir():
             raise InputError(f"--{flag} {path}: is a folder; give the name of a file")
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    if asked.save and Path(asked.save).suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        raise InputError(f"--save {asked.save}: give the name of a .png or .jpg file")
-    if asked.figures:
-        Path(asked.figures).mkdir(parents=True, exist_ok=True)
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+    for flag, path in folders.items():
+        if path is not None and Path(path).is_file():
+            raise InputError(f"--{flag} {path}: is a file; give the name of a folder")
+        if path is not None:
+            Path(path).mkdir(parents=True, exist_ok=True)
+
+
+def shows_several(images):
+    """Whether --image is more than one file, and its results then say which picture they are of."""
+    return len(images) > 1 or Path(images[0]).is_dir()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -198,15 +222,35 @@ def evaluate_dataset(model, args, asked):
 
     args: the options of the training, with what is asked here in place of them (merge_options)."""
     splits = {}
+    lines = []
     for split in chosen_splits(args, asked):
         samples = data.load_samples(args.dataset, split, args.root)[:args.limit]
-        splits[split] = evaluate_split(model, samples, args, split)
+        splits[split], predictions = evaluate_split(model, samples, args, split)
+        if asked.predictions:
+            lines += prediction_lines(split, samples, predictions, model.spec["image_size"])
         if asked.figures:
             path = Path(asked.figures) / f"{split.replace('/', '-')}.png"
             train.picture_predictions(model, data.spread(samples), args, path)
             print(f"{'':8}  {path}")
-    return {"dataset": args.dataset, "method": args.row or args.method,
+    if asked.predictions:
+        data.write_text(asked.predictions, "".join(lines))
+    return {"dataset": args.dataset, "limit": args.limit,
             "leaky_pretraining": train.leaky_pretraining(args), "splits": splits}
+
+
+def prediction_lines(split, samples, predictions, side):
+    """A line of JSON for each sample of a split. Boxes are (x1, y1, x2, y2) in pixels of the
+    picture. The IoU is the one that accuracy counts, in the padded square, where a true box that
+    juts out of its picture is whole.
+    side: of the padded square, in pixels"""
+    sizes = data.picture_sizes(samples)
+    lines = []
+    for sample, box, iou in zip(samples, predictions.boxes, predictions.ious.tolist()):
+        predicted = data.from_square(box, sizes[sample.image], side)
+        line = {"split": split, "image": sample.image, "text": sample.text,
+                "box": sample.box, "predicted": predicted, "iou": iou}
+        lines.append(json.dumps(line, ensure_ascii=False, default=str) + "\n")    # paths as str
+    return lines
 
 
 def chosen_splits(args, asked):
@@ -220,10 +264,11 @@ def chosen_splits(args, asked):
 
 
 def evaluate_split(model, samples, args, split):
-    """Print and return the results of one split."""
+    """Print the results of one split, and return them with the Predictions."""
     loader = train.make_loader(samples, model, args)
     began = time.time()
-    ious = train.predict(model, loader, args).ious
+    predictions = train.predict(model, loader, args)
+    ious = predictions.ious
     pictures = {sample.image_id for sample in samples}
     row = {**train.scores(ious), "expressions": len(samples), "images": len(pictures),
            "seconds": time.time() - began}    # of the whole pass, with the loading of pictures
@@ -231,7 +276,7 @@ def evaluate_split(model, samples, args, split):
           f"{row['expressions']:6} expressions of {row['images']} images in "
           f"{row['seconds']:.1f} s")
     print(f"{'':8}  {by_length(samples, ious)}")
-    return row
+    return row, predictions
 
 
 def by_length(samples, ious):
@@ -320,29 +365,60 @@ def collate_texts(spec, picture, texts):
     return data.collate(items, tokenizer.pad)
 
 
-def evaluate_image(model, args, asked):
-    """Print and return the boxes of --text in --image, rounded to a tenth of a pixel. Save the
-    tiles with boxes and attention if --save is given."""
-    picture = upright(asked.image)
-    with train.autocast(args):
-        located = ground_texts(model, picture, asked.text)
+def evaluate_images(model, args, asked):
+    """Print and return the boxes of --text in each picture of --image, rounded to a tenth of a
+    pixel. Save a drawing of each picture if --save is given."""
+    paths = find_images(asked.image)
+    several = shows_several(asked.image)
+    for path in paths:
+        data.header_size(path)    # a file that is no picture is named before minutes have passed
 
     results = []
-    for found in located:
-        line = {"text": found.text, "box": [round(v, 1) for v in found.box]}
-        print(json.dumps(line, ensure_ascii=False))
-        results.append(line)
+    for number, path in enumerate(paths, start=1):
+        picture = upright(path)
+        with train.autocast(args):
+            located = ground_texts(model, picture, asked.text)
+        for found in located:
+            line = {"text": found.text, "box": [round(v, 1) for v in found.box]}
+            if several:
+                line = {"image": without_undecodable_bytes(str(path)), **line}
+            print(json.dumps(line, ensure_ascii=False))
+            results.append(line)
 
-    if asked.save:
-        tiles = []
-        for number, found in enumerate(located, start=1):
-            boxes = [(found.box, data.PREDICTED)]
-            caption = data.caption_of(found.text, number, asked.save)
-            tiles.append(data.draw(picture, caption, boxes, found.attention, side=512))
-        legend = ["predicted", "attention"]
-        sheet = data.contact_sheet(tiles, legend, columns=min(len(tiles), 2))
-        data.write_picture(asked.save, sheet)
+        if asked.save and several:
+            # Pictures of several folders may have the same name; the number tells them apart.
+            save_drawing(Path(asked.save, f"{number:04}-{path.stem}.png"), picture, located)
+        elif asked.save:
+            save_drawing(asked.save, picture, located)
     return results
+
+
+def find_images(images):
+    """The pictures of --image: files as they are given, and of a folder all that Pillow can read by
+    their names."""
+    readable = Image.registered_extensions()
+    paths = []
+    for image in images:
+        path = Path(image)
+        if not path.is_dir():
+            paths.append(path)
+            continue
+        inside = [file for file in sorted(path.iterdir()) if file.suffix.lower() in readable]
+        if not inside:
+            raise InputError(f"--image {path}: there is no picture in this folder")
+        paths += inside
+    return paths
+
+
+def save_drawing(path, picture, located):
+    """Write a sheet with a tile for each expression that was located in a picture."""
+    tiles = []
+    for number, found in enumerate(located, start=1):
+        boxes = [(found.box, data.PREDICTED)]
+        caption = data.caption_of(found.text, number, path)
+        tiles.append(data.draw(picture, caption, boxes, found.attention, side=512))
+    legend = ["predicted", "attention"]
+    data.write_picture(path, data.contact_sheet(tiles, legend, columns=min(len(tiles), 2)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -388,16 +464,20 @@ def read_config(path):
     return config
 
 
+def defaults():
+    """The defaults of all options. An older checkpoint may lack the newest options."""
+    return {option.name: option.default for option in train.OPTIONS.values()}
+
+
 def merge_options(trained, asked):
     """The options of an evaluation, as a Namespace. Where several places have a value, a later one
     wins:
 
-    1. the defaults of the options, as an older checkpoint may lack the newest options;
+    1. the defaults of the options;
     2. the options of the training, from the checkpoint, but for the batch size;
     3. what is asked on the command line.
     """
-    options = {option.name: option.default for option in train.OPTIONS.values()}
-    options.update(trained)
+    options = {**defaults(), **trained}
     options["batch_size"] = DEFAULT_BATCH_SIZE
     for name, value in vars(asked).items():
         if name in options and value is not None:
@@ -483,7 +563,7 @@ def load_released(path, clip_weights=None):
     print(f"{path}: not used, {', '.join(unused)}", file=sys.stderr)
 
     args = train.resolve({"method": "hivg", "size": size, "dataset": "refcoco", **options})
-    return model.eval(), {"epoch": "released", "args": vars(args)}
+    return model.eval(), {"epoch": "released", "args": {**vars(args), "seed": None}}
 
 
 def read_released(path):
@@ -880,19 +960,25 @@ def evaluate_checkpoint(asked):
     model.to(args.device)
 
     if asked.image:
-        return evaluate_image(model, args, asked)
-    print(f"{args.row or args.method} {args.size} on {args.dataset}, epoch {config['epoch']}; "
+        return evaluate_images(model, args, asked)
+    # The name is that of the training, whatever is asked here.
+    title = train.title(argparse.Namespace(**{**defaults(), **config["args"]}))
+    print(f"{title} {args.size} on {args.dataset}, epoch {config['epoch']}; "
           f"leaky pretraining {train.leaky_pretraining(args)}")
-    return evaluate_dataset(model, args, asked)
+    found = evaluate_dataset(model, args, asked)
+    return {"checkpoint": asked.checkpoint, "method": title, "epoch": config["epoch"],
+            "seed": config["args"].get("seed"), **found}
 
 
 def main(argv=None):
     asked = parse_args(argv)
     make_folders(asked)
-    if asked.cost:
-        result = compare_costs(asked)
-    else:
-        result = evaluate_checkpoint(asked)
+    smaller = "--batch-size with a smaller number than now, or --amp bf16"
+    with train.memory_explained(asked.device, smaller):
+        if asked.cost:
+            result = compare_costs(asked)
+        else:
+            result = evaluate_checkpoint(asked)
     if asked.json:
         data.write_text(asked.json, json.dumps(result, indent=1) + "\n")
     return result

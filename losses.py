@@ -248,7 +248,8 @@ def region_text_loss(scores, mask, padding, focal=20.0, dice=2.0):
     alpha = torch.where(mask, 0.25, 0.75)
     cross_entropy = F.binary_cross_entropy_with_logits(scores, target, reduction="none")
     by_token = alpha * (1 - right) ** 2 * cross_entropy     # (B, N)
-    focal_loss = (by_token * real).sum(1) / real.sum(1)     # (B,)
+    tokens = real.sum(1).clamp(min=1)                       # a picture may be all padding
+    focal_loss = (by_token * real).sum(1) / tokens          # (B,)
 
     # Dice loss: one minus the overlap of the predicted region with the true one.
     overlap = (s * target * real).sum(1)

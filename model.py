@@ -160,7 +160,7 @@ import data
 import hilora
 from adapters import (ADAPTERS, BRIDGE_WEIGHTS, AdapterNetworks, CrossModalBridge, attend,
                       quick_gelu)
-from data import InputError, one_of
+from data import InputError, may_ask_hub, one_of
 from losses import RegionText
 
 # ---------------------------------------------------------------------------------------------
@@ -1364,10 +1364,42 @@ def import_weights(module, state, table, ignored, source):
     for name, value in wanted.items():
         if name in renamed and renamed[name].shape != value.shape:
             reshaped.append(f"{name} is {list(renamed[name].shape)}, {list(value.shape)} is needed")
+    refuse_architecture(source, renamed, wanted)
     refuse_keys(source, "missing", missing)
     refuse_keys(source, "unexpected", unexpected)
     refuse_keys(source, "of another shape", reshaped)
     module.load_state_dict(renamed)
+
+
+def refuse_architecture(source, found, wanted):
+    """Raise InputError if weights are those of a deeper, wider or narrower encoder than is needed."""
+    there = described(found)
+    needed = described(wanted)
+    if there and there != needed:
+        raise InputError(f"{source}: weights of another architecture: they have {there}, and the "
+                         f"model needs {needed}")
+
+
+def described(state):
+    """Depth and width of the encoders in a state dict of ours; empty where it has no layers."""
+    layers = {}    # {tower: the numbers of its layers}
+    widths = {}    # {tower: its width}
+    blocks = set()
+    for name, value in state.items():
+        layer = re.match(r"(text |vision |)layers (\d+) ", name.replace(".", " "))
+        block = re.match(r"backbone\.layer\d\.\d+", name)
+        if layer:
+            tower, number = layer.groups()
+            layers.setdefault(tower, set()).add(number)
+            if name.endswith("norm1.weight"):
+                widths[tower] = len(value)
+        elif block:
+            blocks.add(block[0])
+
+    parts = [f"a backbone of {len(blocks)} blocks"] if blocks else []
+    for tower, numbers in sorted(layers.items()):
+        parts.append(f"{len(numbers)} {tower}layers of width {widths.get(tower, 'unknown')}")
+    return ", ".join(parts)
 
 
 def our_name(key, table):
@@ -1467,7 +1499,7 @@ def load_hub(module, weights, flag, table, ignored):
     for key, value in state.items():
         if key not in other:
             taken[key.removeprefix(prefix)] = value
-    import_weights(module, taken, table, ignored, path)
+    import_weights(module, taken, table, ignored, f"{flag} {path}")
 
 
 def find_weights(weights, flag):
@@ -1476,9 +1508,11 @@ def find_weights(weights, flag):
     if Path(weights).is_file() or Path(weights).suffix in (".pth", ".pt"):
         return weights
     why = "no model.safetensors and no pytorch_model.bin there, or no connection to it"
+    offline = not may_ask_hub(weights)
     for name in ("model.safetensors", "pytorch_model.bin"):
         try:
-            path = cached_file(weights, name, _raise_exceptions_for_missing_entries=False)
+            path = cached_file(weights, name, local_files_only=offline,
+                               _raise_exceptions_for_missing_entries=False)
         except OSError as error:
             why = str(error).splitlines()[0]
             continue

@@ -90,6 +90,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -450,6 +451,8 @@ def refuse_changes(given, saved):
     for name, value in given.items():
         if name in MAY_CHANGE or value == saved.get(name):
             continue
+        if name == "micro_batch" and not saved.get("contrast"):
+            continue    # which changes HiVG's contrast, and nothing else
         if name == "epochs" and not saved.get("stages") and value > saved[name]:
             print(f"the run goes on to epoch {value}; up to now its end was {saved[name]}. From here "
                   f"on its rates are those of a run of {value} epochs, which with --schedule cosine "
@@ -685,7 +688,12 @@ def train_epoch(run, loader, phase, bar, signals):
 def seed_of_step(args, epoch, step):
     """The seed of a step's dropout. It depends on seed, epoch and step alone, so that a step is the
     same in a resumed run. Processes that train together differ."""
-    return ((args.seed * 100_003 + epoch) * 1_000_003 + step) * 1_009 + rank()
+    return in_range(((args.seed * 100_003 + epoch) * 1_000_003 + step) * 1_009 + rank())
+
+
+def in_range(seed):
+    """torch takes seeds of 64 bits; any whole number leads to one of them."""
+    return seed % 2 ** 63
 
 
 def train_step(model, batch, optimizer, scaler, args):
@@ -785,6 +793,23 @@ def evaluate_epoch(run, loader, phase):
     # A run that is killed before this line evaluates the epoch again.
     progress.evaluated = True
     save_last(run)
+
+
+@contextlib.contextmanager
+def memory_explained(device, smaller):
+    """Turn an error of too little memory, on any device, into one line.
+    smaller: the flags to try"""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # Python has a class for this error, torch one for each GPU and none for the CPU.
+        reason = str(error).partition("\n")[0]
+        words = "out of memory|not enough memory|allocate memory"
+        if not isinstance(error, MemoryError) and not re.search(words, reason):
+            raise
+        peak = peak_bytes(device) or 0
+        raise InputError(f"out of memory; the peak was {peak / 2 ** 30:.1f} GiB ({reason}): try "
+                         f"{smaller}") from None
 
 
 def set_precision(args):
@@ -1006,7 +1031,7 @@ def plan(args):
 def begin_phase(model, phase, args):
     """Put the pairs of the phase's stage in place, print what is trained, make the optimizer."""
     # The seed makes the start of A the same whenever the stage begins, in a resumed run too.
-    torch.manual_seed(args.seed * 100_003 + 50_000 + phase.stage)
+    torch.manual_seed(in_range(args.seed * 100_003 + 50_000 + phase.stage))
     model.begin_stage(phase.stage)
     parts = [f"{count:,} {group}" for group, count in tuned_groups(model).items()]
     tqdm.write(f"{phase.name} trains {'; '.join(parts)}")
@@ -1550,7 +1575,9 @@ def main(argv=None):
         if rank() == 0:
             held.enter_context(claim(args))
         wait_for_all()
-        train_model(args)
+        half = max(1, args.micro_batch // 2)
+        with memory_explained(args.device, f"--micro-batch {half}, or --amp bf16"):
+            train_model(args)
 
 
 def train_model(args):
@@ -1560,7 +1587,7 @@ def train_model(args):
     print_recipe(args)
     train_samples, val_samples = load_splits(args)
 
-    torch.manual_seed(args.seed)    # for the new weights of the model
+    torch.manual_seed(in_range(args.seed))    # for the new weights of the model
     model = build_model(**model_arguments(args)).to(args.device)
     print(f"parameters {count_parameters(model)}")
     tell_cut([*train_samples, *val_samples], make_tokenizer(model.spec))

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -115,9 +116,52 @@ def test_leaky_pretraining_is_beside_every_accuracy(runs, tmp_path, capsys):
     result = evaluated(runs["m2ist"], "--split", "val", "--limit", "8", "--json", path)
     assert "leaky pretraining False" in capsys.readouterr().out
     assert json.loads(path.read_text()) == result
-    assert set(result) == {"dataset", "method", "leaky_pretraining", "splits"}
+    assert set(result) == {"checkpoint", "method", "epoch", "seed", "dataset", "limit",
+                           "leaky_pretraining", "splits"}
     assert set(result["splits"]["val"]) == {"acc@0.5", "mean_iou", "expressions", "images",
                                             "seconds"}
+
+
+def test_the_file_of_predictions_has_every_number_that_is_printed(runs, tmp_path):
+    """A line for each expression of each split; accuracy and mean IoU follow from them alone. The
+    IoU of the two boxes is the one that is written, as on `shapes` no box juts out."""
+    path = tmp_path / "new" / "a.jsonl"
+    result = evaluated(runs["m2ist"], "--split", "val", "--split", "testB", "--limit", "40",
+                       "--predictions", path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for split, row in result["splits"].items():
+        samples = data.load_samples("shapes", split)[:40]
+        found = [line for line in lines if line["split"] == split]
+        assert [line["text"] for line in found] == [sample.text for sample in samples]
+        assert [line["image"] for line in found] == [sample.image for sample in samples]
+        assert [tuple(line["box"]) for line in found] == [sample.box for sample in samples]
+        ious = torch.tensor([line["iou"] for line in found])
+        assert row["acc@0.5"] == (ious >= 0.5).float().mean().item()
+        assert row["mean_iou"] == pytest.approx(ious.mean().item())
+        again = torchvision.ops.box_iou(torch.tensor([line["box"] for line in found]),
+                                        torch.tensor([line["predicted"] for line in found]))
+        # A box that reaches beyond the picture is cut there in the file, and at the square before
+        # it is measured.
+        inside = torch.tensor([min(line["predicted"]) > 0 for line in found])
+        assert torch.allclose(again.diagonal()[inside], ious[inside], atol=1e-4)
+        assert inside.any()
+
+
+def test_what_is_written_says_which_run_it_is_of(runs, tmp_path, capsys):
+    """--json has the checkpoint, its method, epoch, seed and limit. A row that was changed by flags
+    says so, here and on the screen."""
+    result = evaluated(runs["m2ist"], "--split", "val", "--limit", "8")
+    assert result["checkpoint"] == str(runs["m2ist"])
+    assert (result["method"], result["epoch"], result["seed"], result["limit"]) == ("m2ist", 1, 0, 8)
+
+    flags = ["--row", "m2ist/V/b", "--weights", "random", "--limit", "16", "--epochs", "1",
+             "--device", "cpu"]
+    train.main([*flags, "--out", str(tmp_path / "row")])
+    capsys.readouterr()
+    result = evaluated(tmp_path / "row", "--split", "val")
+    title = "m2ist/V/b changed (weights random, epochs 1)"
+    assert result["method"] == title
+    assert f"{title} tiny on shapes, epoch 1" in capsys.readouterr().out
 
 
 # --- The command line and the options of the training ---------------------------------------------
@@ -183,7 +227,7 @@ def test_a_file_of_another_kind_is_no_checkpoint(tmp_path):
 
 
 def look(capsys, out, image, *flags):
-    """The JSON lines that evaluate.py prints for a picture."""
+    """The JSON lines that evaluate.py prints for a picture. `flags` may begin with more pictures."""
     capsys.readouterr()
     evaluated(out, "--image", image, *flags)
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -356,8 +400,43 @@ def test_bytes_that_are_no_text_become_question_marks(runs, tmp_path, capsys):
     assert found["text"] == "caf?"
 
 
+def test_several_pictures_and_folders_are_located(runs, tmp_path, capsys):
+    """--image takes files and folders. Each line names its picture and has the box that the picture
+    has alone; --save is a folder then, in which no drawing replaces another."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number, name in enumerate(["b.png", "a.jpg"]):
+        data.render(number).save(pictures / name)
+    (pictures / "notes.txt").write_text("no picture")
+    data.render(2).save(tmp_path / "b.png")
+
+    flags = ["--text", "a", "--text", "b", "--save", tmp_path / "drawn"]
+    lines = look(capsys, runs["m2ist"], pictures, tmp_path / "b.png", *flags)
+    paths = [pictures / "a.jpg", pictures / "b.png", tmp_path / "b.png"]
+    assert [line["image"] for line in lines] == [str(path) for path in paths for _ in range(2)]
+    alone = look(capsys, runs["m2ist"], paths[1], "--text", "a", "--text", "b")
+    assert [line["box"] for line in lines[2:4]] == [line["box"] for line in alone]
+    assert "image" not in alone[0]
+    drawn = sorted(path.name for path in (tmp_path / "drawn").iterdir())
+    assert drawn == ["0001-a.png", "0002-b.png", "0003-b.png"]
+
+
+def test_a_broken_picture_among_several_is_named_before_the_first_is_located(runs, tmp_path, capsys):
+    """Minutes of other pictures are not lost to it."""
+    data.render(0).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="b.png"):
+        look(capsys, runs["m2ist"], tmp_path, "--text", "a")
+    assert capsys.readouterr().out == ""
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty: there is no picture in this folder"):
+        look(capsys, runs["m2ist"], tmp_path / "empty", "--text", "a")
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--image", "gone.jpg", "--text", "a"], "gone.jpg"),
+    (["--image", "DAMAGED", "--text", "a", "--split", "val"], "takes the place of a dataset"),
+    (["--image", "DAMAGED", "--text", "a", "--predictions", "p"], "takes the place of a dataset"),
     (["--image", "DAMAGED", "--text", "a"], "decoded"),
     (["--image", "a.jpg"], "go together"),
     (["--text", "a"], "go together"),

@@ -258,6 +258,22 @@ def test_region_text_loss_is_finite_for_huge_scores():
     assert scores.grad.isfinite().all()
 
 
+def test_region_text_loss_is_finite_where_a_picture_is_all_padding():
+    """Such a picture has no focal loss and no gradient, and the other picture has what it has
+    beside any other."""
+    torch.manual_seed(0)
+    scores = torch.randn(2, 6, requires_grad=True)
+    mask = torch.rand(2, 6) < 0.5
+    padding = torch.zeros(2, 6, dtype=torch.bool)
+    padding[0] = True
+    loss = losses.region_text_loss(scores, mask, padding)
+    loss.backward()
+    alone = losses.region_text_loss(scores[1:], mask[1:], padding[1:])
+    assert loss.item() == pytest.approx(alone.item() / 2, rel=1e-6)
+    assert torch.equal(scores.grad[0], torch.zeros(6))
+    assert scores.grad[1].isfinite().all() and scores.grad[1].abs().max() > 0
+
+
 def test_region_text_loss_ignores_padding():
     """A padded token has no gradient, and neither its score nor its mask changes the loss."""
     padding = torch.tensor([[False, False, True]])

@@ -1,4 +1,5 @@
 """The options of train.py: declared once, explained by --help, checked before anything is built."""
+import functools
 import re
 import subprocess
 import sys
@@ -452,6 +453,20 @@ def test_the_command_lines_exit_with_2(tmp_path, script, flags, word):
     assert done.stderr.startswith("error: ")
     assert word in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_before_the_first_step_is_one_line(tmp_path, monkeypatch, capsys):
+    """While pictures are checked and encoders are loaded, Ctrl-C leaves one line, the exit status of
+    the signal, and no folder that looks like a run. train.Signals takes over in the loop."""
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "build_model", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        run_command(functools.partial(run, tmp_path / "out"))
+    assert stop.value.code == 130
+    assert capsys.readouterr().err.split() == ["stopped"]
+    assert not (tmp_path / "out").exists()
 
 
 # --- The flags of evaluate.py ---------------------------------------------------------------------

@@ -25,6 +25,30 @@ pytestmark = pytest.mark.usefixtures("cpu_with_dropout")
 # --- Whole runs -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("seed", ["12345678901234567890", "-3"])
+def test_any_whole_number_is_a_seed(tmp_path, seed):
+    """Seeds of torch have 64 bits; what is derived from a longer one is brought into their range,
+    and still differs from the default's."""
+    out = run(tmp_path / "a", "--epochs", "1", "--limit", "32", "--seed", seed)
+    default = run(tmp_path / "b", "--epochs", "1", "--limit", "32")
+    assert read_log(out)[0]["train_loss"] != read_log(default)[0]["train_loss"]
+
+
+def test_too_little_memory_is_one_line(tmp_path):
+    """A model of a terabyte, a GPU that is full, and an array that numpy cannot have: the line has
+    the peak and what to try. Other errors stay as they are."""
+    with pytest.raises(InputError, match=r"^out of memory; the peak was \d+\.\d GiB .*you tried to "
+                                         r"allocate.*: try --micro-batch 8, or --amp bf16$"):
+        run(tmp_path / "a", "--bottleneck", "1000000000")
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), MemoryError()):
+        with pytest.raises(InputError, match="out of memory; .*: try less"):
+            with train.memory_explained("cpu", "less"):
+                raise error
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        with train.memory_explained("cpu", "less"):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
 def test_a_run_writes_what_its_docstring_says(m2ist_run):
     """A run leaves five files, and one line of the log for each epoch."""
     assert {path.name for path in m2ist_run.iterdir()} == {

@@ -1,5 +1,7 @@
 """Other people's weights: they give their outputs in our encoders, and are loaded key by key."""
 import argparse
+import http.server
+import threading
 
 import pytest
 import torch
@@ -351,6 +353,24 @@ def test_the_hubs_detr_is_the_official_one_by_other_names(tmp_path):
         assert torch.equal(value, found[name]), name
 
 
+def test_a_detr_with_another_backbone_is_refused_by_it(tmp_path):
+    """DETR with ResNet-101 has 33 blocks where ResNet-50 has 16."""
+    vision = base_encoder("vision", "meta")
+    state = {}
+    for name, value in vision.state_dict().items():
+        theirs = name.replace("backbone.", "backbone.0.body.")
+        state[theirs] = torch.empty_like(value, device="cpu")
+        if name.startswith("backbone.layer3.5."):
+            for number in range(6, 23):
+                more = theirs.replace("layer3.5.", f"layer3.{number}.")
+                state[more] = torch.empty_like(value, device="cpu")
+    backbone = {key: value for key, value in state.items() if key.startswith("backbone")}
+    torch.save(backbone, tmp_path / "r101.pth")
+    message = "they have a backbone of 33 blocks, and the model needs a backbone of 16 blocks, 6 lay"
+    with pytest.raises(InputError, match=message):
+        m.load_detr(vision, str(tmp_path / "r101.pth"))
+
+
 def test_a_folder_of_detr_that_is_wrong_is_refused(tmp_path):
     """A folder that is not there, and a key that is not in the file."""
     vision = base_encoder("vision", "meta")
@@ -435,6 +455,60 @@ def test_a_bert_folder_that_is_wrong_is_refused(bert_folder, tmp_path):
         load_bert(text, tmp_path)
     with pytest.raises(InputError, match="--text-weights FOLDER"):
         load_bert(text, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("config, found", [
+    (dict(num_hidden_layers=6, hidden_size=384), "6 layers of width 384"),
+    (dict(num_hidden_layers=24, hidden_size=1024, num_attention_heads=16),
+     "24 layers of width 1024")])
+def test_a_bert_of_another_architecture_is_refused_by_it(tmp_path, config, found):
+    """What the folder has and what is needed are said in one line, and not key by key."""
+    with torch.device("meta"):
+        bert = transformers.BertModel(transformers.BertConfig(**config))
+    state = {key: torch.empty_like(value, device="cpu") for key, value in bert.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    message = (f"^--text-weights .*model.safetensors: weights of another architecture: they have "
+               f"{found}, and the model needs 12 layers of width 768$")
+    with pytest.raises(InputError, match=message):
+        load_bert(base_encoder("text", "meta"), tmp_path)
+
+
+def test_without_a_network_the_hub_is_not_asked_again_and_again(monkeypatch):
+    """Its retries take a minute, so one question comes first; what the cache holds is still found.
+    A name that is a folder asks nobody."""
+    from huggingface_hub import constants
+    asked = []
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")    # where nobody listens
+    monkeypatch.setattr(transformers.utils, "cached_file",
+                        lambda *names, **options: asked.append(options["local_files_only"]))
+    data.hub_answers.cache_clear()
+    with pytest.raises(InputError, match="no bert-base-uncased as a folder or on the hub"):
+        m.find_weights("bert-base-uncased", "--text-weights")
+    assert asked == [True, True]
+    data.hub_answers.cache_clear()
+
+
+@pytest.mark.parametrize("status", [200, 404])
+def test_any_answer_of_the_hub_is_an_answer(monkeypatch, status):
+    """A hub that refuses the question is there."""
+    from huggingface_hub import constants
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        data.hub_answers.cache_clear()
+        assert data.may_ask_hub("bert-base-uncased")
+        assert not data.may_ask_hub(".")
+        server.shutdown()
+    data.hub_answers.cache_clear()
 
 
 # --- CLIP -----------------------------------------------------------------------------------------
