@@ -458,7 +458,7 @@ def test_the_command_lines_exit_with_2(tmp_path, script, flags, word):
 def test_ctrl_c_before_the_first_step_is_one_line(tmp_path, monkeypatch, capsys):
     """While pictures are checked and encoders are loaded, Ctrl-C leaves one line, the exit status of
     the signal, and no folder that looks like a run. train.Signals takes over in the loop."""
-    def interrupt(*_):
+    def interrupt(**_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "build_model", interrupt)
