@@ -118,7 +118,6 @@ Where this file differs from a paper or its released code ("code"):
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 
 def init_adapter(module):
@@ -585,14 +584,57 @@ def scaled_dot_product(q, k, v, mask, dropout, causal):
     """softmax(q kᵀ / √d) v, (B, heads, N, d), which never keeps the attention map (B, heads, N, M)
     for the backward pass.
 
-    The fused kernels of PyTorch keep no map. On a CPU there is no fused kernel with dropout on the
-    map, so there the attention alone is computed again in the backward pass, with the same random
-    numbers. (The meta device, on which costs are counted, has no fused kernels either.)
+    The fused kernels of PyTorch keep no map, but on a CPU none of them has dropout on the map. (On
+    the meta device, where costs are counted, there are none at all.)
     """
-    attention = F.scaled_dot_product_attention
-    if dropout > 0 and q.device.type in ("cpu", "meta"):
-        return checkpoint(attention, q, k, v, mask, dropout, causal, use_reentrant=False)
-    return attention(q, k, v, mask, dropout, causal)
+    if dropout > 0 and not causal and q.device.type in ("cpu", "meta"):
+        return DroppedAttention.apply(q, k, v, mask, dropout)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
+
+
+class DroppedAttention(torch.autograd.Function):
+    """dropout(P) v with P = softmax(q kᵀ / √d). The backward pass computes P and D = dropout(P)
+    again, with the same random numbers, in place of keeping them. For a gradient do of the output,
+    and ⊙ the product of elements:
+
+        dv = Dᵀ do
+        dS = D ⊙ (do vᵀ) - P ⊙ sum of D ⊙ (do vᵀ) over the keys, the gradient of q kᵀ / √d
+        dq = dS k / √d
+        dk = dSᵀ q / √d
+
+    q: (B, heads, N, d). k, v: (B, heads, M, d). mask: as in `attend`, or None.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, dropout):
+        ctx.dropout = dropout
+        ctx.random_state = torch.get_rng_state()
+        ctx.save_for_backward(q, k, v, mask)
+        _, D = DroppedAttention.maps(q, k, mask, dropout)
+        return D @ v
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do):
+        q, k, v, mask = ctx.saved_tensors
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(ctx.random_state)
+            P, D = DroppedAttention.maps(q, k, mask, ctx.dropout)
+        dv = D.mT @ do
+        dS = (do @ v.mT).mul_(D)
+        dS -= P.mul_(dS.sum(-1, keepdim=True))
+        scale = q.shape[-1] ** -0.5
+        return dS @ k * scale, dS.mT @ q * scale, dv, None, None
+
+    @staticmethod
+    def maps(q, k, mask, dropout):
+        """P and D, both (B, heads, N, M)."""
+        scores = (q * q.shape[-1] ** -0.5) @ k.mT
+        if mask is not None:
+            scores = scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+        P = scores.softmax(-1)
+        keep = torch.rand(P.shape, device=P.device) >= dropout
+        return P, (P * keep).div_(1 - dropout)
 
 
 # --- The bridge: HiVG Section 3.2 -----------------------------------------------------------------

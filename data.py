@@ -288,12 +288,16 @@ class ShapesSplit(NamedTuple):
 # The checksum covers the whole content of a scene. Each residue belongs to one split alone, so no
 # scene can appear in two splits.
 SHAPES_SPLITS = {
-    "train": ShapesSplit(first=0, scenes=8000, objects=(2, 5), residues=(3, 4, 5, 6, 7)),
+    # A few scenes have one object. Where it is can be learnt without knowing which one is meant.
+    "train": ShapesSplit(first=5_000_000, scenes=8000, objects=(1, 5), residues=(3, 4, 5, 6, 7)),
     "val": ShapesSplit(first=10_000_000, scenes=400, objects=(2, 5), residues=(0,)),
     # Like RefCOCO's, the two test splits differ: testA has few distractors, testB has many.
     "testA": ShapesSplit(first=20_000_000, scenes=400, objects=(2, 3), residues=(1,)),
     "testB": ShapesSplit(first=30_000_000, scenes=400, objects=(5, 7), residues=(2,)),
 }
+
+# assets/pretrain_tiny.py pretrains the tiny encoders on these scenes, which are in no split.
+PRETEXT = ShapesSplit(first=0, scenes=8000, objects=(2, 5), residues=(3, 4, 5, 6, 7))
 
 
 class Thing(NamedTuple):
@@ -344,7 +348,8 @@ def scene(number):
 
 def split_of_scene(number):
     """Return the split of `shapes` that a scene belongs to: the last one that has started."""
-    started = [split for split in SHAPES_SPLITS.values() if split.first <= number]
+    splits = [PRETEXT, *SHAPES_SPLITS.values()]
+    started = [split for split in splits if split.first <= number]
     return max(started, key=operator.attrgetter("first"))
 
 
@@ -529,6 +534,8 @@ def is_clearly_at_rank(rank, target, candidates, side):
 
 def by_relation(rng, things, target, named, candidates):
     """Single the target out by its position to an anchor: "the circle above the red square"."""
+    if len(things) == 1:
+        return None
     anchor = rng.choice([thing for thing in things if thing is not target])
     anchor_named = random_description(rng, anchor, Chances(colour=0.8, shape=0.9, size=0.4))
     side = SIDES[rng.choice(list(SIDES))]
@@ -607,8 +614,8 @@ def render(number):
 
 
 def shapes_samples(split):
-    """Return the list of Sample of one split of `shapes`."""
-    first, scenes, _, _ = SHAPES_SPLITS[split]
+    """Return the list of Sample of the scenes of a ShapesSplit."""
+    first, scenes, _, _ = split
     samples = []
     for number in range(first, first + scenes):
         _, things, expressions = scene(number)
@@ -913,7 +920,7 @@ def load_samples(dataset, split, root=None):
     """
     one_of(f"split of {dataset}", split, split_names(dataset, root))
     if str(dataset) == "shapes":
-        return shapes_samples(split)
+        return shapes_samples(SHAPES_SPLITS[split])
     return samples_by_split(dataset, root)[split]
 
 

@@ -361,7 +361,7 @@ def bottleneck(block, x):
     if block.downsample is not None:
         conv, norm = block.downsample
         x = convolve(conv, norm, x)
-    return F.relu(y + x, inplace=True)
+    return F.relu(y.add_(x), inplace=True)
 
 
 def convolve(conv, norm, x):

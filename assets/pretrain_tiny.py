@@ -76,8 +76,8 @@ def scene_item(encoders, number):
 
 
 def random_scenes(encoders):
-    """A random batch of scenes of `shapes`' train split, whose first number is 0."""
-    numbers = torch.randint(data.SHAPES_SPLITS["train"].scenes, (BATCH,))
+    """A random batch of scenes of data.PRETEXT, whose first number is 0."""
+    numbers = torch.randint(data.PRETEXT.scenes, (BATCH,))
     items = [scene_item(encoders, number) for number in numbers.tolist()]
     images, padding, owner, things = zip(*items)
     return SceneBatch(torch.stack(images), torch.stack(padding), torch.stack(owner), list(things))
@@ -130,15 +130,15 @@ class PretextVision(nn.Module):
 
 
 class PretextText(nn.Module):
-    """Say the words of a text of `shapes`' train split, of which 15% are masked, as for BERT. The
-    pictures of the texts are not used."""
+    """Say the words of a text about a scene of data.PRETEXT, of which 15% are masked, as for BERT.
+    The pictures of the texts are not used."""
 
     def __init__(self, encoder):
         super().__init__()
         self.encoder = encoder
         self.tokenizer = data.Tokenizer(model.SIZES["tiny"]["detr"]["max_tokens"])
         self.head = nn.Linear(encoder.word.embedding_dim, encoder.word.num_embeddings)
-        self.samples = data.load_samples("shapes", "train")
+        self.samples = data.shapes_samples(data.PRETEXT)
 
     def random_texts(self):
         """Tokens (B, T) of random texts, padded."""

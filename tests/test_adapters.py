@@ -554,41 +554,79 @@ def test_quick_gelu_is_x_times_a_sigmoid_and_keeps_x_alone():
     assert torch.autograd.gradcheck(adapters.quick_gelu, double)
 
 
-def test_attention_keeps_no_map_and_changes_no_bit():
-    """With dropout on a CPU, the attention is computed again in the backward pass with the same
-    random numbers; outputs, gradients and the random numbers that follow are the same."""
+def plain_attention(q, k, v, heads, padding, dropout):
+    """adapters.attend with dropout, as autograd would have it: with maps that are kept."""
+    q, k, v = [t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v)]
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    if padding is not None:
+        scores = scores.masked_fill(padding[:, None, None, :], -math.inf)
+    weights = scores.softmax(-1)
+    dropped = weights * (torch.rand(weights.shape) >= dropout) / (1 - dropout)
+    return (dropped @ v).transpose(1, 2).flatten(2)
+
+
+def random_attention(dtype, padded=True):
+    """q, k, v of 40 queries and 50 keys, and a padding that hides 20 keys of the second sample."""
     torch.manual_seed(0)
-    B, N, M, C, heads = 2, 40, 50, 16, 4
-    q = torch.randn(B, N, C, requires_grad=True)
-    k = torch.randn(B, M, C, requires_grad=True)
-    v = torch.randn(B, M, C, requires_grad=True)
-    padding = torch.zeros(B, M, dtype=torch.bool)
+    q = torch.randn(2, 40, 16, dtype=dtype, requires_grad=True)
+    k = torch.randn(2, 50, 16, dtype=dtype, requires_grad=True)
+    v = torch.randn(2, 50, 16, dtype=dtype, requires_grad=True)
+    padding = torch.zeros(2, 50, dtype=torch.bool)
     padding[1, 30:] = True
+    return (q, k, v), padding if padded else None
 
-    def plain():
-        """adapters.attend, as it would be without checkpointing."""
-        split = [t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v)]
-        mask = ~padding[:, None, None, :]
-        out = torch.nn.functional.scaled_dot_product_attention(*split, mask, 0.3)
-        return out.transpose(1, 2).flatten(2)
 
-    def ours():
-        return adapters.attend(q, k, v, heads, padding, dropout=0.3)
-
+@pytest.mark.parametrize("padded", [True, False])
+def test_attention_with_dropout_has_the_gradients_of_autograd(padded):
+    """With dropout on a CPU, the map is computed again in the backward pass with the same random
+    numbers. Outputs, gradients and the random numbers that follow are the same."""
+    tensors, padding = random_attention(torch.float64, padded)
     results = []
-    for attention in (plain, ours):
+    for attention in (plain_attention, adapters.attend):
         torch.manual_seed(7)
-        out = attention()
-        gradients = torch.autograd.grad(out.square().sum(), (q, k, v))
+        out = attention(*tensors, 4, padding, 0.3)
+        gradients = torch.autograd.grad(out.square().sum(), tensors)
         results.append([out, *gradients, torch.rand(5)])
     for expected, found in zip(*results, strict=True):
-        assert torch.equal(found, expected)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
-    def has_map(tensors):
-        return any(tensor.shape[-2:] == (N, M) for tensor in tensors if tensor.dim() == 4)
 
-    assert has_map(kept_for_backward(plain))
-    assert not has_map(kept_for_backward(ours))
+def test_attention_with_dropout_keeps_no_map():
+    """Neither P nor dropout(P) is kept for the backward pass."""
+    tensors, padding = random_attention(torch.float32)
+
+    def has_map(kept):
+        return any(tensor.shape[-2:] == (40, 50) for tensor in kept if tensor.dim() == 4)
+
+    assert has_map(kept_for_backward(lambda: plain_attention(*tensors, 4, padding, 0.3)))
+    assert not has_map(kept_for_backward(lambda: adapters.attend(*tensors, 4, padding, 0.3)))
+
+
+def test_attention_drops_as_many_weights_as_it_is_told():
+    """The mean over many maps is the attention without dropout, and 0.3 of the weights are 0."""
+    (q, k, v), padding = random_attention(torch.float32)
+    one_hot = torch.eye(50).expand(2, 50, 50)    # as values they make the output the map itself
+    outputs = [adapters.attend(q, k, one_hot, 1, padding, 0.3) for _ in range(500)]
+    mean = torch.stack(outputs).mean(0)
+    without = adapters.attend(q, k, one_hot, 1, padding)
+    assert (mean - without).abs().max() < 0.1
+    assert (mean - without).abs().mean() < 0.002
+    real = torch.cat([out[0] for out in outputs])
+    assert (real == 0).float().mean().item() == pytest.approx(0.3, abs=0.003)
+
+
+def test_attention_with_dropout_runs_in_bf16():
+    """Under autocast outputs and gradients are near those of float32."""
+    tensors, padding = random_attention(torch.float32)
+    results = []
+    for enabled in (False, True):
+        torch.manual_seed(7)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = adapters.attend(*[t.bfloat16() if enabled else t for t in tensors], 4, padding, 0.3)
+        gradients = torch.autograd.grad(out.float().square().sum(), tensors)
+        results.append([out.float(), *gradients])
+    for exact, found in zip(*results, strict=True):
+        assert (found - exact).abs().max() < 0.03 * exact.abs().max()
 
 
 # --- HiVG's bridge --------------------------------------------------------------------------------

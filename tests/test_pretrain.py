@@ -121,8 +121,9 @@ def test_pretext_boxes_are_float64():
     assert boxes.dtype == torch.float64
 
 
-def test_pretext_scenes_are_of_the_train_split_alone(monkeypatch):
-    """No picture of val or of a test split is seen."""
+def test_pretext_scenes_are_of_no_split(monkeypatch):
+    """The encoders have seen no picture of `shapes`, as real ones have seen none of a dataset's val
+    and test pictures."""
     seen = []
 
     def fake_item(encoders, number):
@@ -132,9 +133,11 @@ def test_pretext_scenes_are_of_the_train_split_alone(monkeypatch):
     monkeypatch.setattr(pretrain_tiny, "scene_item", fake_item)
     for _ in range(20):
         pretrain_tiny.random_scenes("clip")
-    split = data.SHAPES_SPLITS["train"]
-    assert split.first == 0
-    assert 0 <= min(seen) and split.scenes * 0.9 < max(seen) < split.scenes
+    scenes = data.PRETEXT.scenes
+    assert data.PRETEXT.first == 0
+    assert 0 <= min(seen) and scenes * 0.9 < max(seen) < scenes
+    for split in data.SHAPES_SPLITS.values():
+        assert split.first >= scenes
 
 
 def test_pretext_text_hides_words_and_asks_for_all(monkeypatch):
