@@ -183,12 +183,14 @@ def one_of(what, value, valid):
 
 
 def run_command(main):
-    """Run a command line. Wrong input gives one line on stderr and exit status 2, no traceback, and
-    Ctrl-C gives one line and exit status 130."""
+    """Run a command line. Wrong input gives one line on stderr and exit status 2, and Ctrl-C one
+    line and 130. Neither gives a traceback."""
+    # A path may hold bytes that are no text, and a print must not end a run for them.
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
+        print("\nstopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
     except (InputError, OSError) as error:
         # An error inside a worker of a DataLoader arrives as a whole traceback. Its last line
@@ -230,8 +232,9 @@ def write_and_rename(path, write):
 def write_text(path, text):
     """Write a text file by write_atomically."""
     def write(partial):
-        # Names of files may have bytes that are no text, which Python keeps as lone surrogates.
-        partial.write_text(text, encoding="utf-8", errors="replace")
+        # A path may hold bytes that are no text, which Python keeps as lone surrogates. They become
+        # escapes, which a reader of JSON turns back into the same path.
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
     write_atomically(path, write)
 

@@ -5,8 +5,7 @@
     python evaluate.py runs/refcoco-m2ist-0 --predictions boxes.jsonl
         the same, and a line with the predicted box of each expression
     python evaluate.py runs/refcoco-m2ist-0 --image a.jpg --text "the red cup"
-        the box of an expression in a picture of one's own, or in several pictures, or
-        in all pictures of a folder
+        the box of an expression in one's own picture, in several, or in a folder
     python evaluate.py best_checkpoint.pth --dataset refcoco --root data
         accuracy of a checkpoint that HiVG's authors released
     python evaluate.py --cost full m2ist m2ist/VII/a
@@ -97,7 +96,7 @@ def build_parser():
     add("--predictions", metavar="FILE",
         help="Write a line of JSON for each expression to this file: split, image, text, true box, "
              "predicted box, IoU (default: none).")
-    add("--image", nargs="+", metavar="FILE",
+    add("--image", nargs="+", action="extend", metavar="FILE",
         help="Find --text in this picture, or in several, or in all pictures of a folder, in place "
              "of a dataset (default: none).")
     add("--text", action="append", metavar="TEXT",
@@ -370,44 +369,66 @@ def evaluate_images(model, args, asked):
     pixel. Save a drawing of each picture if --save is given."""
     paths = find_images(asked.image)
     several = shows_several(asked.image)
+    drawings = drawing_paths(asked, paths)
     for path in paths:
         data.header_size(path)    # a file that is no picture is named before minutes have passed
 
     results = []
-    for number, path in enumerate(paths, start=1):
+    for path, drawing in zip(paths, drawings):
         picture = upright(path)
         with train.autocast(args):
             located = ground_texts(model, picture, asked.text)
         for found in located:
             line = {"text": found.text, "box": [round(v, 1) for v in found.box]}
             if several:
-                line = {"image": without_undecodable_bytes(str(path)), **line}
-            print(json.dumps(line, ensure_ascii=False))
+                line = {"image": str(path), **line}
+            print(json.dumps(line, ensure_ascii=False), flush=True)
             results.append(line)
 
-        if asked.save and several:
-            # Pictures of several folders may have the same name; the number tells them apart.
-            save_drawing(Path(asked.save, f"{number:04}-{path.stem}.png"), picture, located)
-        elif asked.save:
-            save_drawing(asked.save, picture, located)
+        if drawing is not None:
+            save_drawing(drawing, picture, located)
     return results
 
 
 def find_images(images):
-    """The pictures of --image: files as they are given, and of a folder all that Pillow can read by
-    their names."""
-    readable = Image.registered_extensions()
+    """The pictures of --image: files as they are given, and of a folder all pictures in it, sorted.
+    Its other files, hidden files and folders within it are left out."""
     paths = []
     for image in images:
         path = Path(image)
         if not path.is_dir():
             paths.append(path)
             continue
-        inside = [file for file in sorted(path.iterdir()) if file.suffix.lower() in readable]
+        inside = sorted(file for file in path.iterdir() if is_named_as_picture(file))
         if not inside:
             raise InputError(f"--image {path}: there is no picture in this folder")
         paths += inside
     return paths
+
+
+def is_named_as_picture(path):
+    """Whether a file's name ends as that of a picture that Pillow opens. It opens films, too."""
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    opens = kind in Image.OPEN and Image.MIME.get(kind, "").startswith("image/")
+    return opens and not path.name.startswith(".") and path.is_file()
+
+
+def drawing_paths(asked, paths):
+    """The file that --save writes for each picture, [path or None, ...]. A folder may be that of
+    the photos, so nothing that is there is overwritten in it."""
+    if asked.save is None:
+        return [None] * len(paths)
+    if not shows_several(asked.image):
+        return [Path(asked.save)]
+    drawings = []
+    for number, path in enumerate(paths, start=1):
+        # Pictures of several folders may have the same name; the number tells them apart.
+        drawings.append(Path(asked.save, f"{number:04}-{path.stem}.png"))
+    for drawing in drawings:
+        if drawing.exists():
+            raise InputError(f"--save would write {drawing}, which is there already: give another "
+                             f"folder")
+    return drawings
 
 
 def save_drawing(path, picture, located):
@@ -973,7 +994,7 @@ def evaluate_checkpoint(asked):
 def main(argv=None):
     asked = parse_args(argv)
     make_folders(asked)
-    smaller = "--batch-size with a smaller number than now, or --amp bf16"
+    smaller = train.half_of("--batch-size", asked.batch_size or DEFAULT_BATCH_SIZE)
     with train.memory_explained(asked.device, smaller):
         if asked.cost:
             result = compare_costs(asked)

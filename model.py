@@ -144,6 +144,7 @@ import argparse
 import functools
 import math
 import re
+import socket
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -1341,7 +1342,8 @@ def import_weights(module, state, table, ignored, source):
     table: [(regular expression of their name, our name), ...]; the first match counts.
     ignored: a regular expression of keys that are known and not wanted.
     source: what to call the state in an error.
-    Raises InputError that names keys that are missing, unexpected or of another shape.
+    Raises InputError for the weights of another architecture; else for keys that are missing,
+    unexpected or of another shape, by their names.
     """
     wanted = module.state_dict()
     renamed = {}
@@ -1358,48 +1360,17 @@ def import_weights(module, state, table, ignored, source):
         else:
             renamed[name] = value
 
+    refuse_architecture(source, renamed, wanted)
     unexpected += [name for name in renamed if name not in wanted]
     missing = [name for name in wanted if name not in renamed]
     reshaped = []
     for name, value in wanted.items():
         if name in renamed and renamed[name].shape != value.shape:
             reshaped.append(f"{name} is {list(renamed[name].shape)}, {list(value.shape)} is needed")
-    refuse_architecture(source, renamed, wanted)
     refuse_keys(source, "missing", missing)
     refuse_keys(source, "unexpected", unexpected)
     refuse_keys(source, "of another shape", reshaped)
     module.load_state_dict(renamed)
-
-
-def refuse_architecture(source, found, wanted):
-    """Raise InputError if weights are those of a deeper, wider or narrower encoder than is needed."""
-    there = described(found)
-    needed = described(wanted)
-    if there and there != needed:
-        raise InputError(f"{source}: weights of another architecture: they have {there}, and the "
-                         f"model needs {needed}")
-
-
-def described(state):
-    """Depth and width of the encoders in a state dict of ours; empty where it has no layers."""
-    layers = {}    # {tower: the numbers of its layers}
-    widths = {}    # {tower: its width}
-    blocks = set()
-    for name, value in state.items():
-        layer = re.match(r"(text |vision |)layers (\d+) ", name.replace(".", " "))
-        block = re.match(r"backbone\.layer\d\.\d+", name)
-        if layer:
-            tower, number = layer.groups()
-            layers.setdefault(tower, set()).add(number)
-            if name.endswith("norm1.weight"):
-                widths[tower] = len(value)
-        elif block:
-            blocks.add(block[0])
-
-    parts = [f"a backbone of {len(blocks)} blocks"] if blocks else []
-    for tower, numbers in sorted(layers.items()):
-        parts.append(f"{len(numbers)} {tower}layers of width {widths.get(tower, 'unknown')}")
-    return ", ".join(parts)
 
 
 def our_name(key, table):
@@ -1408,6 +1379,55 @@ def our_name(key, table):
         if re.fullmatch(pattern, key):
             return re.sub(pattern, ours, key)
     return None
+
+
+# What the shapes of weights say of an architecture: [(regular expression of our name, the dimension
+# that says it, what it says), ...]
+MEASURES = [
+    (r"(.*)layers\.0\.norm1\.weight", 0, "width"),
+    (r"(.*)layers\.0\.fc1\.weight", 0, "hidden width"),
+    (r"(.*)patches\.weight", 2, "patch side"),
+    (r"(.*)word\.weight", 0, "vocabulary"),
+    (r"(.*)position(?:\.weight)?", 0, "positions")]
+NUMBERED = r"(.*?)(layers|layer\d)\.(\d+)\..+"    # a layer of an encoder, a block of a ResNet
+
+
+def architecture_of(state):
+    """What the names and shapes of a state dict say of its architecture, {what: number}, such as
+    {"text width": 512}, or {"width": 768} where names have no tower before them, as BERT's."""
+    found = {}
+    numbers = {}    # {what: the numbers of its layers or blocks}
+    for name, value in state.items():
+        match = re.fullmatch(NUMBERED, name)
+        if match:
+            what = match[2] if match[2] == "layers" else f"{match[2]} blocks"
+            numbers.setdefault(match[1] + what, set()).add(match[3])
+        for pattern, dimension, what in MEASURES:
+            match = re.fullmatch(pattern, name)
+            if match and value.dim() > dimension:
+                found[match[1] + what] = value.shape[dimension]
+    for what, those in numbers.items():
+        found[what] = len(those)
+    return {what.replace(".", " "): number for what, number in found.items()}
+
+
+def refuse_architecture(source, state, wanted):
+    """Raise InputError if a state dict in our names is that of another architecture than the one
+    that is wanted, with what it has and what is needed in place of hundreds of keys."""
+    if not any(name in wanted for name in state):
+        raise InputError(f"{source}: the weights of another kind of model; none of them has a name "
+                         f"that is needed here, such as {next(iter(wanted))}")
+    there = architecture_of(state)
+    needed = architecture_of(wanted)
+    has = []
+    needs = []
+    for what, number in needed.items():
+        if there.get(what, number) != number:
+            has.append(f"{what} {there[what]}")
+            needs.append(f"{what} {number}")
+    if has:
+        raise InputError(f"{source}: the weights of another architecture; they have "
+                         f"{', '.join(has)}, and the model needs {', '.join(needs)}")
 
 
 def refuse_keys(source, what, names):
@@ -1465,16 +1485,24 @@ def merge_peft(state, source):
     return plain
 
 
+PATIENCE = 10    # seconds until an address counts as dead; PyTorch would wait for minutes
+
+
 def load_detr(vision, weights=None):
     """DETR R-50: the official file, or what --vision-weights names."""
     if weights is not None:
         load_hub(vision, weights, "--vision-weights", DETR_TABLE, DETR_IGNORED)
         return
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(PATIENCE)
     try:
         state = torch.hub.load_state_dict_from_url(DETR_URL, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise InputError(f"cannot fetch {DETR_URL} ({error}): give --vision-weights FILE, or "
+        raise InputError(f"cannot fetch {DETR_URL} ({error}): put the file into "
+                         f"{torch.hub.get_dir()}/checkpoints, give --vision-weights FILE, or "
                          f"--weights random") from None
+    finally:
+        socket.setdefaulttimeout(before)
     import_weights(vision, state["model"], DETR_TABLE, DETR_IGNORED, DETR_URL)
 
 
@@ -1507,8 +1535,10 @@ def find_weights(weights, flag):
     from transformers.utils import cached_file    # importing transformers takes seconds
     if Path(weights).is_file() or Path(weights).suffix in (".pth", ".pt"):
         return weights
-    why = "no model.safetensors and no pytorch_model.bin there, or no connection to it"
+    why = "no model.safetensors and no pytorch_model.bin there"
     offline = not may_ask_hub(weights)
+    if offline and not Path(weights).is_dir():
+        why = "the hub cannot be reached, and no copy of its files is on this machine"
     for name in ("model.safetensors", "pytorch_model.bin"):
         try:
             path = cached_file(weights, name, local_files_only=offline,

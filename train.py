@@ -802,14 +802,21 @@ def memory_explained(device, smaller):
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # Python has a class for this error, torch one for each GPU and none for the CPU.
-        reason = str(error).partition("\n")[0]
-        words = "out of memory|not enough memory|allocate memory"
-        if not isinstance(error, MemoryError) and not re.search(words, reason):
+        # The words are those of a GPU, of the CPU, and of cuBLAS and cuDNN.
+        words = "out of memory|DefaultCPUAllocator|ALLOC_FAILED"
+        if not isinstance(error, MemoryError) and not re.search(words, str(error)):
             raise
+        reason = str(error).partition("\n")[0]
         peak = peak_bytes(device) or 0
         raise InputError(f"out of memory; the peak was {peak / 2 ** 30:.1f} GiB ({reason}): try "
                          f"{smaller}") from None
+
+
+def half_of(flag, batch):
+    """What to try where a batch of this size, which the flag sets, has too little memory."""
+    if batch > 1:
+        return f"{flag} {batch // 2}, or --amp bf16"
+    return f"--amp bf16, or another device, as {flag} is 1 already"
 
 
 def set_precision(args):
@@ -1575,8 +1582,7 @@ def main(argv=None):
         if rank() == 0:
             held.enter_context(claim(args))
         wait_for_all()
-        half = max(1, args.micro_batch // 2)
-        with memory_explained(args.device, f"--micro-batch {half}, or --amp bf16"):
+        with memory_explained(args.device, half_of("--micro-batch", args.micro_batch)):
             train_model(args)
 
 

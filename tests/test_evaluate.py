@@ -5,6 +5,8 @@ import functools
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +147,29 @@ def test_the_file_of_predictions_has_every_number_that_is_printed(runs, tmp_path
         inside = torch.tensor([min(line["predicted"]) > 0 for line in found])
         assert torch.allclose(again.diagonal()[inside], ious[inside], atol=1e-4)
         assert inside.any()
+
+
+def test_predictions_and_results_keep_any_path_and_any_text(runs, tmp_path):
+    """A folder may have a name of bytes that are no text. The files stay UTF-8, other letters stay
+    as they are, and each reader gets the path back."""
+    folder = tmp_path / "caf\udce9"
+    folder.mkdir()
+    data.render(0).save(folder / "a.png")
+    line = {"image": "a.png", "text": "赤い円", "box": [1, 2, 30, 40], "split": "val"}
+    (folder / "my.jsonl").write_text(json.dumps(line))
+    command = [sys.executable, evaluate.__file__, runs["m2ist"], "--device", "cpu", "--dataset",
+               folder / "my.jsonl", "--predictions", tmp_path / "b.jsonl", "--json",
+               tmp_path / "b.json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    text = (tmp_path / "b.jsonl").read_text(encoding="utf-8")
+    assert "赤い円" in text
+    found = json.loads(text)
+    assert found["image"] == str(folder / "a.png")
+    assert (found["text"], found["box"]) == (line["text"], line["box"])
+    result = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))
+    assert result["dataset"] == str(folder / "my.jsonl")
 
 
 def test_what_is_written_says_which_run_it_is_of(runs, tmp_path, capsys):
@@ -419,6 +444,8 @@ def test_several_pictures_and_folders_are_located(runs, tmp_path, capsys):
     assert "image" not in alone[0]
     drawn = sorted(path.name for path in (tmp_path / "drawn").iterdir())
     assert drawn == ["0001-a.png", "0002-b.png", "0003-b.png"]
+    with pytest.raises(InputError, match="0001-a.png, which is there already"):
+        look(capsys, runs["m2ist"], pictures, *flags)
 
 
 def test_a_broken_picture_among_several_is_named_before_the_first_is_located(runs, tmp_path, capsys):

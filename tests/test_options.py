@@ -465,7 +465,7 @@ def test_ctrl_c_before_the_first_step_is_one_line(tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit) as stop:
         run_command(functools.partial(run, tmp_path / "out"))
     assert stop.value.code == 130
-    assert capsys.readouterr().err.split() == ["stopped"]
+    assert capsys.readouterr().err.strip() == "stopped by Ctrl-C"
     assert not (tmp_path / "out").exists()
 
 

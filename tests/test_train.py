@@ -44,6 +44,8 @@ def test_too_little_memory_is_one_line(tmp_path):
         with pytest.raises(InputError, match="out of memory; .*: try less"):
             with train.memory_explained("cpu", "less"):
                 raise error
+    assert train.half_of("--micro-batch", 9) == "--micro-batch 4, or --amp bf16"
+    assert "is 1 already" in train.half_of("--micro-batch", 1)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         with train.memory_explained("cpu", "less"):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")

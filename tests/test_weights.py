@@ -1,7 +1,9 @@
 """Other people's weights: they give their outputs in our encoders, and are loaded key by key."""
 import argparse
 import http.server
+import socket
 import threading
+import time
 
 import pytest
 import torch
@@ -353,22 +355,18 @@ def test_the_hubs_detr_is_the_official_one_by_other_names(tmp_path):
         assert torch.equal(value, found[name]), name
 
 
-def test_a_detr_with_another_backbone_is_refused_by_it(tmp_path):
-    """DETR with ResNet-101 has 33 blocks where ResNet-50 has 16."""
-    vision = base_encoder("vision", "meta")
-    state = {}
-    for name, value in vision.state_dict().items():
-        theirs = name.replace("backbone.", "backbone.0.body.")
-        state[theirs] = torch.empty_like(value, device="cpu")
-        if name.startswith("backbone.layer3.5."):
-            for number in range(6, 23):
-                more = theirs.replace("layer3.5.", f"layer3.{number}.")
-                state[more] = torch.empty_like(value, device="cpu")
-    backbone = {key: value for key, value in state.items() if key.startswith("backbone")}
-    torch.save(backbone, tmp_path / "r101.pth")
-    message = "they have a backbone of 33 blocks, and the model needs a backbone of 16 blocks, 6 lay"
-    with pytest.raises(InputError, match=message):
-        m.load_detr(vision, str(tmp_path / "r101.pth"))
+def test_an_address_that_never_answers_is_an_error_within_seconds(monkeypatch, tmp_path):
+    """A firewall may swallow what is sent. The error names where the file may be put, too."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    monkeypatch.setattr(m, "PATIENCE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/detr.pth"
+        monkeypatch.setattr(m, "DETR_URL", url)
+        began = time.time()
+        with pytest.raises(InputError, match=f"cannot fetch {url} .*timed out.* {tmp_path}/check"):
+            m.load_detr(base_encoder("vision", "meta"))
+    assert time.time() - began < 20
+    assert socket.getdefaulttimeout() is None
 
 
 def test_a_folder_of_detr_that_is_wrong_is_refused(tmp_path):
@@ -455,22 +453,6 @@ def test_a_bert_folder_that_is_wrong_is_refused(bert_folder, tmp_path):
         load_bert(text, tmp_path)
     with pytest.raises(InputError, match="--text-weights FOLDER"):
         load_bert(text, tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("config, found", [
-    (dict(num_hidden_layers=6, hidden_size=384), "6 layers of width 384"),
-    (dict(num_hidden_layers=24, hidden_size=1024, num_attention_heads=16),
-     "24 layers of width 1024")])
-def test_a_bert_of_another_architecture_is_refused_by_it(tmp_path, config, found):
-    """What the folder has and what is needed are said in one line, and not key by key."""
-    with torch.device("meta"):
-        bert = transformers.BertModel(transformers.BertConfig(**config))
-    state = {key: torch.empty_like(value, device="cpu") for key, value in bert.state_dict().items()}
-    save_file(state, tmp_path / "model.safetensors")
-    message = (f"^--text-weights .*model.safetensors: weights of another architecture: they have "
-               f"{found}, and the model needs 12 layers of width 768$")
-    with pytest.raises(InputError, match=message):
-        load_bert(base_encoder("text", "meta"), tmp_path)
 
 
 def test_without_a_network_the_hub_is_not_asked_again_and_again(monkeypatch):
@@ -762,3 +744,76 @@ def test_random_and_shapes_weights_have_the_tokenizer_of_shapes(method, weights)
     tokenizer = m.make_tokenizer(spec)
     assert isinstance(tokenizer, data.Tokenizer)
     assert tokenizer.max_tokens == 12
+
+
+# --- Weights of another architecture --------------------------------------------------------------
+
+
+def meta_state(model_class, config):
+    """The state dict of one of transformers' models, without memory."""
+    with torch.device("meta"):
+        return model_class(config).state_dict()
+
+
+def detr_of(layers, blocks):
+    """DETR's official state dict with another number of layers, and of blocks in layer3."""
+    state = official_detr()
+    for key in list(state):
+        for layer in range(layers, 6):
+            if key.startswith(f"transformer.encoder.layers.{layer}."):
+                del state[key]
+    for block in range(6, blocks):
+        state[f"backbone.0.body.layer3.{block}.conv1.weight"] = torch.rand(256, 1024, 1, 1)
+    return state
+
+
+def test_a_bert_of_another_architecture_is_refused_in_one_line():
+    """The line has what the weights have and what is needed, and no key."""
+    small = transformers.BertConfig(num_hidden_layers=6, hidden_size=384, intermediate_size=1536)
+    state = meta_state(transformers.BertModel, small)
+    with pytest.raises(InputError) as refused:
+        m.import_weights(base_encoder("text", "meta"), state, m.BERT_TABLE, m.BERT_IGNORED, "a.bin")
+    assert str(refused.value) == (
+        "a.bin: the weights of another architecture; they have hidden width 1536, width 384, "
+        "layers 6, and the model needs hidden width 3072, width 768, layers 12")
+
+
+def test_the_line_names_the_file_and_its_flag(tmp_path):
+    """Whoever gave three files knows which of them is meant."""
+    config = transformers.BertConfig(num_hidden_layers=1, hidden_size=24, intermediate_size=48,
+                                     vocab_size=60)
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    words = f"--text-weights {tmp_path}/model.safetensors: .*vocabulary 60.*needs.*vocabulary 30522"
+    with pytest.raises(InputError, match=words):
+        load_bert(base_encoder("text", "meta"), tmp_path)
+
+
+@pytest.mark.parametrize("size, has, needs", [
+    ("base", "vision positions 50, vision patch side 32",
+     "vision positions 197, vision patch side 16"),
+    ("large", "vision width 768, .*vision layers 12", "vision width 1024, .*vision layers 24")])
+def test_a_clip_of_other_sizes_is_refused_by_them(size, has, needs):
+    """CLIP B/32 is neither B/16 nor L/14."""
+    state = meta_state(transformers.CLIPModel, transformers.CLIPConfig())    # B/32
+    with torch.device("meta"):
+        ours = m.build_encoders(m.architecture("hivg", size))["clip"]
+    with pytest.raises(InputError, match=f"they have .*{has}.*, and the model needs .*{needs}"):
+        m.import_weights(ours, state, m.CLIP_TABLE, m.CLIP_IGNORED, "--clip-weights b32")
+
+
+@pytest.mark.parametrize("layers, blocks, has, needs", [
+    (4, 6, "layers 4", "layers 6"),
+    (6, 23, "backbone layer3 blocks 23", "backbone layer3 blocks 6")])
+def test_a_detr_of_another_depth_is_refused_by_it(layers, blocks, has, needs):
+    """Four layers of the encoder, and a ResNet-101 in place of a ResNet-50."""
+    vision = base_encoder("vision", "meta")
+    with pytest.raises(InputError, match=f"they have {has}, and the model needs {needs}$"):
+        m.import_weights(vision, detr_of(layers, blocks), m.DETR_TABLE, m.DETR_IGNORED, "r101.pth")
+
+
+def test_weights_of_another_kind_of_model_are_refused():
+    """The names of BERT's weights are of no use to DETR's encoder."""
+    state = meta_state(transformers.BertModel, transformers.BertConfig())
+    with pytest.raises(InputError, match="bert.bin: the weights of another kind of model"):
+        m.import_weights(base_encoder("vision", "meta"), state, m.DETR_TABLE, m.DETR_IGNORED,
+                         "bert.bin")
