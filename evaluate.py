@@ -5,7 +5,7 @@
     python evaluate.py runs/refcoco-m2ist-0 --predictions boxes.jsonl
         the same, and a line with the predicted box of each expression
     python evaluate.py runs/refcoco-m2ist-0 --image a.jpg --text "the red cup"
-        the box of an expression in one's own picture, in several, or in a folder
+        the box of an expression in one's own pictures, or in a folder of them
     python evaluate.py best_checkpoint.pth --dataset refcoco --root data
         accuracy of a checkpoint that HiVG's authors released
     python evaluate.py --cost full m2ist m2ist/VII/a
