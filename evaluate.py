@@ -805,7 +805,7 @@ def count_cost(args):
 
 def measure_cost(args, batch_size=None, expressions=1):
     """What a batch costs on this machine: the saved_bytes of a training step as it is executed
-    here, the peak memory, and median seconds of a training step and of an evaluation.
+    here, the peak memory, and mean seconds of a training step and of an evaluation.
     batch_size: None means the recipe's on a GPU, and 1 on a CPU. expressions: per picture"""
     on_gpu = "cuda" in args.device
     if batch_size is None:
@@ -828,9 +828,9 @@ def measure_cost(args, batch_size=None, expressions=1):
     cost = {"batch": batch_size, "saved_bytes_here": saved_bytes(trial.model, forward)}
     train_step()    # AdamW now has its own memory
     forget_peak(args.device)
-    cost["train_step_s"] = median_seconds(train_step)
+    cost["train_step_s"] = mean_seconds(train_step)
     cost["peak_bytes"] = train.peak_bytes(args.device)
-    cost["eval_s"] = median_seconds(eval_step)
+    cost["eval_s"] = mean_seconds(eval_step)
     cost["train_samples_per_second"] = batch_size / cost["train_step_s"]
     cost["eval_samples_per_second"] = batch_size / cost["eval_s"]
     return cost
@@ -844,11 +844,11 @@ def forget_peak(device):
         Path("/proc/self/clear_refs").write_text("5")    # Linux: forget the peak of this process
 
 
-def median_seconds(work):
-    """The median time of a call of work(), repeated for a second."""
+def mean_seconds(work):
+    """The mean time of five calls of work(), after two that do not count."""
     from torch.utils.benchmark import Timer    # imported here: it may warn where there is no GPU
     timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=1).median
+    return timer.timeit(5).mean
 
 
 def compare_costs(asked):
