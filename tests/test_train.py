@@ -572,16 +572,24 @@ def test_the_recipe_of_m2ist_is_that_of_section_iv_b():
 
 
 def test_the_default_run_is_m2ist_on_shapes():
-    """`python train.py` alone: 3,000 steps, a warm-up of 200, a cosine to zero."""
+    """`python train.py` alone: 3,000 steps, a warm-up of 200, a tenth of the rate in the last
+    epoch, and more weight decay than at full size."""
     args = train.parse_args([])
     assert (args.method, args.dataset, args.size) == ("m2ist", "shapes", "tiny")
     assert args.weights == "shapes"
     assert args.workers == 0
     assert args.out == "runs/shapes-m2ist-0"
     assert args.epochs * (24_000 // args.batch_size) == 3000
+    assert args.weight_decay == 0.1
     assert train.rate_factor(args, 0, 750, 4) == pytest.approx(1 / 200)
-    half = 1500    # where the cosine is one half
-    assert train.rate_factor(args, half, 750, 4) == pytest.approx(0.5)
+    assert train.rate_factor(args, 2249, 750, 4) == 1
+    assert train.rate_factor(args, 2250, 750, 4) == pytest.approx(0.1)
+
+
+def test_the_cosine_falls_to_zero():
+    """It is one half in the middle of the phase."""
+    args = train.parse_args(["--schedule", "cosine"])
+    assert train.rate_factor(args, 1500, 750, 4) == pytest.approx(0.5)
     assert train.rate_factor(args, 2999, 750, 4) < 1e-5
 
 
