@@ -882,7 +882,7 @@ OTHER_SHAPE = torch.empty(1, 512, device="meta")
 @pytest.mark.parametrize("changes, words", [
     ({"text_proj.bias": None}, "missing: grounding.text_projection.bias"),
     ({"new.weight": OTHER_SHAPE}, "unexpected: new.weight"),
-    ({"vl_pos_embed.weight": OTHER_SHAPE}, "another shape: grounding.position"),
+    ({"vl_pos_embed.weight": OTHER_SHAPE}, "they have grounding positions 1, and the model needs"),
     ({f"{LAYER}cross_adaptive_weights.0.weight": None}, "cross_adaptive_weights.0.weight"),
     ({f"{LAYER}self_attn.q_proj.lora_B.default.weight": None}, "self_attn.q_proj.lora_B"),
     ({f"{LAYER}self_attn.q_proj.lora_A.default.weight": None}, "layers.3.q.lora_B"),

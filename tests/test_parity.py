@@ -196,6 +196,13 @@ class DropoutRecord:
                 self.places.append(("attention", dropout_p))
             return real_attention(q, k, v, attn_mask, dropout_p, is_causal, **options)
 
+        real_dropped = adapters.DroppedAttention.apply    # ours on a CPU, with dropout
+
+        def dropped(q, k, v, mask, dropout_p):
+            self.places.append(("attention", dropout_p))
+            return real_dropped(q, k, v, mask, dropout_p)
+
+        monkeypatch.setattr(adapters.DroppedAttention, "apply", dropped)
         monkeypatch.setattr(F, "dropout", dropout)
         monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
 

@@ -646,16 +646,16 @@ def test_a_copied_model_has_adapters_of_its_own(row):
 # --- The command line -----------------------------------------------------------------------------
 
 
-def test_a_row_sets_defaults_that_flags_may_change():
-    """A flag wins over the row."""
+def test_a_row_sets_defaults():
+    """A flag may change what the row leaves open, and not what makes it the row."""
     args = arguments("m2ist/II/32", "--size", "base")
     assert args.method == "m2ist"
     assert args.bottleneck == 32
     assert args.row == "m2ist/II/32"
-    assert args.out == "runs/shapes-m2ist-II-32-0"
-    assert arguments("m2ist/II/32", "--size", "base", "--bottleneck", "64").bottleneck == 64
+    with pytest.raises(InputError, match="--row m2ist/II/32 has bottleneck 32: leave out --bottl"):
+        arguments("m2ist/II/32", "--size", "base", "--bottleneck", "64")
+    assert arguments("m2ist/II/32", "--size", "base", "--bottleneck", "32").bottleneck == 32
     assert arguments("m2ist/II/32", "--lr", "0.5").lr == 0.5
-    assert arguments("m2ist/II/32", "--seed", "3", "--size", "base").out.endswith("-3")
 
 
 def test_a_row_at_tiny_size_is_a_share_of_the_row_at_base_size():
@@ -673,7 +673,7 @@ def test_a_row_at_tiny_size_is_a_share_of_the_row_at_base_size():
     (["--row", "m2ist/V/z"], "m2ist/V/z.*--row list"),
     (["--row", "hivg/3/1", "--size", "large"], "base and tiny"),
     (["--row", "m2ist/V/b", "--method", "hivg"],
-     "attention-port is for methods on DETR and BERT, not for --method hivg"),
+     "--row m2ist/V/b has method m2ist: leave out --method"),
 ])
 def test_a_row_that_cannot_be_is_named(flags, message):
     """A row is of one paper, and of the sizes base and tiny."""
@@ -683,8 +683,8 @@ def test_a_row_that_cannot_be_is_named(flags, message):
 
 def test_a_bridge_for_each_text_layer_is_asked_for():
     """Table 4, line 7 pairs bridges with text layers."""
-    args = arguments("hivg/4/7", "--text-layers", "1", "2")
-    with pytest.raises(InputError, match="3 bridges need as many text layers, not 2"):
+    args = arguments("hivg/4/7", "--bridge-layers", "1", "2")
+    with pytest.raises(InputError, match="2 bridges need as many text layers, not 3"):
         m.build_model(**train.model_arguments(args))
 
 
@@ -694,12 +694,13 @@ def test_a_bridge_for_each_text_layer_is_asked_for():
     ("hivg/4/7", ["--epochs", "1", "--stages", "1", "--stage-epochs", "1"]),
 ])
 def test_a_row_trains_resumes_and_is_evaluated_under_its_name(tmp_path, monkeypatch, row, epochs):
-    """The folder, the log and the evaluation of a run with --row."""
+    """The folder, the log and the evaluation of a run with --row, which flags have changed."""
     monkeypatch.chdir(tmp_path)
     flags = ["--row", row, "--weights", "random", "--limit", "16", "--batch-size", "8",
              "--device", "cpu", *epochs]
     train.main(flags)
-    out = Path(f"runs/shapes-{row.replace('/', '-')}-0")
+    out, = Path("runs").iterdir()
+    assert out.name.startswith(f"shapes-{row.replace('/', '-')}-0-limit=16-weights=random-epochs=")
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in log] == [1, 2]
 
@@ -708,7 +709,7 @@ def test_a_row_trains_resumes_and_is_evaluated_under_its_name(tmp_path, monkeypa
     if log[1]["val_acc@0.5"] >= log[0]["val_acc@0.5"]:
         best = log[1]
     result = evaluate.main([str(out), "--split", "val"])
-    assert result["method"] == row
+    assert result["method"].startswith(f"{row} changed (weights random, epochs {epochs[1]}, ")
     assert result["splits"]["val"]["mean_iou"] == pytest.approx(best["val_mean_iou"], abs=1e-6)
 
     train.main([*flags, "--resume"])    # the run is finished: nothing is trained again

@@ -54,7 +54,7 @@ def test_too_little_memory_is_one_line(tmp_path):
 def test_a_run_writes_what_its_docstring_says(m2ist_run):
     """A run leaves five files, and one line of the log for each epoch."""
     assert {path.name for path in m2ist_run.iterdir()} == {
-        "args.json", "log.jsonl", "best.safetensors", "last.pt", "val.png"}
+        "args.json", "lock", "log.jsonl", "best.safetensors", "last.pt", "val.png"}
     assert [line["epoch"] for line in read_log(m2ist_run)] == [1, 2, 3]
     assert set(read_log(m2ist_run)[0]) == {
         "epoch", "phase", "lr", "lr_encoder", "train_loss", "l1", "giou", "train_acc@0.5",
@@ -943,7 +943,7 @@ def test_mixed_datasets_train_and_are_evaluated_one_by_one(tmp_path):
     assert (tmp_path / "figures/refcoco+-val.png").exists()
 
     args = train.parse_args(["--dataset", "refcoco,a/refcoco+", "--size", "tiny"])
-    assert args.out == "runs/refcoco,refcoco+-m2ist-0"
+    assert args.out == "runs/refcoco,refcoco+-m2ist-0-size=tiny"
 
 
 def test_a_split_that_is_not_there_is_named(tmp_path):
