@@ -183,7 +183,7 @@ def test_a_run_killed_by_sigkill_resumes_to_the_same_weights(tmp_path):
     assert_same_run(whole, killed)
 
 
-@pytest.mark.parametrize("write", [2, 4, 5, 9, 12])
+@pytest.mark.parametrize("write", [2, 5, 9])
 @pytest.mark.parametrize("method", ["m2ist", "hivg"])
 def test_a_run_that_dies_within_an_epoch_goes_on_at_the_next_batch(tmp_path, monkeypatch, method,
                                                                    m2ist_run, hivg_run, write):
@@ -217,8 +217,7 @@ def test_the_log_of_steps_goes_on_as_if_nothing_had_happened(tmp_path, monkeypat
     assert [line.get("step") for line in read_log(dead)] == [2, None, 2, None]
 
 
-@pytest.mark.parametrize("number, workers", [
-    (signal.SIGINT, "0"), (signal.SIGTERM, "0"), (signal.SIGINT, "2"), (signal.SIGTERM, "2")])
+@pytest.mark.parametrize("number, workers", [(signal.SIGTERM, "0"), (signal.SIGINT, "2")])
 def test_a_signal_ends_a_run_with_one_line(tmp_path, number, workers):
     """Ctrl-C and SIGTERM, which reach the workers too: last.pt is written, nothing else is said,
     and the exit status is that of the signal."""
