@@ -1830,6 +1830,41 @@ def contact_sheet(tiles, legend, columns=4):
     return sheet
 
 
+def interval_chart(bars):
+    """Return a PIL picture with a line of text, a point and its interval for each of `bars`.
+
+    bars: [(text, value, half of the interval, threshold), ...], all in the same unit; the threshold
+        is a short grey line across the interval, green or red where the interval is clear of it"""
+    side = 24            # pixels of a line
+    left = 12 + max(round(font().getlength(text)) for text, *_ in bars)
+    width = 420
+    ends = [abs(value) + half for _, value, half, _ in bars]
+    reach = math.ceil(max(1.0, *ends))           # the axis goes from -reach to reach
+    picture = Image.new("RGB", (left + width + 12, side * (len(bars) + 1)), "white")
+    pen = ImageDraw.Draw(picture)
+
+    def place(value):
+        return left + (value + reach) / (2 * reach) * width
+
+    bottom = side * len(bars)
+    for mark in (-reach, 0, reach):
+        pen.line((place(mark), 4, place(mark), bottom), "lightgrey")
+        label = f"{mark:+d}" if mark else "0"
+        pen.text((place(mark) - font().getlength(label) / 2, bottom + 4), label, "black", font())
+    for number, (text, value, half, threshold) in enumerate(bars):
+        y = side * number + side // 2
+        colour = "dimgrey"
+        if value - half > threshold:
+            colour = "green"
+        elif value + half < threshold:
+            colour = "red"
+        pen.text((6, y - 8), text, "black", font())
+        pen.line((place(threshold), y - 7, place(threshold), y + 7), "grey")
+        pen.line((place(value - half), y, place(value + half), y), colour, 2)
+        pen.ellipse((place(value) - 4, y - 4, place(value) + 4, y + 4), fill=colour)
+    return picture
+
+
 def write_picture(path, picture):
     """Write a PIL picture by write_atomically, in the format that the file's name ends with."""
     formats = Image.registered_extensions()

@@ -745,7 +745,7 @@ def training_loss(trial, args):
     """The loss of one training step."""
     trial.model.train()
     with train.autocast(args):
-        grounding = trial.model(**trial.inputs)
+        grounding = trial.model(**trial.inputs, attention=train.reads_attention(args))
     return sum(train.weighted_losses(grounding, trial.boxes, args).values())
 
 

@@ -7,6 +7,7 @@
                                                 image tokens in the box are matched to the text
     HiVG Eq. (15)          loss_parts, total_loss
                                                 the terms of the three losses, and their sum
+    ours, for `shapes`     attention_loss       [REG] looks into the box
 
 Symbols (paper = here):
     b (M²IST), B̂ (HiVG) = pred        b̂ (M²IST), B (HiVG) = target        λ_l1 = l1
@@ -61,6 +62,14 @@ Where this file differs from a paper or its released code ("code"):
     code    these three, and the loss of a segmentation head
     here    three
     why     the paper first
+
+[D49] [REG]'s attention
+    paper   nothing says where [REG] must look
+    code    the same
+    here    the same, but for `shapes`: there -log of the share of [REG]'s attention that lies in
+            the box is a fourth loss, with weight 0.3; `attention` sets it
+    why     with the box loss alone a run on `shapes` predicts the mean box for hundreds of steps,
+            and how many there are differs from seed to seed, so that nothing could be compared
 """
 import math
 
@@ -259,15 +268,31 @@ def region_text_loss(scores, mask, padding, focal=20.0, dice=2.0):
     return (focal * focal_loss + dice * dice_loss).mean()    # HiVG Eq. (13)
 
 
+# --- Attention in the box: ours -------------------------------------------------------------------
+
+
+def attention_loss(attention, mask):
+    """-log of the share of [REG]'s attention that lies in the box, the mean over the batch [D49].
+
+    attention: (B, N), how [REG] looks at the image tokens. A row sums to 1 at most, as [REG] looks
+    at the text, too. mask: (B, N) bool, from box_mask. Returns a float32 scalar.
+    """
+    share = (attention.float() * mask).sum(1)
+    return -share.clamp(min=EPS).log().mean()
+
+
 # --- The sum: HiVG Eq. (15) -----------------------------------------------------------------------
 
 
-def loss_parts(found, boxes, l1, giou, contrast=0.0, focal=0.0, dice=0.0, beta=0.0):
-    """The terms of HiVG Eq. (15), each with its weight: {"l1", "giou", "contrast", "region_text"}.
-    With contrast, focal and dice at 0 the first two remain, which are M²IST's loss, Eq. (6).
+def loss_parts(found, boxes, l1, giou, contrast=0.0, focal=0.0, dice=0.0, beta=0.0,
+               attention=0.0):
+    """The terms of HiVG Eq. (15), each with its weight: {"l1", "giou", "contrast", "region_text"},
+    and "attention", which is ours. With the coefficients from `contrast` on at 0 the first two
+    remain, which are M²IST's loss, Eq. (6).
 
     found: what a grounding model returns. `.boxes` is always needed, `.text`, `.image` and
-    `.temperature` for the contrastive loss, `.scores` and `.padding` for the region-text loss.
+    `.temperature` for the contrastive loss, `.scores` and `.padding` for the region-text loss,
+    `.attention` for the attention loss.
     boxes: (B, 4), the true boxes. HiVG's Table 8 has l1 = 2, giou = 2, focal = 20, dice = 2, and
     Eq. (15) has contrast = 1. A loss whose coefficient is 0 is not computed. beta: β of smooth L1.
     """
@@ -282,12 +307,18 @@ def loss_parts(found, boxes, l1, giou, contrast=0.0, focal=0.0, dice=0.0, beta=0
         mask = box_mask(boxes, side)
         parts["region_text"] = region_text_loss(found.scores, mask, found.padding, focal, dice)
 
+    if attention:
+        side = math.isqrt(found.attention.shape[1])
+        mask = box_mask(boxes, side)
+        parts["attention"] = attention * attention_loss(found.attention, mask)    # [D49]
+
     return parts
 
 
-def total_loss(found, boxes, l1, giou, contrast=0.0, focal=0.0, dice=0.0, beta=0.0):
-    """L_total of HiVG Eq. (15), and with contrast, focal and dice at 0 M²IST's loss, Eq. (6): the
-    sum of loss_parts, which says what the arguments are. Returns a float32 scalar."""
+def total_loss(found, boxes, l1, giou, contrast=0.0, focal=0.0, dice=0.0, beta=0.0,
+               attention=0.0):
+    """L_total of HiVG Eq. (15), and with the coefficients from `contrast` on at 0 M²IST's loss,
+    Eq. (6): the sum of loss_parts, which says what the arguments are. Returns a float32 scalar."""
     # [D26] The paper sums three losses; the released code adds that of a segmentation head.
-    parts = loss_parts(found, boxes, l1, giou, contrast, focal, dice, beta)
+    parts = loss_parts(found, boxes, l1, giou, contrast, focal, dice, beta, attention)
     return sum(parts.values())    # HiVG Eq. (15)

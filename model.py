@@ -271,12 +271,13 @@ class TransformerLayer(nn.Module):
 
     def attention_map(self, x, padding, position):
         """How much the first token, [REG], looks at each token: (B, N), the mean over the heads.
-        This is for pictures only; the fused attention of `attention` does not return it."""
+        This is for pictures and for the attention loss; the fused attention of `attention` does not
+        return it."""
         h = self.norm1(x) if self.pre_norm else x
         placed = h + position
-        q = self.q(placed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q = self.q(placed[:, :1]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k = self.k(placed).unflatten(-1, (self.heads, -1)).transpose(1, 2)    # (B, heads, N, C')
-        scores = q[:, :, :1] @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])   # (B, heads, 1, N)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])             # (B, heads, 1, N)
         scores = scores.masked_fill(padding[:, None, None, :], float("-inf"))
         return scores.softmax(-1).mean(1)[:, 0]
 

@@ -5,6 +5,7 @@
     python train.py --dataset refcoco       M²IST at full size
     python train.py --row m2ist/V/b         a row of the papers' tables
     python train.py --row list              all of these rows
+    python train.py --claims                try what the papers claim, on `shapes`
     python train.py --out runs/x --resume   continue where the run stopped
     torchrun --nproc-per-node 4 train.py --dataset refcoco    on four GPUs
 
@@ -15,9 +16,10 @@ The folder --out receives
     best.safetensors   the tuned weights of the best epoch, for evaluate.py
     last.pt            everything that --resume needs
     val.png            predictions of the best weights
+    test.json          with --test, the accuracy on the splits but train and val
 
 The file reads in this order: recipes, options, the loop, phases, data for the loop, saving and
-resuming, rows of the papers' tables, main.
+resuming, rows of the papers' tables, claims, main.
 
 Where this file differs from a paper or its released code ("code"):
 
@@ -93,9 +95,11 @@ import platform
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,10 +132,10 @@ RECIPES = {
     "detr base refcoco+": dict(epochs=180, lr_drop=120),
     "detr base refcocog-umd": dict(max_tokens=40),       # as released
     "detr base refcocog-google": dict(max_tokens=40),
-    # Ours, found on `shapes`: 3,000 steps in all, so a larger rate and a warm-up. With less weight
-    # decay, or a rate that falls earlier, a run often learns shapes or colours and not both.
-    "detr tiny": dict(epochs=4, batch_size=32, lr=1e-3, lr_encoder=1e-3, schedule="step",
-                      lr_drop=3, warmup=200, weight_decay=0.1),
+    # Ours, found on `shapes`: 1,500 steps in all, so a larger rate and a warm-up. Without the
+    # attention loss (D49 in losses.py) a run predicts the mean box for hundreds of steps.
+    "detr tiny": dict(epochs=2, batch_size=32, lr=1e-3, lr_encoder=1e-3, schedule="linear",
+                      lr_drop=1, warmup=100, weight_decay=0.1, attention_loss=0.3),
     # Adapters start from nothing and take the whole rate; pretrained encoders take a tenth of it.
     "full tiny": dict(lr_encoder=1e-4),
 
@@ -142,7 +146,8 @@ RECIPES = {
     "clip large": dict(batch_size=32, stage_epochs=15, stage_lr=[1e-4, 0.75e-4, 0.5e-4, 0.25e-4]),
     # Ours: seven epochs in all, for hivg, plain CLIP and CLIP with LoRA alike.
     "clip tiny": dict(epochs=4, batch_size=32, lr=1e-3, lr_encoder=1e-3, warmup=200,
-                      weight_decay=0.1, stage_epochs=1, stage_lr=[8e-4, 6e-4, 4e-4]),
+                      weight_decay=0.1, attention_loss=0.3, stage_epochs=1,
+                      stage_lr=[8e-4, 6e-4, 4e-4]),
     # HiVG Fig. 4 (d): the box loss alone [D35]. The one stage of vanilla LoRA is as long as all
     # stages of HiLoRA.
     "clip-frozen": dict(contrast=0.0, focal=0.0, dice=0.0),
@@ -177,6 +182,8 @@ RUN_OPTIONS = [
            "ours", default=10.0, at_least=0),
     Option("log_every", int, "run", "Write a line to log.jsonl each N steps, too.", "ours",
            default=100, at_least=1),
+    Option("test", bool, "run", "At the end, evaluate the best weights on the splits but train and val, "
+           "too, and write test.json.", "ours", default=False),
     Option("seed", int, "run", "Seed of new weights, order and transforms.", "ours", default=0),
     Option("root", str, "data", "Folder of annotations and pictures; `data`, or that of a .jsonl.",
            "ours"),
@@ -197,8 +204,8 @@ RUN_OPTIONS = [
            "M²IST IV-B c, HiVG Table 8", at_least=0),
     Option("lr_encoder", float, "training", "Learning rate of all else that is tuned.",
            "M²IST IV-B c, HiVG Table 8", at_least=0),
-    Option("schedule", str, "training", "step: a tenth after --lr-drop epochs; cosine: to zero.",
-           "M²IST IV-B c, HiVG's released code", choices=("step", "cosine")),
+    Option("schedule", str, "training", "step: a tenth after --lr-drop epochs; cosine, linear: to zero.",
+           "M²IST IV-B c, HiVG's released code", choices=("step", "cosine", "linear")),
     Option("lr_drop", int, "training", "Epochs before the step.", "M²IST IV-B c", at_least=1),
     Option("warmup", int, "training", "Steps over which the rates rise linearly at the start of a "
            "phase.", "released code", at_least=0),
@@ -222,6 +229,8 @@ RUN_OPTIONS = [
            only=has_region_text),
     Option("dice", float, "losses", "λ_dice of HiVG Eq. (13).", "HiVG Table 8", at_least=0,
            only=has_region_text),
+    Option("attention_loss", float, "losses", "Weight of a loss that draws [REG]'s attention into the "
+           "box.", "ours, D49", default=0.0, at_least=0),
     Option("clip_norm", float, "training", "Scale gradients down to this norm; 0 leaves them.",
            "released code", default=0.0, at_least=0),
     Option("device", str, "machine", "cpu, cuda, cuda:1, ...", "ours",
@@ -241,7 +250,7 @@ GROUPS = ("run", "data", "weights", "training", "M²IST", "HiVG", "losses", "mac
 CHANGES_A_ROW = ("weights", "training", "M²IST", "HiVG", "losses")    # groups, see `title`
 # Options that change nothing of what a run computes, apart from the last bits of its sums. A resumed
 # run may change them.
-MAY_CHANGE = ("device", "workers", "save_minutes", "log_every", "resume", "out")
+MAY_CHANGE = ("device", "workers", "save_minutes", "log_every", "resume", "out", "test")
 
 
 def build_parser(args=None):
@@ -257,6 +266,13 @@ def build_parser(args=None):
             if option.group == name and option.flag:
                 add_flag(group, option, args)
         if name == "run":
+            # These two make a command of their own, so that they are not options of a run.
+            group.add_argument("--claims", nargs="*", metavar="NAME",
+                               help="Try what the papers claim of their rows, on shapes: run what is "
+                               "missing, and print a table. NAME is m2ist, hivg or a table, such as "
+                               "m2ist/V; without a name all claims are tried.")
+            group.add_argument("--seeds", type=int, metavar="N",
+                               help="Seeds of --claims. (default: 5)")
             group.add_argument("-h", "--help", action="store_true",
                                help="Show this help with the defaults of this command line.")
     return parser
@@ -316,6 +332,9 @@ def parse_args(argv=None):
     asks_for_help = given.pop("help", False)
     if given.get("row") == "list":
         print_rows()
+        sys.exit()
+    if "claims" in given:
+        try_claims(given)
         sys.exit()
 
     out = given.get("out") or default_out(given)
@@ -716,7 +735,7 @@ def train_step(model, batch, optimizer, scaler, args):
 
         # Images and texts in, boxes out: text encoder, vision encoder, grounding encoder.
         with autocast(args):
-            grounding = model(**micro)
+            grounding = model(**micro, attention=reads_attention(args))
 
         # The loss is a mean over the micro-batch. Weighted by its share, the parts add up to the
         # mean over the batch.
@@ -833,7 +852,12 @@ def autocast(args):
 def weighted_losses(grounding, boxes, args):
     """The terms of M²IST Eq. (6) or HiVG Eq. (15), by the weights of the run: {name: scalar}."""
     return losses.loss_parts(grounding, boxes, args.l1, args.giou, args.contrast, args.focal,
-                             args.dice, args.beta)
+                             args.dice, args.beta, args.attention_loss)
+
+
+def reads_attention(args):
+    """Whether the loss of a run needs [REG]'s attention."""
+    return args.attention_loss > 0
 
 
 def validate(model, loader, args):
@@ -1095,6 +1119,8 @@ def rate_factor(args, step, steps, epochs):
         warm = min(1.0, (step + 1) / args.warmup)
     if args.schedule == "cosine":
         return warm * 0.5 * (1 + math.cos(math.pi * step / (epochs * steps)))
+    if args.schedule == "linear":
+        return warm * (1 - step / (epochs * steps))
     dropped = step // steps >= args.lr_drop
     return warm * (0.1 if dropped else 1.0)
 
@@ -1195,6 +1221,22 @@ def leaky_pretraining(args):
         return None
     # [D48] Without --vision-weights the DETR is the official one.
     return data.leaky_pretraining(args.dataset, args.vision_weights or DETR_URL)
+
+
+def test(model, args, path):
+    """Evaluate a model on the splits but train and val, and write {split: scores} to a file."""
+    splits = {}
+    for split in data.split_names(args.dataset, args.root):
+        if split not in ("train", "val"):
+            samples = data.load_samples(args.dataset, split, args.root)[:args.limit]
+            loader = make_loader(samples, model, args, batch_size=args.micro_batch)
+            splits[split] = scores(predict(model, loader, args).ious)
+            print_line({"split": split, **splits[split]})
+
+    def write(partial):
+        partial.write_text(json.dumps(splits))
+
+    write_once(path, write)
 
 
 def picture_predictions(model, samples, args, path):
@@ -1574,6 +1616,241 @@ def print_rows():
 
 
 # ---------------------------------------------------------------------------------------------
+# Claims: what the papers say of their rows, tried on `shapes` over several seeds. A claim compares
+# two rows. Its runs differ in nothing but the rows: each has the recipe's epochs, samples and rates,
+# and the seed of both is the same, so that both see the same samples in the same order.
+
+class Claim(NamedTuple):
+    """A paper's claim that one row of its tables is better than another one."""
+    text: str
+    higher: str            # the row that should be better
+    lower: str
+    least: float = 0.0     # by more than so many points; -1: it is not more than one point worse
+
+
+CLAIMS = [
+    Claim("side adapters are no worse than full fine-tuning", "m2ist/I/m2ist", "m2ist/I/full", -1),
+    Claim("side adapters help", "m2ist/I/m2ist", "m2ist/I/frozen"),
+    Claim("side adapters beat Adapter", "m2ist/I/m2ist", "m2ist/I/adapter"),
+    Claim("side adapters beat LoRA", "m2ist/I/m2ist", "m2ist/I/lora"),
+    Claim("side adapters beat AdaptFormer", "m2ist/I/m2ist", "m2ist/I/adaptformer"),
+    Claim("side adapters beat CM Adapter", "m2ist/I/m2ist", "m2ist/I/cm-adapter"),
+    Claim("side adapters beat MRS-Adapter", "m2ist/I/m2ist", "m2ist/I/mrs-adapter"),
+    Claim("LEA helps", "m2ist/V/b", "m2ist/V/a"),
+    Claim("VEA helps", "m2ist/V/c", "m2ist/V/a"),
+    Claim("LEA and VEA help", "m2ist/V/d", "m2ist/V/a"),
+    Claim("IEA helps", "m2ist/V/e", "m2ist/V/a"),
+    Claim("IEA helps beside LEA and VEA", "m2ist/V/f", "m2ist/V/d"),
+    Claim("LEA and VEA help beside IEA", "m2ist/V/f", "m2ist/V/e"),
+    Claim("mixed adapters beat LEA and VEA at both ports", "m2ist/VI/d", "m2ist/VI/a"),
+    Claim("mixed adapters beat IEA at both ports", "m2ist/VI/d", "m2ist/VI/b"),
+    Claim("IEA belongs at the attention port", "m2ist/VI/d", "m2ist/VI/c"),
+    Claim("side beats sequential", "m2ist/VII/c", "m2ist/VII/a"),
+    Claim("side beats parallel", "m2ist/VII/c", "m2ist/VII/b"),
+    Claim("deep text layers beat shallow ones", "m2ist/VIII/c", "m2ist/VIII/a"),
+    Claim("C_d of 32 beats 8", "m2ist/II/32", "m2ist/II/8"),
+    Claim("C_d of 128 beats 32", "m2ist/II/128", "m2ist/II/32"),
+    Claim("IEA's bottleneck of 64 beats 32", "m2ist/IX/b", "m2ist/IX/a"),
+    Claim("IEA's bottleneck of 128 beats 64", "m2ist/IX/c", "m2ist/IX/b"),
+    Claim("LoRA adds less than a point to side adapters", "m2ist/X/c", "m2ist/X/d", -1),
+    Claim("the bridge helps", "hivg/3/2", "hivg/3/1"),
+    Claim("the bridge helps beside HiLoRA", "hivg/3/4", "hivg/3/3"),
+    Claim("HiLoRA helps", "hivg/3/3", "hivg/3/1"),
+    Claim("HiLoRA helps beside the bridge", "hivg/3/4", "hivg/3/2"),
+    Claim("weights of n x L x H beat none", "hivg/4/6", "hivg/4/1"),
+    Claim("weights of n x L x H beat 1 x 1 x H", "hivg/4/6", "hivg/4/3"),
+    Claim("weights of n x L x H beat n x 1 x H", "hivg/4/6", "hivg/4/4"),
+    Claim("two stages beat one", "hivg/5/2", "hivg/5/1"),
+    Claim("three stages beat two", "hivg/5/3", "hivg/5/2"),
+    Claim("three groups beat two", "hivg/5/3", "hivg/5/4"),
+    Claim("three groups beat four", "hivg/5/3", "hivg/5/5"),
+    Claim("shallow to deep beats deep to shallow", "hivg/5/3", "hivg/5/8"),
+    Claim("the contrast helps", "hivg/9/3", "hivg/9/1"),
+    Claim("the region-text constraint helps", "hivg/9/2", "hivg/9/1"),
+    Claim("both constraints beat the contrast alone", "hivg/9/4", "hivg/9/3"),
+    Claim("both constraints beat the region-text one alone", "hivg/9/4", "hivg/9/2"),
+    Claim("several levels beat the last one", "hivg/11/4", "hivg/11/1"),
+    Claim("vanilla LoRA beats frozen CLIP", "hivg/fig4d/clip-vanilla-lora",
+          "hivg/fig4d/original-clip"),
+    Claim("HiLoRA beats vanilla LoRA", "hivg/fig4d/stage-3", "hivg/fig4d/vanilla-lora")]
+
+# Student's t: 95% of the values lie within so many standard errors, by the number of seeds.
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+
+
+class Finding(NamedTuple):
+    """What the runs say of a claim, in points of accuracy."""
+    claim: Claim
+    difference: float    # the mean over the seeds of higher - lower
+    half: float          # half of its 95% interval
+    verdict: str         # "seen", "not seen" or "contradicted"
+
+
+def try_claims(given):
+    """Run what is missing for the claims, and print a table of what they come to. given: the flags
+    of the command line; those but --claims, --seeds and --out go to every run."""
+    names = given.pop("claims")
+    seeds = given.pop("seeds", 5)
+    picture = given.pop("out", "runs/claims.png")
+    for name in ("row", "method", "seed", "resume", "test"):
+        if name in given:
+            raise InputError(f"--{name} is not for --claims, which sets it for each run")
+    if seeds not in T95:
+        raise InputError(f"--seeds is {seeds}; it must be 2 to 10")
+    if Path(picture).suffix.lower() not in (".png", ".jpg"):
+        raise InputError(f"--out {picture}: with --claims it is the picture of the table, a .png")
+    claims = chosen_claims(names)
+    runs = runs_of(claims, seeds, given)
+    missing = [flags for flags in unique(runs.values()) if not is_tested(flags)]
+    run_side_by_side(missing)
+
+    findings = []
+    accuracies = {key: tested_accuracy(flags) for key, flags in runs.items()}
+    for claim in claims:
+        findings.append(find(claim, accuracies, seeds))
+    print_findings(findings, accuracies, seeds)
+    Path(picture).parent.mkdir(parents=True, exist_ok=True)
+    data.write_picture(picture, drawn(findings))
+    print(f"look at {picture}")
+
+
+def chosen_claims(names):
+    """The claims about rows whose names begin with one of `names`; all claims if there is none."""
+    chosen = []
+    for claim in CLAIMS:
+        if not names or any(f"{claim.higher}/".startswith(f"{name}/") for name in names):
+            chosen.append(claim)
+    for name in names:
+        if not any(f"{claim.higher}/".startswith(f"{name}/") for claim in CLAIMS):
+            tables = sorted({claim.higher.rpartition("/")[0] for claim in CLAIMS})
+            raise InputError(f"--claims {name}: there is no claim about this; there are claims about "
+                             f"m2ist, hivg, {', '.join(tables)}")
+    return chosen
+
+
+def runs_of(claims, seeds, given):
+    """The flags of every run that claims need: {(row, seed): flags}. Rows of two tables that are
+    the same model share the runs of the first one."""
+    first_like = {}    # what rows resolve to: the flags of the first row that does so
+    flags_of = {}
+    for row in ROWS:
+        flags = {"row": row, **given, **equal_length(row, given)}
+        meaning = json.dumps({**vars(resolve(flags)), "row": None}, sort_keys=True)
+        flags_of[row] = first_like.setdefault(meaning, flags)
+
+    rows = unique(row for claim in claims for row in (claim.higher, claim.lower))
+    runs = {}
+    for seed in range(seeds):    # seed after seed, so that rows are even where the runs are stopped
+        for row in rows:
+            runs[row, seed] = {**flags_of[row], "seed": seed}
+    return runs
+
+
+def equal_length(row, given):
+    """--epochs for a row, if it has fewer or more epochs than the paper's own method: a row with
+    fewer stages has a longer warm-up."""
+    own = row.partition("/")[0]
+    whole = plan(resolve({"method": own, **given}))[-1].last
+    args = resolve({"row": row, **given})
+    difference = whole - plan(args)[-1].last
+    return {"epochs": args.epochs + difference} if difference else {}
+
+
+def unique(values):
+    """The values without repetitions, in their order."""
+    found = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found
+
+
+def is_tested(flags):
+    return Path(default_out(flags), "test.json").is_file()
+
+
+def tested_accuracy(flags):
+    """The accuracy of a run in %, the mean over the test splits."""
+    path = Path(default_out(flags), "test.json")
+    splits = json.loads(path.read_text())
+    return 100 * sum(row["acc@0.5"] for row in splits.values()) / len(splits)
+
+
+def run_side_by_side(runs):
+    """Train runs, as many at a time as there are cores, each with one thread: for models this small
+    that is faster than one run with all threads. A run that was stopped goes on."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        waiting = [pool.submit(run_alone, flags) for flags in runs]
+        try:
+            for done in tqdm(as_completed(waiting), "claims", len(waiting), unit="run"):
+                done.result()
+        finally:    # after an error or Ctrl-C the runs that have not begun do not begin
+            pool.shutdown(cancel_futures=True)
+
+
+def run_alone(flags):
+    """Train one run in a process of its own; what it prints goes to a file in its folder."""
+    out = Path(default_out(flags))
+    if (out / "args.json").is_file():
+        flags = {"resume": True}
+    words = [sys.executable, str(Path(__file__).resolve()), "--out", str(out), "--test"]
+    for name, value in flags.items():
+        words.append(f"--{name.replace('_', '-')}")
+        if isinstance(value, list):
+            words += [str(part) for part in value]
+        elif value is not True:
+            words.append(str(value))
+    log = out.parent / f"{out.name}.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as printed:
+        ended = subprocess.run(words, stdout=printed, stderr=subprocess.STDOUT,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if ended.returncode != 0:
+        raise InputError(f"the run {out} has stopped; {log} says why. The same command goes on with "
+                         f"what is missing")
+
+
+def find(claim, accuracies, seeds):
+    """What the runs say of a claim -> Finding. The differences are those of pairs with one seed.
+    accuracies: {(row, seed): %}"""
+    differences = []
+    for seed in range(seeds):
+        differences.append(accuracies[claim.higher, seed] - accuracies[claim.lower, seed])
+    mean = sum(differences) / seeds
+    variance = sum((difference - mean) ** 2 for difference in differences) / (seeds - 1)
+    half = T95[seeds] * math.sqrt(variance / seeds)
+    verdict = "not seen"
+    if mean - half > claim.least:
+        verdict = "seen"
+    if mean + half < claim.least:
+        verdict = "contradicted"
+    return Finding(claim, mean, half, verdict)
+
+
+def print_findings(findings, accuracies, seeds):
+    """Print the claims and then their rows as tables in Markdown."""
+    print("| claim | rows | difference in points, 95% interval | verdict |")
+    print("|---|---|---|---|")
+    for claim, difference, half, verdict in findings:
+        more = f", more than {claim.least:g}" if claim.least else ""
+        print(f"| {claim.text} | {claim.higher} - {claim.lower}{more} "
+              f"| {difference:+.1f} ± {half:.1f} | {verdict} |")
+    print(f"\n| row | accuracy over {seeds} seeds, mean ± deviation |")
+    print("|---|---|")
+    for row in unique(row for row, _ in accuracies):
+        reached = torch.tensor([accuracies[row, seed] for seed in range(seeds)])
+        print(f"| {row} | {reached.mean():.1f} ± {reached.std():.1f} |")
+
+
+def drawn(findings):
+    """A PIL picture of the differences: a point and its interval for each claim."""
+    bars = []
+    for claim, difference, half, verdict in findings:
+        bars.append((f"{claim.text}: {verdict}", difference, half, claim.least))
+    return data.interval_chart(bars)
+
+
+# ---------------------------------------------------------------------------------------------
 
 def main(argv=None):
     args = parse_args(argv)
@@ -1610,6 +1887,8 @@ def train_model(args):
     wait_for_all()
     load_tuned(model, read_state(best), best)
     picture_predictions(model, data.spread(val_samples or train_samples), args, out / "val.png")
+    if args.test:
+        test(model, args, out / "test.json")
     minutes = (time.time() - began) / 60
     print(f"{minutes:.1f} minutes; look at {args.out}/val.png; python evaluate.py {args.out}")
 

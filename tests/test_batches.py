@@ -148,7 +148,7 @@ def test_a_shared_picture_gives_the_boxes_and_gradients_of_copies(method):
                 inputs[part] = inputs[part][picture]
         model.train()
         model.zero_grad()
-        grounding = model(**inputs)
+        grounding = model(**inputs, attention=True)
         parts = train.weighted_losses(grounding, batch["boxes"], args)
         sum(parts.values()).backward()
         gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -256,7 +256,9 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path):
     one, two = (load_file(tmp_path / name / "best.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     for name, value in one.items():
-        assert torch.allclose(value, two[name], atol=1e-4), name
+        # Softmax does not change with a bias of the keys, so the gradient of this bias is rounding.
+        if not name.endswith(".k.bias"):
+            assert torch.allclose(value, two[name], atol=1e-4), name
     for line, other in zip(computed(tmp_path / "one"), computed(tmp_path / "two"), strict=True):
         assert line.keys() == other.keys()
         for name, value in line.items():

@@ -235,7 +235,7 @@ def test_the_readmes_adapter_works_in_a_file_of_its_own(tables_put_back):
     image_padding = torch.zeros(2, 64, 64, dtype=torch.bool)
     tokens = torch.randint(5, 100, (2, 7))
     token_padding = torch.zeros(2, 7, dtype=torch.bool)
-    grounding = model(images, image_padding, tokens, token_padding)
+    grounding = model(images, image_padding, tokens, token_padding, attention=True)
     sum(train.weighted_losses(grounding, torch.full((2, 4), 0.4), args).values()).backward()
     train.make_optimizer(model, args, train.plan(args)[0]).step()
     for name, p in model.adapters.named_parameters():

@@ -329,6 +329,33 @@ def test_box_mask_of_a_box_in_a_corner_stays_in_the_grid():
     assert losses.box_mask(boxes, 7).nonzero().tolist() == [[0, 48], [1, 0]]
 
 
+# --- Attention in the box -------------------------------------------------------------------------
+
+
+def test_the_attention_loss_is_the_logarithm_of_the_share_in_the_box():
+    """[D49], as a loop over samples and cells; the mean over the batch."""
+    torch.manual_seed(0)
+    attention = torch.rand(3, 9).softmax(-1) * 0.8    # the rest is on the text
+    mask = torch.rand(3, 9) < 0.4
+    mask[:, 0] = True
+    expected = 0.0
+    for looks, inside in zip(attention.tolist(), mask.tolist()):
+        share = 0.0
+        for look, is_inside in zip(looks, inside):
+            if is_inside:
+                share += look
+        expected -= math.log(share) / 3
+    assert losses.attention_loss(attention, mask).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_attention_loss_is_finite_where_nothing_looks_into_the_box():
+    attention = torch.tensor([[0.0, 1.0]], requires_grad=True)
+    loss = losses.attention_loss(attention, torch.tensor([[True, False]]))
+    loss.backward()
+    assert loss.isfinite()
+    assert attention.grad.isfinite().all()
+
+
 # --- The sum --------------------------------------------------------------------------------------
 
 
@@ -374,11 +401,14 @@ def test_the_parts_of_the_loss_are_named_and_sum_to_it():
         temperature=torch.tensor(0.1),
         scores=torch.randn(4, 9),
         padding=torch.zeros(4, 9, dtype=torch.bool),
+        attention=torch.rand(4, 9).softmax(-1),
     )
     target = torch.rand(4, 4)
-    weights = dict(l1=2, giou=3, contrast=0.5, focal=20, dice=2, beta=0.1)
+    weights = dict(l1=2, giou=3, contrast=0.5, focal=20, dice=2, beta=0.1, attention=0.3)
     parts = losses.loss_parts(found, target, **weights)
-    assert list(parts) == ["l1", "giou", "contrast", "region_text"]
+    assert list(parts) == ["l1", "giou", "contrast", "region_text", "attention"]
+    looks = losses.attention_loss(found.attention, losses.box_mask(target, 3))
+    assert parts["attention"] == 0.3 * looks
     assert parts["l1"] == losses.box_loss(found.boxes, target, l1=2, giou=0, beta=0.1)
     assert parts["giou"] == losses.box_loss(found.boxes, target, l1=0, giou=3)
     total = losses.total_loss(found, target, **weights)

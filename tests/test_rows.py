@@ -222,7 +222,7 @@ def step(args, model):
     optimizer = train.make_optimizer(model, args, train.plan(args)[-1])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.train()
-    loss = sum(train.weighted_losses(model(*inputs), boxes, args).values())
+    loss = sum(train.weighted_losses(model(*inputs, attention=True), boxes, args).values())
     loss.backward()
     optimizer.step()
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}

@@ -57,8 +57,8 @@ def test_a_run_writes_what_its_docstring_says(m2ist_run):
         "args.json", "lock", "log.jsonl", "best.safetensors", "last.pt", "val.png"}
     assert [line["epoch"] for line in read_log(m2ist_run)] == [1, 2, 3]
     assert set(read_log(m2ist_run)[0]) == {
-        "epoch", "phase", "lr", "lr_encoder", "train_loss", "l1", "giou", "train_acc@0.5",
-        "grad_norm", "val_acc@0.5", "val_mean_iou", "leaky_pretraining", *SPEED}
+        "epoch", "phase", "lr", "lr_encoder", "train_loss", "l1", "giou", "attention",
+        "train_acc@0.5", "grad_norm", "val_acc@0.5", "val_mean_iou", "leaky_pretraining", *SPEED}
 
     written = json.loads((m2ist_run / "args.json").read_text())
     assert set(written["args"]) == set(train.OPTIONS)
@@ -160,8 +160,9 @@ def test_the_loss_and_the_accuracy_of_the_log_are_means_over_the_samples(monkeyp
     args, model, loader = without_dropout(10, "--batch-size", "10", "--micro-batch", "4")
     train.set_epoch(loader, 1)
     batch = next(iter(loader))
-    found = model(**inputs_of(batch))
-    expected = losses.total_loss(found, batch["boxes"], args.l1, args.giou, 0, 0, 0).item()
+    found = model(**inputs_of(batch), attention=True)
+    expected = losses.total_loss(found, batch["boxes"], args.l1, args.giou,
+                                 attention=args.attention_loss).item()
 
     real = losses.iou_and_giou
 
@@ -173,7 +174,8 @@ def test_the_loss_and_the_accuracy_of_the_log_are_means_over_the_samples(monkeyp
     train.set_epoch(loader, 1)
     line = one_epoch(*begin_run(model, args, tmp_path), loader)
     assert line["train_loss"] == pytest.approx(expected, rel=1e-5)
-    assert line["l1"] + line["giou"] == pytest.approx(expected, rel=1e-5)
+    parts = line["l1"] + line["giou"] + line["attention"]
+    assert parts == pytest.approx(expected, rel=1e-5)
     # Micro-batches of 4, 4 and 2 samples have 2, 2 and 1 with an IoU of 0.5 or more.
     assert line["train_acc@0.5"] == pytest.approx(5 / 10)
 
@@ -185,7 +187,7 @@ def test_a_step_has_the_gradient_of_its_own_batch_alone(tmp_path):
 
     train.set_epoch(loader, 1)
     _, last = list(loader)
-    found = model(**inputs_of(last))
+    found = model(**inputs_of(last), attention=True)
     sum(train.weighted_losses(found, last["boxes"], args).values()).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -267,7 +269,8 @@ def test_gradients_that_are_not_finite_stop_the_run_before_anything_is_written(t
 
 def test_fp16_skips_steps_that_overflow_and_counts_them(tmp_path, monkeypatch):
     """A skipped step changes no weight; the norm in the log is that of the other steps."""
-    args, model, loader = without_dropout(12, "--batch-size", "4", "--amp", "fp16")
+    args, model, loader = without_dropout(12, "--batch-size", "4", "--amp", "fp16",
+                                          "--attention-loss", "0")
     break_gradients(model, when=lambda number: number != 2)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     under_way, phase = begin_run(model, args, tmp_path)
@@ -326,9 +329,10 @@ def test_the_log_has_a_line_each_log_every_steps(tmp_path):
         (1, 2), (1, None), (2, 2), (2, None)]
     first, whole = log[0], log[1]
     assert set(first) == {
-        "epoch", "phase", "step", "lr", "lr_encoder", "train_loss", "l1", "giou", "train_acc@0.5",
-        "grad_norm", *SPEED}
-    assert first["l1"] + first["giou"] == pytest.approx(first["train_loss"], rel=1e-5)
+        "epoch", "phase", "step", "lr", "lr_encoder", "train_loss", "l1", "giou", "attention",
+        "train_acc@0.5", "grad_norm", *SPEED}
+    parts = first["l1"] + first["giou"] + first["attention"]
+    assert parts == pytest.approx(first["train_loss"], rel=1e-5)
     assert first["lr"] == first["lr_encoder"] == 1e-3
     assert first["seconds"] > 0
     assert first["samples_per_second"] == pytest.approx(32 / first["seconds"])
@@ -543,6 +547,38 @@ def test_plain_clip_trains_and_evaluates(tmp_path, method, flags, phases):
     assert result["splits"]["val"]["acc@0.5"] == max(line["val_acc@0.5"] for line in log)
 
 
+def test_the_attention_loss_trains_where_reg_looks():
+    """[D49] With its weight alone, a step changes the queries and keys of the last layer, and makes
+    the share of [REG]'s attention in the box larger."""
+    args, model, loader = without_dropout(8, "--batch-size", "8", "--l1", "0", "--giou", "0",
+                                          "--attention-loss", "1", "--lr", "1e-3")
+    train.set_epoch(loader, 1)
+    batch = next(iter(loader))
+    optimizer = train.make_optimizer(model, args, train.plan(args)[0])
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    losses_of_steps = []
+    for _ in range(5):
+        values, _ = train.train_step(model, batch, optimizer, scaler, args)
+        losses_of_steps.append(values["attention"])
+    assert losses_of_steps == sorted(losses_of_steps, reverse=True)
+    for name in ("q", "k"):
+        full = f"grounding.layers.{len(model.grounding.layers) - 1}.{name}.weight"
+        assert not torch.equal(model.get_parameter(full), before[full])
+
+
+def test_test_writes_what_evaluate_finds(tmp_path):
+    """test.json holds the accuracy of the best weights on every split but train and val."""
+    out = run(tmp_path / "a", "--test", "--epochs", "1")
+    found = json.loads((out / "test.json").read_text())
+    evaluate.main([str(out), "--split", "testA", "--split", "testB", "--json", str(tmp_path / "e")])
+    expected = json.loads((tmp_path / "e").read_text())["splits"]
+    assert list(found) == ["testA", "testB"]
+    for split, row in found.items():
+        for name in ("acc@0.5", "mean_iou"):
+            assert row[name] == pytest.approx(expected[split][name], rel=1e-5)
+
+
 # --- Recipes and schedules ------------------------------------------------------------------------
 
 BASE = ["--size", "base", "--dataset", "x.jsonl"]
@@ -572,18 +608,20 @@ def test_the_recipe_of_m2ist_is_that_of_section_iv_b():
 
 
 def test_the_default_run_is_m2ist_on_shapes():
-    """`python train.py` alone: 3,000 steps, a warm-up of 200, a tenth of the rate in the last
-    epoch, and more weight decay than at full size."""
+    """`python train.py` alone: 1,500 steps, a warm-up of 100, a rate that falls to zero, more weight
+    decay than at full size, and the attention loss [D49]."""
     args = train.parse_args([])
     assert (args.method, args.dataset, args.size) == ("m2ist", "shapes", "tiny")
     assert args.weights == "shapes"
     assert args.workers == 0
     assert args.out == "runs/shapes-m2ist-0"
-    assert args.epochs * (24_000 // args.batch_size) == 3000
+    assert args.epochs * (24_000 // args.batch_size) == 1500
     assert args.weight_decay == 0.1
-    assert train.rate_factor(args, 0, 750, 4) == pytest.approx(1 / 200)
-    assert train.rate_factor(args, 2249, 750, 4) == 1
-    assert train.rate_factor(args, 2250, 750, 4) == pytest.approx(0.1)
+    assert args.attention_loss == 0.3
+    assert train.parse_args(BASE).attention_loss == 0
+    assert train.rate_factor(args, 0, 750, 2) == pytest.approx(1 / 100)
+    assert train.rate_factor(args, 750, 750, 2) == pytest.approx(0.5)
+    assert train.rate_factor(args, 1499, 750, 2) == pytest.approx(1 / 1500)
 
 
 def test_the_cosine_falls_to_zero():
