@@ -5,7 +5,7 @@
     python train.py --dataset refcoco       M²IST at full size
     python train.py --row m2ist/V/b         a row of the papers' tables
     python train.py --row list              all of these rows
-    python train.py --claims                try what the papers claim, on `shapes`
+    python train.py --claims                try the papers' claims on `shapes`
     python train.py --out runs/x --resume   continue where the run stopped
     torchrun --nproc-per-node 4 train.py --dataset refcoco    on four GPUs
 
