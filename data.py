@@ -1833,12 +1833,12 @@ def contact_sheet(tiles, legend, columns=4):
 def interval_chart(bars):
     """Return a PIL picture with a line of text, a point and its interval for each of `bars`.
 
-    bars: [(text, value, half of the interval, threshold), ...], all in the same unit; the threshold
-        is a short grey line across the interval, green or red where the interval is clear of it"""
+    bars: [(text, value, half of the interval, threshold), ...], all in the same unit. The threshold
+        is a short grey line. An interval above its threshold is green, one below it red."""
     side = 24            # pixels of a line
     left = 12 + max(round(font().getlength(text)) for text, *_ in bars)
     width = 420
-    ends = [abs(value) + half for _, value, half, _ in bars]
+    ends = [max(abs(value) + half, abs(threshold)) for _, value, half, threshold in bars]
     reach = math.ceil(max(1.0, *ends))           # the axis goes from -reach to reach
     picture = Image.new("RGB", (left + width + 12, side * (len(bars) + 1)), "white")
     pen = ImageDraw.Draw(picture)

@@ -7,7 +7,7 @@
                                                 image tokens in the box are matched to the text
     HiVG Eq. (15)          loss_parts, total_loss
                                                 the terms of the three losses, and their sum
-    ours, for `shapes`     attention_loss       [REG] looks into the box
+    ours, at size tiny     attention_loss       [REG] looks into the box
 
 Symbols (paper = here):
     b (M²IST), B̂ (HiVG) = pred        b̂ (M²IST), B (HiVG) = target        λ_l1 = l1
@@ -66,8 +66,8 @@ Where this file differs from a paper or its released code ("code"):
 [D49] [REG]'s attention
     paper   nothing says where [REG] must look
     code    the same
-    here    the same, but for `shapes`: there -log of the share of [REG]'s attention that lies in
-            the box is a fourth loss, with weight 0.3; `attention` sets it
+    here    the same at full size. At size tiny, -log of the share of [REG]'s attention that lies
+            in the box is one more loss, with weight 0.3; --attention-loss sets the weight
     why     with the box loss alone a run on `shapes` predicts the mean box for hundreds of steps,
             and how many there are differs from seed to seed, so that nothing could be compared
 """

@@ -333,9 +333,12 @@ def parse_args(argv=None):
     if given.get("row") == "list":
         print_rows()
         sys.exit()
-    if "claims" in given:
+    if "claims" in given and not asks_for_help:
         try_claims(given)
         sys.exit()
+    for name in ("claims", "seeds"):
+        if given.pop(name, None) is not None and not asks_for_help:
+            raise InputError(f"--{name} is for --claims: give --claims too, or leave --{name} out")
 
     out = given.get("out") or default_out(given)
     if given.get("resume"):
@@ -476,7 +479,7 @@ def refuse_changes(given, saved):
         if name == "epochs" and not saved.get("stages") and value > saved[name]:
             print(f"the run goes on to epoch {value}; up to now its end was {saved[name]}. From here "
                   f"on its rates are those of a run of {value} epochs, which with --schedule cosine "
-                  f"are higher at first than the last ones were")
+                  f"or linear are higher at first than the last ones were")
             continue
         raise InputError(f"--{name.replace('_', '-')} is {value}, but the run in --out has "
                          f"{saved.get(name)}: leave the flag out to resume the run, or start a "
@@ -1138,6 +1141,9 @@ def load_splits(args):
     else:
         print(f"{args.dataset} has no split 'val': the last epoch is kept as the best")
     data.check_pictures_exist([*listed, *val_samples])
+    if args.test:
+        for samples in test_samples(args).values():
+            data.check_pictures_exist(samples)
     for split, samples in (("train", listed), ("val", val_samples)):
         doubt = data.doubt_about_boxes(samples)
         if doubt:
@@ -1223,15 +1229,24 @@ def leaky_pretraining(args):
     return data.leaky_pretraining(args.dataset, args.vision_weights or DETR_URL)
 
 
-def test(model, args, path):
-    """Evaluate a model on the splits but train and val, and write {split: scores} to a file."""
+def test_samples(args):
+    """The samples of the splits but train and val: {split: samples}."""
     splits = {}
     for split in data.split_names(args.dataset, args.root):
         if split not in ("train", "val"):
-            samples = data.load_samples(args.dataset, split, args.root)[:args.limit]
-            loader = make_loader(samples, model, args, batch_size=args.micro_batch)
-            splits[split] = scores(predict(model, loader, args).ious)
-            print_line({"split": split, **splits[split]})
+            splits[split] = data.load_samples(args.dataset, split, args.root)[:args.limit]
+    if not splits:
+        raise InputError(f"--test: {args.dataset} has no split but train and val; leave --test out")
+    return splits
+
+
+def test(model, args, path):
+    """Evaluate a model on the splits but train and val, and write {split: scores} to a file."""
+    splits = {}
+    for split, samples in test_samples(args).items():
+        loader = make_loader(samples, model, args, batch_size=args.micro_batch)
+        splits[split] = scores(predict(model, loader, args).ious)
+        print_line({"split": split, **splits[split]})
 
     def write(partial):
         partial.write_text(json.dumps(splits))
@@ -1427,7 +1442,7 @@ def write_args(out, args):
 
 
 @contextlib.contextmanager
-def claim(args):
+def hold_folder(args):
     """Hold the folder --out for this process alone. What another run has left there is refused
     before any slow work, and what a killed run has half written is removed."""
     out = Path(args.out)
@@ -1617,27 +1632,28 @@ def print_rows():
 
 # ---------------------------------------------------------------------------------------------
 # Claims: what the papers say of their rows, tried on `shapes` over several seeds. A claim compares
-# two rows. Its runs differ in nothing but the rows: each has the recipe's epochs, samples and rates,
-# and the seed of both is the same, so that both see the same samples in the same order.
+# two rows. They have equally many epochs, the rates of their recipes, and in pairs the same seed, so
+# that both rows of a pair see the same samples in the same order.
 
 class Claim(NamedTuple):
-    """A paper's claim that one row of its tables is better than another one."""
+    """A paper's claim that one row of its tables is better than another one, or no worse."""
     text: str
     higher: str            # the row that should be better
     lower: str
-    least: float = 0.0     # by more than so many points; -1: it is not more than one point worse
+    margin: float = 0.0    # by more than so many points. "No worse" is taken as more than -1.
 
 
 CLAIMS = [
-    Claim("side adapters are no worse than full fine-tuning", "m2ist/I/m2ist", "m2ist/I/full", -1),
-    Claim("side adapters help", "m2ist/I/m2ist", "m2ist/I/frozen"),
-    Claim("side adapters beat Adapter", "m2ist/I/m2ist", "m2ist/I/adapter"),
-    Claim("side adapters beat LoRA", "m2ist/I/m2ist", "m2ist/I/lora"),
-    Claim("side adapters beat AdaptFormer", "m2ist/I/m2ist", "m2ist/I/adaptformer"),
-    Claim("side adapters beat CM Adapter", "m2ist/I/m2ist", "m2ist/I/cm-adapter"),
-    Claim("side adapters beat MRS-Adapter", "m2ist/I/m2ist", "m2ist/I/mrs-adapter"),
+    Claim("M²IST is no worse than full fine-tuning", "m2ist/I/m2ist", "m2ist/I/full", -1),
+    Claim("M²IST beats frozen encoders", "m2ist/I/m2ist", "m2ist/I/frozen"),
+    Claim("M²IST beats Adapter", "m2ist/I/m2ist", "m2ist/I/adapter"),
+    Claim("M²IST beats LoRA", "m2ist/I/m2ist", "m2ist/I/lora"),
+    Claim("M²IST beats AdaptFormer", "m2ist/I/m2ist", "m2ist/I/adaptformer"),
+    Claim("M²IST beats CM Adapter", "m2ist/I/m2ist", "m2ist/I/cm-adapter"),
+    Claim("M²IST beats MRS-Adapter", "m2ist/I/m2ist", "m2ist/I/mrs-adapter"),
     Claim("LEA helps", "m2ist/V/b", "m2ist/V/a"),
     Claim("VEA helps", "m2ist/V/c", "m2ist/V/a"),
+    Claim("VEA helps more than LEA", "m2ist/V/c", "m2ist/V/b"),
     Claim("LEA and VEA help", "m2ist/V/d", "m2ist/V/a"),
     Claim("IEA helps", "m2ist/V/e", "m2ist/V/a"),
     Claim("IEA helps beside LEA and VEA", "m2ist/V/f", "m2ist/V/d"),
@@ -1648,11 +1664,10 @@ CLAIMS = [
     Claim("side beats sequential", "m2ist/VII/c", "m2ist/VII/a"),
     Claim("side beats parallel", "m2ist/VII/c", "m2ist/VII/b"),
     Claim("deep text layers beat shallow ones", "m2ist/VIII/c", "m2ist/VIII/a"),
-    Claim("C_d of 32 beats 8", "m2ist/II/32", "m2ist/II/8"),
-    Claim("C_d of 128 beats 32", "m2ist/II/128", "m2ist/II/32"),
+    Claim("C_d of 128 beats 8", "m2ist/II/128", "m2ist/II/8"),
     Claim("IEA's bottleneck of 64 beats 32", "m2ist/IX/b", "m2ist/IX/a"),
     Claim("IEA's bottleneck of 128 beats 64", "m2ist/IX/c", "m2ist/IX/b"),
-    Claim("LoRA adds less than a point to side adapters", "m2ist/X/c", "m2ist/X/d", -1),
+    Claim("M²IST with LoRA is no worse than without", "m2ist/X/d", "m2ist/X/c", -1),
     Claim("the bridge helps", "hivg/3/2", "hivg/3/1"),
     Claim("the bridge helps beside HiLoRA", "hivg/3/4", "hivg/3/3"),
     Claim("HiLoRA helps", "hivg/3/3", "hivg/3/1"),
@@ -1660,15 +1675,14 @@ CLAIMS = [
     Claim("weights of n x L x H beat none", "hivg/4/6", "hivg/4/1"),
     Claim("weights of n x L x H beat 1 x 1 x H", "hivg/4/6", "hivg/4/3"),
     Claim("weights of n x L x H beat n x 1 x H", "hivg/4/6", "hivg/4/4"),
-    Claim("two stages beat one", "hivg/5/2", "hivg/5/1"),
-    Claim("three stages beat two", "hivg/5/3", "hivg/5/2"),
-    Claim("three groups beat two", "hivg/5/3", "hivg/5/4"),
-    Claim("three groups beat four", "hivg/5/3", "hivg/5/5"),
+    Claim("the bridge's cross-attention helps", "hivg/4/6", "hivg/4/2"),
+    Claim("the second stage helps", "hivg/5/2", "hivg/5/1"),
+    Claim("the third stage helps", "hivg/5/3", "hivg/5/2"),
+    Claim("HiLoRA in three stages beats two", "hivg/5/3", "hivg/5/4"),
+    Claim("HiLoRA in three stages beats four", "hivg/5/3", "hivg/5/5"),
     Claim("shallow to deep beats deep to shallow", "hivg/5/3", "hivg/5/8"),
     Claim("the contrast helps", "hivg/9/3", "hivg/9/1"),
-    Claim("the region-text constraint helps", "hivg/9/2", "hivg/9/1"),
-    Claim("both constraints beat the contrast alone", "hivg/9/4", "hivg/9/3"),
-    Claim("both constraints beat the region-text one alone", "hivg/9/4", "hivg/9/2"),
+    Claim("the region-text constraint helps beside the contrast", "hivg/9/4", "hivg/9/3"),
     Claim("several levels beat the last one", "hivg/11/4", "hivg/11/1"),
     Claim("vanilla LoRA beats frozen CLIP", "hivg/fig4d/clip-vanilla-lora",
           "hivg/fig4d/original-clip"),
@@ -1683,7 +1697,7 @@ class Finding(NamedTuple):
     claim: Claim
     difference: float    # the mean over the seeds of higher - lower
     half: float          # half of its 95% interval
-    verdict: str         # "seen", "not seen" or "contradicted"
+    verdict: str         # "seen" or "contradicted" if the interval is clear of the margin, "not seen"
 
 
 def try_claims(given):
@@ -1692,7 +1706,7 @@ def try_claims(given):
     names = given.pop("claims")
     seeds = given.pop("seeds", 5)
     picture = given.pop("out", "runs/claims.png")
-    for name in ("row", "method", "seed", "resume", "test"):
+    for name in ("row", "method", "dataset", "size", "root", "seed", "resume", "test"):
         if name in given:
             raise InputError(f"--{name} is not for --claims, which sets it for each run")
     if seeds not in T95:
@@ -1701,49 +1715,65 @@ def try_claims(given):
         raise InputError(f"--out {picture}: with --claims it is the picture of the table, a .png")
     claims = chosen_claims(names)
     runs = runs_of(claims, seeds, given)
-    missing = [flags for flags in unique(runs.values()) if not is_tested(flags)]
-    run_side_by_side(missing)
+    for flags in unique(runs.values()):
+        check_is_run_of(flags)
+    run_side_by_side([flags for flags in unique(runs.values()) if not is_tested(flags)])
 
     findings = []
     accuracies = {key: tested_accuracy(flags) for key, flags in runs.items()}
     for claim in claims:
-        findings.append(find(claim, accuracies, seeds))
+        findings.append(judge(claim, accuracies, seeds))
     print_findings(findings, accuracies, seeds)
     Path(picture).parent.mkdir(parents=True, exist_ok=True)
-    data.write_picture(picture, drawn(findings))
+    data.write_picture(picture, chart(findings))
     print(f"look at {picture}")
 
 
 def chosen_claims(names):
-    """The claims about rows whose names begin with one of `names`; all claims if there is none."""
+    """The claims about the papers, tables or rows in `names`; all claims if there is none."""
     chosen = []
     for claim in CLAIMS:
-        if not names or any(f"{claim.higher}/".startswith(f"{name}/") for name in names):
+        if not names or any(is_about(claim, name) for name in names):
             chosen.append(claim)
     for name in names:
-        if not any(f"{claim.higher}/".startswith(f"{name}/") for claim in CLAIMS):
+        if not any(is_about(claim, name) for claim in CLAIMS):
             tables = sorted({claim.higher.rpartition("/")[0] for claim in CLAIMS})
             raise InputError(f"--claims {name}: there is no claim about this; there are claims about "
                              f"m2ist, hivg, {', '.join(tables)}")
     return chosen
 
 
+def is_about(claim, name):
+    return any(f"{row}/".startswith(f"{name}/") for row in (claim.higher, claim.lower))
+
+
 def runs_of(claims, seeds, given):
     """The flags of every run that claims need: {(row, seed): flags}. Rows of two tables that are
     the same model share the runs of the first one."""
-    first_like = {}    # what rows resolve to: the flags of the first row that does so
-    flags_of = {}
-    for row in ROWS:
-        flags = {"row": row, **given, **equal_length(row, given)}
-        meaning = json.dumps({**vars(resolve(flags)), "row": None}, sort_keys=True)
-        flags_of[row] = first_like.setdefault(meaning, flags)
-
     rows = unique(row for claim in claims for row in (claim.higher, claim.lower))
+    first_like = {}    # the options of a row: the first row that has them
+    for row in ROWS:
+        first_like.setdefault(meaning(row), row)
+
+    flags_of = {}
+    for row in rows:
+        first = first_like[meaning(row)]
+        try:
+            flags_of[row] = {"row": first, **given, **equal_length(first, given)}
+            resolve(flags_of[row])
+        except InputError as error:
+            raise InputError(f"--claims needs row {row}, and there {error}") from None
+
     runs = {}
     for seed in range(seeds):    # seed after seed, so that rows are even where the runs are stopped
         for row in rows:
             runs[row, seed] = {**flags_of[row], "seed": seed}
     return runs
+
+
+def meaning(row):
+    """All options of a row but its name, as a text that can be compared."""
+    return json.dumps({**vars(resolve({"row": row})), "row": None}, sort_keys=True)
 
 
 def equal_length(row, given):
@@ -1752,8 +1782,11 @@ def equal_length(row, given):
     own = row.partition("/")[0]
     whole = plan(resolve({"method": own, **given}))[-1].last
     args = resolve({"row": row, **given})
-    difference = whole - plan(args)[-1].last
-    return {"epochs": args.epochs + difference} if difference else {}
+    epochs = args.epochs + whole - plan(args)[-1].last
+    if epochs < 1:
+        raise InputError(f"--epochs is {epochs}; it must be 1 or more: the row has more stages than "
+                         f"{own}, and so a shorter warm-up. Give {1 - epochs} more --epochs")
+    return {"epochs": epochs} if epochs != args.epochs else {}
 
 
 def unique(values):
@@ -1763,6 +1796,19 @@ def unique(values):
         if value not in found:
             found.append(value)
     return found
+
+
+def check_is_run_of(flags):
+    """Refuse a folder in which a run was made by other options, an older recipe say. A run in the
+    table that was made otherwise than the rest would go unseen."""
+    out = Path(default_out(flags))
+    if not (out / "args.json").is_file():
+        return
+    saved = read_args(out)
+    for name, value in vars(resolve(flags)).items():
+        if name not in MAY_CHANGE and saved.get(name) != value:
+            raise InputError(f"{out} holds a run with {name} {saved.get(name)}, and --claims needs "
+                             f"{value}: move the folder away")
 
 
 def is_tested(flags):
@@ -1778,21 +1824,32 @@ def tested_accuracy(flags):
 
 def run_side_by_side(runs):
     """Train runs, as many at a time as there are cores, each with one thread: for models this small
-    that is faster than one run with all threads. A run that was stopped goes on."""
+    that is faster than one run with all threads. A run that was stopped goes on. After an error,
+    Ctrl-C or SIGTERM the runs under way are stopped, and no further one begins."""
+    stopping = threading.Event()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        waiting = [pool.submit(run_alone, flags) for flags in runs]
+        waiting = [pool.submit(run_alone, flags, stopping) for flags in runs]
         try:
-            for done in tqdm(as_completed(waiting), "claims", len(waiting), unit="run"):
+            for done in tqdm(as_completed(waiting), "claims", len(waiting), unit="run",
+                             disable=None):    # None: no progress bar outside a terminal
                 done.result()
-        finally:    # after an error or Ctrl-C the runs that have not begun do not begin
-            pool.shutdown(cancel_futures=True)
+        except BaseException:
+            stopping.set()
+            print("the runs under way are stopped; the same command goes on with what is missing")
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
-def run_alone(flags):
-    """Train one run in a process of its own; what it prints goes to a file in its folder."""
+def run_alone(flags, stopping):
+    """Train one run in a process of its own, until it ends or `stopping` is set. What the run
+    prints goes to a file beside its folder."""
+    if stopping.is_set():
+        return
     out = Path(default_out(flags))
     if (out / "args.json").is_file():
-        flags = {"resume": True}
+        flags = {**flags, "resume": True}
     words = [sys.executable, str(Path(__file__).resolve()), "--out", str(out), "--test"]
     for name, value in flags.items():
         words.append(f"--{name.replace('_', '-')}")
@@ -1802,15 +1859,22 @@ def run_alone(flags):
             words.append(str(value))
     log = out.parent / f"{out.name}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a") as printed:
-        ended = subprocess.run(words, stdout=printed, stderr=subprocess.STDOUT,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if ended.returncode != 0:
+    with open(log, "a") as printed:    # in a session of its own: Ctrl-C reaches this process alone
+        process = subprocess.Popen(words, stdout=printed, stderr=subprocess.STDOUT,
+                                   start_new_session=True,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while process.poll() is None:
+        if stopping.wait(0.2):
+            process.terminate()    # the run writes last.pt and ends
+            process.wait()
+            return
+    if process.returncode != 0:
+        stopping.set()
         raise InputError(f"the run {out} has stopped; {log} says why. The same command goes on with "
                          f"what is missing")
 
 
-def find(claim, accuracies, seeds):
+def judge(claim, accuracies, seeds):
     """What the runs say of a claim -> Finding. The differences are those of pairs with one seed.
     accuracies: {(row, seed): %}"""
     differences = []
@@ -1820,9 +1884,9 @@ def find(claim, accuracies, seeds):
     variance = sum((difference - mean) ** 2 for difference in differences) / (seeds - 1)
     half = T95[seeds] * math.sqrt(variance / seeds)
     verdict = "not seen"
-    if mean - half > claim.least:
+    if mean - half > claim.margin:
         verdict = "seen"
-    if mean + half < claim.least:
+    if mean + half < claim.margin:
         verdict = "contradicted"
     return Finding(claim, mean, half, verdict)
 
@@ -1832,7 +1896,7 @@ def print_findings(findings, accuracies, seeds):
     print("| claim | rows | difference in points, 95% interval | verdict |")
     print("|---|---|---|---|")
     for claim, difference, half, verdict in findings:
-        more = f", more than {claim.least:g}" if claim.least else ""
+        more = f" > {claim.margin:g}" if claim.margin else ""
         print(f"| {claim.text} | {claim.higher} - {claim.lower}{more} "
               f"| {difference:+.1f} ± {half:.1f} | {verdict} |")
     print(f"\n| row | accuracy over {seeds} seeds, mean ± deviation |")
@@ -1842,11 +1906,11 @@ def print_findings(findings, accuracies, seeds):
         print(f"| {row} | {reached.mean():.1f} ± {reached.std():.1f} |")
 
 
-def drawn(findings):
+def chart(findings):
     """A PIL picture of the differences: a point and its interval for each claim."""
     bars = []
     for claim, difference, half, verdict in findings:
-        bars.append((f"{claim.text}: {verdict}", difference, half, claim.least))
+        bars.append((f"{claim.text}: {verdict}", difference, half, claim.margin))
     return data.interval_chart(bars)
 
 
@@ -1858,7 +1922,7 @@ def main(argv=None):
     set_precision(args)
     with contextlib.ExitStack() as held:
         if rank() == 0:
-            held.enter_context(claim(args))
+            held.enter_context(hold_folder(args))
         wait_for_all()
         with memory_explained(args.device, half_of("--micro-batch", args.micro_batch)):
             train_model(args)

@@ -1,6 +1,13 @@
 """Claims of the papers, tried on `shapes`: which runs they need, what is done with the results."""
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,7 +105,7 @@ def test_the_verdict_follows_from_the_interval_of_paired_differences(higher, low
     for seed in range(3):
         accuracies["a", seed] = higher[seed]
         accuracies["b", seed] = lower[seed]
-    found = train.find(train.Claim("a beats b", "a", "b", least), accuracies, 3)
+    found = train.judge(train.Claim("a beats b", "a", "b", least), accuracies, 3)
 
     higher = torch.tensor(higher, dtype=torch.float64)
     differences = higher - torch.tensor(lower, dtype=torch.float64)
@@ -116,7 +123,11 @@ def test_the_chart_has_a_point_and_an_interval_for_each_claim():
     left = chart.width - 420 - 12
     for number, (value, colour) in enumerate([(4.0, "green"), (-4.0, "red"), (0.5, "dimgrey")]):
         x = left + (value + 5) / 10 * 420    # the axis goes from -5 to 5
-        assert chart.getpixel((round(x), 24 * number + 12)) == colours[colour]
+        y = 24 * number + 12
+        assert chart.getpixel((round(x), y)) == colours[colour]
+        half = bars[number][2] / 10 * 420
+        assert chart.getpixel((round(x - 0.8 * half), y)) == colours[colour]
+        assert chart.getpixel((round(x - 1.3 * half), y)) != colours[colour]
 
 
 # --- The command ----------------------------------------------------------------------------------
@@ -135,7 +146,7 @@ def test_the_command_runs_what_is_missing_and_prints_a_table(one_claim, monkeypa
     """A run that is there is not made again; the accuracy is the mean over testA and testB."""
     made = []
 
-    def fake_run(flags):
+    def fake_run(flags, stopping):
         made.append((flags["row"], flags["seed"]))
         folder = one_claim / train.default_out(flags)
         folder.mkdir(parents=True)
@@ -164,23 +175,26 @@ def test_a_run_of_a_claim_is_that_of_the_same_row(one_claim, capsys):
     """What is trained in a process of its own, and stopped before its test, is the same as
     `train.py --row` with these flags; what it prints is beside its folder."""
     flags = {"row": "m2ist/V/b", "seed": 1, "limit": 32, "epochs": 1}
-    train.run_alone(flags)
+    train.run_alone(flags, threading.Event())
     out = one_claim / train.default_out(flags)
     splits = json.loads((out / "test.json").read_text())
     assert list(splits) == ["testA", "testB"]
     assert "m2ist/V/b" in (out.parent / f"{out.name}.txt").read_text()
-    assert json.loads((out / "args.json").read_text())["args"]["attention_port"] == "none"
+    saved = train.read_args(out)
+    for name, value in vars(train.resolve(flags)).items():
+        if name not in train.MAY_CHANGE:
+            assert saved[name] == value, name
 
     # Stopped before its test, a run goes on from there.
     trained = (out / "best.safetensors").stat().st_mtime_ns
     (out / "test.json").unlink()
-    train.run_alone(flags)
+    train.run_alone(flags, threading.Event())
     assert json.loads((out / "test.json").read_text()) == splits
     assert (out / "best.safetensors").stat().st_mtime_ns == trained
 
 
 def test_a_run_that_fails_is_named_with_the_file_of_what_it_printed(one_claim):
-    """The command says where to look, and does not begin further runs."""
+    """The command says where to look."""
     bad = {"row": "m2ist/V/b", "seed": 0, "device": "nowhere"}
     with pytest.raises(data.InputError, match=r"shapes-m2ist-V-b-0.*\.txt says why"):
         train.run_side_by_side([bad])
@@ -188,10 +202,69 @@ def test_a_run_that_fails_is_named_with_the_file_of_what_it_printed(one_claim):
     assert "--device nowhere cannot be used" in log.read_text()
 
 
+def test_after_a_run_that_fails_no_other_begins(one_claim, monkeypatch):
+    """One run at a time, and the first one fails: the others leave nothing behind."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    bad = {"row": "m2ist/V/b", "limit": 8, "epochs": 1, "device": "nowhere"}
+    with pytest.raises(data.InputError, match="says why"):
+        train.run_side_by_side([{**bad, "seed": seed} for seed in range(4)])
+    [log] = Path("runs").iterdir()
+    assert log.name.startswith("shapes-m2ist-V-b-0") and log.suffix == ".txt"
+
+
+def test_stopping_the_command_stops_its_runs(one_claim):
+    """No run goes on without the command, and each has written last.pt, or had not begun."""
+    command = [sys.executable, train.__file__, "--claims", "m2ist/V/b", "--epochs", "200",
+               "--limit", "64"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not list(Path("runs").glob("*/log.jsonl")):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on with what is missing" in printed
+    for log in Path("runs").glob("*.txt"):
+        assert "goes on from there" in log.read_text()
+    for epochs in Path("runs").glob("*/log.jsonl"):
+        assert (epochs.parent / "last.pt").is_file()
+
+
+def test_a_folder_of_another_recipe_is_refused(one_claim):
+    """Its accuracy would be compared with those of runs that were made otherwise."""
+    flags = {"row": "m2ist/V/b", "seed": 0, "limit": 8, "epochs": 1}
+    args = train.resolve(flags)
+    args.out = train.default_out(flags)
+    Path(args.out).mkdir(parents=True)
+    train.write_args(Path(args.out), args)
+    train.check_is_run_of(flags)
+    args.weight_decay = 0.5
+    Path(args.out, "args.json").unlink()
+    train.write_args(Path(args.out), args)
+    with pytest.raises(data.InputError, match="holds a run with weight_decay 0.5, and --claims needs"):
+        train.main(["--claims", "--limit", "8", "--epochs", "1"])
+
+
+def test_claims_with_help_shows_the_help(one_claim, capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--claims", "--seeds", "3", "--help"])
+    assert "--claims [NAME ...]" in capsys.readouterr().out
+    assert list(one_claim.iterdir()) == []
+
+
+def test_a_flag_of_one_paper_is_for_the_claims_of_that_paper():
+    """Rows that the claims do not need are not asked what they think of a flag."""
+    runs = train.runs_of(train.chosen_claims(["hivg/3"]), 2, {"contrast": 0.5})
+    assert {flags["contrast"] for flags in runs.values()} == {0.5}
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--claims", "m2ist/XX"], ["m2ist/XX", "m2ist/VII", "hivg/5"]),
     (["--claims", "--seeds", "1"], ["--seeds is 1", "2 to 10"]),
     (["--claims", "--row", "m2ist/V/b"], ["--row is not for --claims"]),
+    (["--claims", "--dataset", "refcoco"], ["--dataset is not for --claims"]),
+    (["--seeds", "3"], ["--seeds is for --claims"]),
+    (["--claims", "m2ist/I", "--contrast", "0.5"], ["m2ist/I/m2ist", "--contrast"]),
+    (["--claims", "hivg/5", "--epochs", "1"], ["hivg/5/5", "--epochs"]),
     (["--claims", "--out", "folder"], ["folder", ".png"])])
 def test_wrong_flags_are_refused_before_anything_is_run(flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -352,7 +352,7 @@ def test_a_folder_that_holds_a_run_is_never_overwritten(tmp_path):
 
 def claim(out, resume=False):
     """The context in which a run has its folder."""
-    return train.claim(argparse.Namespace(out=str(out), resume=resume))
+    return train.hold_folder(argparse.Namespace(out=str(out), resume=resume))
 
 
 def test_a_file_that_was_half_written_is_no_run(tmp_path):
@@ -409,7 +409,7 @@ def test_two_runs_cannot_have_one_folder(tmp_path):
 
 HOLD = """
 import argparse, sys, time, train
-with train.claim(argparse.Namespace(out=sys.argv[1], resume=False)):
+with train.hold_folder(argparse.Namespace(out=sys.argv[1], resume=False)):
     print("holding", flush=True)
     time.sleep(60)
 """

@@ -579,6 +579,23 @@ def test_test_writes_what_evaluate_finds(tmp_path):
             assert row[name] == pytest.approx(expected[split][name], rel=1e-5)
 
 
+def test_test_without_a_test_split_is_refused_before_training(tmp_path):
+    """A file with train and val alone, and a test picture that is missing."""
+    picture = tmp_path / "p.png"
+    Image.new("RGB", (64, 64)).save(picture)
+    row = {"image": str(picture), "text": "the thing", "box": [3, 4, 30, 40]}
+    lines = [{**row, "split": "train"}, {**row, "split": "val"}]
+    (tmp_path / "two.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    lines.append({**row, "image": "nowhere.png", "split": "test"})
+    (tmp_path / "three.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    flags = ["--size", "tiny", "--device", "cpu", "--test", "--out", str(tmp_path / "out")]
+    with pytest.raises(InputError, match="--test: .*two.jsonl has no split but train and val"):
+        train.main([*flags, "--dataset", str(tmp_path / "two.jsonl")])
+    with pytest.raises(InputError, match="nowhere.png"):
+        train.main([*flags, "--dataset", str(tmp_path / "three.jsonl")])
+    assert not (tmp_path / "out").exists()
+
+
 # --- Recipes and schedules ------------------------------------------------------------------------
 
 BASE = ["--size", "base", "--dataset", "x.jsonl"]
