@@ -1910,7 +1910,8 @@ def chart(findings):
     """A PIL picture of the differences: a point and its interval for each claim."""
     bars = []
     for claim, difference, half, verdict in findings:
-        bars.append((f"{claim.text}: {verdict}", difference, half, claim.margin))
+        text = claim.text.replace("²", "2")    # Pillow's font has no ²
+        bars.append((f"{text}: {verdict}", difference, half, claim.margin))
     return data.interval_chart(bars)
 
 

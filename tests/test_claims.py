@@ -130,6 +130,14 @@ def test_the_chart_has_a_point_and_an_interval_for_each_claim():
         assert chart.getpixel((round(x - 1.3 * half), y)) != colours[colour]
 
 
+def test_the_chart_names_each_claim_with_letters_that_its_font_has(monkeypatch):
+    """Pillow draws a box in place of a letter that its own font lacks, such as ²."""
+    monkeypatch.setattr(data, "interval_chart", lambda bars: [text for text, *_ in bars])
+    texts = train.chart([train.Finding(claim, 1.0, 0.5, "seen") for claim in train.CLAIMS])
+    assert texts[0] == "M2IST is no worse than full fine-tuning: seen"
+    assert all(text.isascii() for text in texts)
+
+
 # --- The command ----------------------------------------------------------------------------------
 
 
