@@ -1697,7 +1697,8 @@ class Finding(NamedTuple):
     claim: Claim
     difference: float    # the mean over the seeds of higher - lower
     half: float          # half of its 95% interval
-    verdict: str         # "seen" or "contradicted" if the interval is clear of the margin, "not seen"
+    verdict: str         # "seen" if the interval is above the margin, "contradicted" if it is below,
+                         # else "not seen"
 
 
 def try_claims(given):

@@ -91,7 +91,7 @@ def test_t95_is_where_95_percent_of_students_t_lie():
         assert torch.trapezoid(density, t).item() == pytest.approx(0.95, abs=1e-4)
 
 
-@pytest.mark.parametrize("higher, lower, least, verdict", [
+@pytest.mark.parametrize("higher, lower, margin, verdict", [
     ([90, 91, 92], [80, 82, 81], 0, "seen"),
     ([80, 82, 81], [90, 91, 92], 0, "contradicted"),
     ([90, 80, 92], [80, 91, 91], 0, "not seen"),
@@ -100,12 +100,12 @@ def test_t95_is_where_95_percent_of_students_t_lie():
     ([80, 82, 81], [90, 91, 92], -1, "contradicted"),
     # The seeds differ a lot, the pairs do not.
     ([60, 75, 90], [58, 73.2, 87.9], 0, "seen")])
-def test_the_verdict_follows_from_the_interval_of_paired_differences(higher, lower, least, verdict):
+def test_the_verdict_follows_from_the_interval_of_paired_differences(higher, lower, margin, verdict):
     accuracies = {}
     for seed in range(3):
         accuracies["a", seed] = higher[seed]
         accuracies["b", seed] = lower[seed]
-    found = train.judge(train.Claim("a beats b", "a", "b", least), accuracies, 3)
+    found = train.judge(train.Claim("a beats b", "a", "b", margin), accuracies, 3)
 
     higher = torch.tensor(higher, dtype=torch.float64)
     differences = higher - torch.tensor(lower, dtype=torch.float64)
