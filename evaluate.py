@@ -57,7 +57,6 @@ import torch.nn as nn
 from PIL import Image, ImageOps
 from safetensors import safe_open
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import hilora
@@ -223,7 +222,7 @@ def evaluate_dataset(model, args, asked):
     splits = {}
     lines = []
     for split in chosen_splits(args, asked):
-        samples = data.load_samples(args.dataset, split, args.root)[:args.limit]
+        samples = data.load_samples(args.dataset, split, args.root, args.limit)
         splits[split], predictions = evaluate_split(model, samples, args, split)
         if asked.predictions:
             lines += prediction_lines(split, samples, predictions, model.spec["image_size"])
@@ -770,6 +769,9 @@ def saved_bytes(model, step):
     kept = {}
 
     def keep(tensor):
+        # An operation may save its own output. As it is, the output would lead back to the operation,
+        # and so the graph would hold itself, and the whole model, for ever.
+        tensor = tensor.detach()
         kept.setdefault(storage_address(tensor), tensor)
         return tensor
 
@@ -788,6 +790,7 @@ def count_cost(args):
     """Numbers of parameters, and for one sample the MACs of a forward pass and the saved_bytes of a
     training step in float32. All of this is counted on the meta device, where attention is not
     fused, so the counts are the same on every machine."""
+    from torch.utils.flop_counter import FlopCounterMode    # importing it takes a while
     exact = argparse.Namespace(**{**vars(args), "amp": "off", "device": "cpu"})
     trial = set_up(exact, "meta", batch=1)
     counts = count_parameters(trial.model)
@@ -994,6 +997,7 @@ def evaluate_checkpoint(asked):
 def main(argv=None):
     asked = parse_args(argv)
     make_folders(asked)
+    train.keep_freed_memory()
     smaller = train.half_of("--batch-size", asked.batch_size or DEFAULT_BATCH_SIZE)
     with train.memory_explained(asked.device, smaller):
         if asked.cost:

@@ -159,8 +159,8 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import hilora
-from adapters import (ADAPTERS, BRIDGE_WEIGHTS, AdapterNetworks, CrossModalBridge, attend,
-                      quick_gelu)
+from adapters import (ADAPTERS, BRIDGE_WEIGHTS, AdapterNetworks, CrossModalBridge, DroppedReLU,
+                      Dropout, attend, quick_gelu)
 from data import InputError, may_ask_hub, one_of
 from losses import RegionText
 
@@ -204,8 +204,8 @@ class TransformerLayer(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
         self.norm1 = nn.LayerNorm(dim, eps)
         self.norm2 = nn.LayerNorm(dim, eps)
-        self.dropout = nn.Dropout(dropout)
-        self.ffn_dropout = nn.Dropout(ffn_dropout)
+        self.dropout = Dropout(dropout)
+        self.ffn_dropout = Dropout(ffn_dropout)
         self.plugs = nn.ModuleDict()
         self.init_weights(packed_start)
 
@@ -249,12 +249,11 @@ class TransformerLayer(nn.Module):
 
     def hidden(self, h):
         """The hidden features of the feed-forward network: (B, N, C) -> (B, N, hidden)."""
-        if self.activation is F.relu:
-            # ReLU and dropout commute, bit for bit. In this order autograd keeps one tensor of the
-            # hidden width, the output of the ReLU, which is also the input of fc2. In the other
-            # order it keeps two.
-            return F.relu(self.ffn_dropout(self.fc1(h)))
-        return self.ffn_dropout(self.activation(self.fc1(h)))
+        x = self.fc1(h)
+        dropout = self.ffn_dropout.p if self.training else 0.0
+        if self.activation is F.relu and dropout > 0:
+            return DroppedReLU.apply(x, dropout)
+        return self.ffn_dropout(self.activation(x))
 
     def port(self, name, output, x, context):
         """The output of a sublayer, rewritten by the module at this port if there is one."""
@@ -446,7 +445,7 @@ class TextEncoder(nn.Module):
         self.position = nn.Embedding(positions, dim)
         self.token_type = nn.Embedding(2, dim)
         self.norm = nn.LayerNorm(dim, eps=1e-12)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.layers = stack(layers, dim, heads, hidden, "gelu", dropout=dropout, eps=1e-12)
 
     def forward(self, tokens, padding):

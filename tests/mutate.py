@@ -13,7 +13,8 @@ unless `equivalent` says why no test can notice.
 Last result, on two cores of an AMD EPYC server: 129 of the mutants were run (20 of losses.py, 28 of
 adapters.py, 12 of hilora.py, 42 of model.py, 26 of train.py, one of data.py) and none survived. One,
 of a folded batch norm, had survived at first, and its test was mended. Those run in about an hour.
-Later the seven of --claims and of the attention loss were run; none survived.
+Later the seven of --claims and of the attention loss, the nine of dropout and of an expert's norm,
+and the three of letterbox were run; none survived.
 """
 import argparse
 import os
@@ -415,11 +416,12 @@ MUTANTS = [
     # --- The data ---------------------------------------------------------------------------------
     Mutant("data.py", "CLIP's pixels have ImageNet's red", "mean=(0.48145466,", "mean=(0.485,",
            "test_parity.py"),
-    Mutant("data.py", "padding is not marked", "TF.pad(padding, edges, fill=True)",
-           "TF.pad(padding, edges, fill=False)", "test_data.py"),
-    Mutant("data.py", "left and top are exchanged",
-           "edges = [place.left, place.top, right, bottom]",
-           "edges = [place.top, place.left, bottom, right]", "test_data.py"),
+    Mutant("data.py", "padding is not marked",
+           "padding = torch.ones(size, size, dtype=torch.bool)",
+           "padding = torch.zeros(size, size, dtype=torch.bool)", "test_data.py"),
+    Mutant("data.py", "every picture lies at the top of its square",
+           "rows = slice(place.top, place.top + place.height)",
+           "rows = slice(0, place.height)", "test_data.py"),
     Mutant("data.py", "a box does not move with its picture",
            "x1 = place.left + clip(box[0], 0, width)", "x1 = clip(box[0], 0, width)",
            "test_data.py"),
@@ -468,7 +470,8 @@ MUTANTS = [
     Mutant("data.py", "the smallest scale is missing", "0.8, 0.75, 0.7)", "0.8, 0.75)",
            "test_data.py test_loop.py"),
     Mutant("data.py", "pictures are scaled without smoothing",
-           "Image.Resampling.BILINEAR)\n    image", "Image.Resampling.NEAREST)\n    image",
+           "Image.Resampling.BILINEAR)\n    content",
+           "Image.Resampling.NEAREST)\n    content",
            "test_data.py test_loop.py"),
     Mutant("data.py", "a text that is too long loses its end token",
            "text, truncation=True, max_length=self.max_tokens)", "text)",
@@ -490,7 +493,28 @@ MUTANTS = [
     Mutant("adapters.py", "an attention map is computed again with other random numbers",
            "            torch.set_rng_state(ctx.random_state)\n", "", "test_adapters.py"),
     Mutant("adapters.py", "dropout on the attention map is not scaled",
-           "return P, (P * keep).div_(1 - dropout)", "return P, P * keep", "test_adapters.py"),
+           "return (x * random_keep(x, dropout)).div_(1 - dropout)",
+           "return x * random_keep(x, dropout)", "test_adapters.py"),
+    Mutant("adapters.py", "the gradient of dropout is not scaled",
+           "return (dy * keep).div_(1 - ctx.dropout), None", "return dy * keep, None",
+           "test_adapters.py"),
+    Mutant("adapters.py", "dropout keeps eight bytes for each element",
+           "keep.to(torch.bool)", "keep.to(torch.int64)", "test_adapters.py"),
+    Mutant("adapters.py", "an expert's norm has no gain",
+           "weight = self.down.weight * self.norm.weight", "weight = self.down.weight",
+           "test_adapters.py"),
+    Mutant("adapters.py", "an expert's norm has no shift",
+           "bias = self.down.bias + self.down.weight @ self.norm.bias", "bias = self.down.bias",
+           "test_adapters.py"),
+    Mutant("adapters.py", "dropout keeps what it should drop", "numbers.ge_(", "numbers.lt_(",
+           "test_adapters.py"),
+    Mutant("adapters.py", "one random number decides over four elements",
+           "draws.view(torch.int16)[:x.numel()]",
+           "draws.view(torch.int16)[::4].repeat_interleave(4)[:x.numel()]", "test_adapters.py"),
+    Mutant("adapters.py", "the gradient of a dropped ReLU is not scaled",
+           "return through / (1 - ctx.dropout), None", "return through, None", "test_adapters.py"),
+    Mutant("adapters.py", "a dropped ReLU passes the gradient of what was dropped",
+           "threshold_backward(dy, y, 0)", "threshold_backward(dy, y, -1)", "test_adapters.py"),
 
     # --- Runs, their folders and their names ------------------------------------------------------
     Mutant("train.py", "a folder is not locked", "        hold(lock, out)\n", "", "test_resume.py"),

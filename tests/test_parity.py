@@ -196,15 +196,24 @@ class DropoutRecord:
                 self.places.append(("attention", dropout_p))
             return real_attention(q, k, v, attn_mask, dropout_p, is_causal, **options)
 
-        real_dropped = adapters.DroppedAttention.apply    # ours on a CPU, with dropout
-
-        def dropped(q, k, v, mask, dropout_p):
-            self.places.append(("attention", dropout_p))
-            return real_dropped(q, k, v, mask, dropout_p)
-
-        monkeypatch.setattr(adapters.DroppedAttention, "apply", dropped)
         monkeypatch.setattr(F, "dropout", dropout)
         monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+        self.notice(monkeypatch, adapters.DroppedAttention, "attention", real_dropout)
+        self.notice(monkeypatch, adapters.DroppedReLU, "tokens", real_dropout)
+        self.notice(monkeypatch, adapters.Dropped, "tokens", real_dropout)
+
+    def notice(self, monkeypatch, function, kind, real_dropout):
+        """Note each call of one of our autograd functions, whose last argument is the rate. The
+        F.dropout that the function itself may use is no further place."""
+        real_apply = function.apply
+
+        def apply(*args):
+            self.places.append((kind, args[-1]))
+            with monkeypatch.context() as within:
+                within.setattr(F, "dropout", real_dropout)
+                return real_apply(*args)
+
+        monkeypatch.setattr(function, "apply", apply)
 
     def of(self, function, *args):
         """(the places that a call applies dropout at, its result)"""
