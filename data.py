@@ -616,16 +616,19 @@ def render(number):
     return picture
 
 
-def shapes_samples(split):
-    """Return the list of Sample of the scenes of a ShapesSplit."""
+def shapes_samples(split, limit=None):
+    """Return the list of Sample of the scenes of a ShapesSplit, or the first `limit` of them. No
+    other scenes are made up, as all those of `train` take seconds."""
     first, scenes, _, _ = split
     samples = []
     for number in range(first, first + scenes):
+        if limit is not None and len(samples) >= limit:
+            break
         _, things, expressions = scene(number)
         for text, target in expressions:
             box = tuple(float(v) for v in things[target].box)
             samples.append(Sample(number, text, box, number))
-    return samples
+    return samples[:limit]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -912,19 +915,20 @@ def split_names(dataset, root=None):
     return list(samples_by_split(dataset, root))
 
 
-def load_samples(dataset, split, root=None):
+def load_samples(dataset, split, root=None, limit=None):
     """Return the list of Sample of one split.
 
     dataset: "shapes", a name in DATASETS, the path of a FILE.jsonl, or several joined by commas
     root: the folder with annotations and pictures; for a FILE.jsonl, the folder that its picture
         paths start from (default: the folder of the file)
+    limit: the first so many samples alone; None for all
 
     Raises InputError for an unknown dataset or split, a missing file or folder, and a bad line.
     """
     one_of(f"split of {dataset}", split, split_names(dataset, root))
     if str(dataset) == "shapes":
-        return shapes_samples(SHAPES_SPLITS[split])
-    return samples_by_split(dataset, root)[split]
+        return shapes_samples(SHAPES_SPLITS[split], limit)
+    return samples_by_split(dataset, root)[split][:limit]
 
 
 def samples_by_split(dataset, root):
@@ -1325,17 +1329,19 @@ def letterbox(picture, size, rng=None, pixels=PIXELS["detr"], fill=1.0):
         padding    (S, S)    True where there is no picture
         place      Placement of the picture in the square
     """
-    import torchvision.transforms.functional as TF   # a second, which --help need not wait for
     place = placement(*picture.size, size, rng, fill)
     scaled = picture.resize((place.width, place.height), Image.Resampling.BILINEAR)
-    image = TF.normalize(TF.to_tensor(scaled), pixels.mean, pixels.std)    # (3, height, width)
-    padding = torch.zeros(place.height, place.width, dtype=torch.bool)     # (height, width)
+    content = torch.from_numpy(np.array(scaled)).permute(2, 0, 1)    # (3, height, width), 0 to 255
+    mean = torch.tensor(pixels.mean)[:, None, None]                  # (3, 1, 1)
+    std = torch.tensor(pixels.std)[:, None, None]
 
-    right = size - place.width - place.left
-    bottom = size - place.height - place.top
-    edges = [place.left, place.top, right, bottom]
-    image = TF.pad(image, edges)                                           # (3, S, S)
-    padding = TF.pad(padding, edges, fill=True)                            # (S, S)
+    rows = slice(place.top, place.top + place.height)
+    columns = slice(place.left, place.left + place.width)
+    image = torch.zeros(3, size, size)
+    image[:, rows, columns] = content
+    image[:, rows, columns].div_(255).sub_(mean).div_(std)    # in place, without megabytes of copies
+    padding = torch.ones(size, size, dtype=torch.bool)
+    padding[rows, columns] = False
     return image, padding, place
 
 
@@ -1563,7 +1569,6 @@ class GroundingDataset(torch.utils.data.Dataset):
         self.mirror = mirror
         self.shared = shared or not train
         check_pictures_exist(samples)
-        import torchvision.transforms.functional   # once, before the workers are forked
 
     def __len__(self):
         return len(self.samples)
@@ -1815,12 +1820,16 @@ def add_warmth(view, attention, left, top, side):
 def contact_sheet(tiles, legend, columns=4):
     """Return one picture that shows tiles of equal size side by side, below a legend.
     legend: names in LEGEND of the colours that the tiles have"""
-    import torchvision.transforms.functional as TF
-    from torchvision.utils import make_grid
-    tensors = [TF.to_tensor(tile) for tile in tiles]
-    grid = TF.to_pil_image(make_grid(tensors, columns, padding=8, pad_value=1.0))
-
-    sheet = ImageOps.expand(grid, (0, LEGEND_HEIGHT, 0, 0), "white")
+    gap = 8                                  # pixels between tiles
+    width, height = tiles[0].size
+    columns = min(columns, len(tiles))
+    rows = math.ceil(len(tiles) / columns)
+    size = (gap + columns * (width + gap), LEGEND_HEIGHT + gap + rows * (height + gap))
+    sheet = Image.new("RGB", size, "white")
+    for number, tile in enumerate(tiles):
+        row, column = divmod(number, columns)
+        corner = (gap + column * (width + gap), LEGEND_HEIGHT + gap + row * (height + gap))
+        sheet.paste(tile, corner)
     pen = ImageDraw.Draw(sheet)
     x = 8
     for name in legend:

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("cpu_with_dropout")
 
 def shapes(count):
     """The first samples of `shapes`, of which three share each picture."""
-    return data.load_samples("shapes", "train")[:count]
+    return data.load_samples("shapes", "train", limit=count)
 
 
 def set_up(*flags, count=24):

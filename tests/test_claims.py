@@ -44,10 +44,10 @@ def test_the_rows_of_a_paper_have_as_many_epochs_and_the_same_samples():
         assert train.plan(args)[-1].last == train.plan(own)[-1].last, row
         assert args.seed == seed
         for name in ("batch_size", "lr", "lr_drop", "schedule", "warmup", "weight_decay",
-                     "expressions_per_image", "attention_loss"):
+                     "expressions_per_image", "attention_loss", "limit"):
             assert getattr(args, name) == getattr(own, name), (row, name)
-    assert runs["hivg/5/1", 0]["epochs"] == 6
-    assert runs["hivg/5/2", 0]["epochs"] == 5
+    assert runs["hivg/5/1", 0]["epochs"] == 4
+    assert runs["hivg/5/2", 0]["epochs"] == 3
 
 
 def test_equal_rows_share_their_runs():

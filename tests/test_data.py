@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms.functional as TF
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -111,6 +112,16 @@ def float_box(thing):
 @pytest.fixture(scope="module")
 def samples():
     return {split: data.load_samples("shapes", split) for split in data.SHAPES_SPLITS}
+
+
+def test_a_limit_takes_the_first_samples_and_makes_no_other_scene(samples, monkeypatch):
+    """Three expressions a scene: seven samples need three scenes."""
+    made = []
+    scene = data.scene
+    monkeypatch.setattr(data, "scene", lambda number: made.append(number) or scene(number))
+    assert data.load_samples("shapes", "train", limit=7) == samples["train"][:7]
+    assert len(made) == 3
+    assert data.load_samples("shapes", "val", limit=10_000) == samples["val"]
 
 
 def test_every_expression_means_its_object_and_no_other(samples):
@@ -249,6 +260,20 @@ def test_letterbox_keeps_the_picture_and_its_box(size, seed):
     if seed is None:
         back = data.from_square((cx, cy, box_w, box_h), picture.size, 64)
         assert back == pytest.approx(box, abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [(128, 96), (60, 128), (1, 50)])
+def test_letterbox_is_torchvisions_bit_for_bit(size):
+    """to_tensor, normalize and pad of torchvision give the same image and padding."""
+    noise = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    image, padding, (width, height, left, top) = data.letterbox(picture, 64, random.Random(3))
+    scaled = picture.resize((width, height), Image.Resampling.BILINEAR)
+    edges = [left, top, 64 - width - left, 64 - height - top]
+    theirs = TF.normalize(TF.to_tensor(scaled), DETR.mean, DETR.std)
+    assert torch.equal(image, TF.pad(theirs, edges))
+    shown = torch.zeros(height, width, dtype=torch.bool)
+    assert torch.equal(padding, TF.pad(shown, edges, fill=True))
 
 
 def first_rows(samples, seed, train):
@@ -1231,6 +1256,7 @@ def test_ones_own_pictures_are_recognised_by_their_paths_and_not_by_their_names(
     a = own_file(tmp_path / "a/my.jsonl", train="train/1.png", val="val/1.png")
     b = own_file(tmp_path / "b/my.jsonl", train="val/1.png", val="train/1.png")
     assert len(data.load_samples(f"{a},{b}", "train")) == 2
+    assert len(data.load_samples(f"{a},{b}", "train", limit=1)) == 1
 
     c = own_file(tmp_path / "c.jsonl", val="a/train/1.png")
     sample, = data.load_samples(f"{a},{b},{c}", "train")
@@ -1367,8 +1393,10 @@ def test_draw_shows_the_box_where_it_is(tmp_path, capsys):
     assert names == {"train.png", "val.png", "testA.png"}
 
     # Picture 8 is 90 x 120 pixels. In its tile it is 192 x 256 pixels, with its left edge at 32.
-    sheet = np.asarray(Image.open(tmp_path / "val.png").convert("RGB"))[data.LEGEND_HEIGHT:]
-    ys, xs = np.nonzero((sheet == data.TRUE).all(-1))
+    sheet = np.asarray(Image.open(tmp_path / "val.png").convert("RGB"))
+    gap = 8                                                     # white pixels around a tile
+    tile = sheet[data.LEGEND_HEIGHT + gap:, gap:]
+    ys, xs = np.nonzero((tile == data.TRUE).all(-1))
     assert (xs.min(), ys.min()) == pytest.approx((32, 0), abs=2)
     right = 32 + 45.5 * 256 / 120
     bottom = 60.25 * 256 / 120
@@ -1445,6 +1473,21 @@ def test_a_sheet_says_once_which_colour_is_which():
         assert len(ys) == 13 * 13 * swatches
         assert (ys < data.LEGEND_HEIGHT).all()
     assert sheet.shape[0] > data.LEGEND_HEIGHT + 300
+
+
+@pytest.mark.parametrize("count, shape", [(1, (1, 1)), (3, (1, 3)), (5, (2, 4))])
+def test_a_sheet_shows_each_tile_once(count, shape):
+    """Row by row, with eight white pixels around each tile."""
+    tiles = [Image.new("RGB", (20, 10), (30 + number, 0, 0)) for number in range(count)]
+    sheet = np.asarray(data.contact_sheet(tiles, []))
+    rows, columns = shape
+    assert sheet.shape == (data.LEGEND_HEIGHT + 8 + 18 * rows, 8 + 28 * columns, 3)
+    for number in range(count):
+        ys, xs = np.nonzero((sheet == (30 + number, 0, 0)).all(-1))
+        assert len(ys) == 20 * 10
+        assert ys.min() == data.LEGEND_HEIGHT + 8 + 18 * (number // 4)
+        assert xs.min() == 8 + 28 * (number % 4)
+    assert (sheet == 255).all(-1).sum() == sheet.shape[0] * sheet.shape[1] - count * 200
 
 
 @pytest.mark.parametrize("text", ["the cup", "don't!", "", "two\nlines\u3000of text", "x" * 500])
