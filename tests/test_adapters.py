@@ -555,9 +555,9 @@ def kept_for_backward(step):
 
 
 def test_quick_gelu_is_x_times_a_sigmoid_and_keeps_x_alone():
-    """Outputs and gradients are those of the formula bit for bit."""
+    """Outputs and gradients are those of the formula up to rounding, for large values, too."""
     torch.manual_seed(0)
-    x = torch.randn(100, 37, requires_grad=True)
+    x = (4 * torch.randn(100, 37)).requires_grad_()
     gradient = torch.randn(100, 37)
     expected = x * torch.sigmoid(1.702 * x)
     expected.backward(gradient)
@@ -566,8 +566,8 @@ def test_quick_gelu_is_x_times_a_sigmoid_and_keeps_x_alone():
 
     y = adapters.quick_gelu(x)
     y.backward(gradient)
-    assert torch.equal(y, expected)
-    assert torch.equal(x.grad, expected_gradient)
+    torch.testing.assert_close(y, expected, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(x.grad, expected_gradient, rtol=2e-6, atol=2e-6)
     kept, = kept_for_backward(lambda: adapters.quick_gelu(x))
     assert kept is x
     double = x.detach().double()[:3, :3].requires_grad_()

@@ -48,15 +48,21 @@ def layers_with_pairs(model):
 # --- One linear -----------------------------------------------------------------------------------
 
 
-def test_lora_linear_is_hivg_eq_5():
-    """h = W x + α/r B A x."""
+@pytest.mark.parametrize("rank, is_wide", [(2, False), (4, True)])
+def test_lora_linear_is_hivg_eq_5(rank, is_wide):
+    """h = W x + α/r B A x, whether BA is added to W first or not, with the gradients of it."""
     torch.manual_seed(0)
-    linear = nn.Linear(5, 3)
-    pair = hilora.LoRALinear(linear, rank=2, alpha=6)
+    linear = nn.Linear(9, 7)
+    pair = hilora.LoRALinear(linear, rank, alpha=6)
+    assert pair.is_wide == is_wide
     nn.init.normal_(pair.B)
-    x = torch.randn(5)
-    h = linear.weight @ x + linear.bias + 6 / 2 * (pair.B @ (pair.A @ x))
+    x = torch.randn(9)
+    h = linear.weight @ x + linear.bias + 6 / rank * (pair.B @ (pair.A @ x))
     assert torch.allclose(pair(x), h, atol=1e-6)
+    expected = torch.autograd.grad(h.square().sum(), [pair.A, pair.B])
+    found = torch.autograd.grad(pair(x).square().sum(), [pair.A, pair.B])
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_lora_linear_takes_over_the_weights_of_its_linear():
