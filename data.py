@@ -164,6 +164,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
+import tokenizers
 import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
 from tqdm import tqdm
@@ -1330,8 +1331,25 @@ def letterbox(picture, size, rng=None, pixels=PIXELS["detr"], fill=1.0):
         place      Placement of the picture in the square
     """
     place = placement(*picture.size, size, rng, fill)
-    scaled = picture.resize((place.width, place.height), Image.Resampling.BILINEAR)
-    content = torch.from_numpy(np.array(scaled)).permute(2, 0, 1)    # (3, height, width), 0 to 255
+    image, padding = pad(scale(picture, place.width, place.height), place, size, pixels)
+    return image, padding, place
+
+
+def scale(picture, width, height):
+    """Return a picture in another size, as a tensor (3, height, width) of values from 0 to 255."""
+    scaled = picture.resize((width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(scaled)).permute(2, 0, 1)
+
+
+# Scenes do not change, so each is drawn in the first epoch alone. At a width of 64 all are 100 MB.
+@functools.lru_cache(maxsize=10_000)
+def scaled_scene(number, width, height):
+    """Draw the picture of a scene and scale it, as `scale` does."""
+    return scale(render(number), width, height)
+
+
+def pad(content, place, size, pixels):
+    """Put what `scale` returns into its place in a square -> image and padding of `letterbox`."""
     mean = torch.tensor(pixels.mean)[:, None, None]                  # (3, 1, 1)
     std = torch.tensor(pixels.std)[:, None, None]
 
@@ -1342,7 +1360,7 @@ def letterbox(picture, size, rng=None, pixels=PIXELS["detr"], fill=1.0):
     image[:, rows, columns].div_(255).sub_(mean).div_(std)    # in place, without megabytes of copies
     padding = torch.ones(size, size, dtype=torch.bool)
     padding[rows, columns] = False
-    return image, padding, place
+    return image, padding
 
 
 def clip(value, low, high):
@@ -1419,27 +1437,37 @@ class Tokenizer:
         # The tokenizer's threads do not survive the fork of a DataLoader's workers.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.max_tokens = max_tokens
+        self.mends = False
         if name is None:
             self.wordpiece = shapes_wordpiece()
+            self.pad = self.wordpiece.token_to_id("[PAD]")
+            self.mask = self.wordpiece.token_to_id("[MASK]")
         else:
             self.wordpiece = pretrained_wordpiece(name, vocabulary, flag)
-        self.mends = is_clips(self.wordpiece)
-        self.pad = self.wordpiece.pad_token_id
-        self.mask = self.wordpiece.mask_token_id
+            self.mends = is_clips(self.wordpiece)
+            self.pad = self.wordpiece.pad_token_id
+            self.mask = self.wordpiece.mask_token_id
 
     def __call__(self, text):
-        return self.encode(text, truncation=True, max_length=self.max_tokens)
+        ids = self.encode(text)
+        if len(ids) > self.max_tokens:
+            ids = ids[:self.max_tokens - 1] + ids[-1:]   # the last token marks the end
+        return ids
 
     def length(self, text):
         """Return the number of tokens of a text before it is cut."""
-        return len(self.encode(text, verbose=False))   # otherwise a long text gives a warning
+        return len(self.encode(text))
 
-    def encode(self, text, **options):
+    def encode(self, text):
+        """Return all token ids of a text."""
         # [D46] CLIP's pretraining mended each text, BERT's did not. A text that spells "[SEP]" or
         # "<|endoftext|>" is split like any other, and makes no special token.
         if self.mends:
             text = mend(text)
-        return self.wordpiece(text, split_special_tokens=True, **options)["input_ids"]
+        if isinstance(self.wordpiece, tokenizers.Tokenizer):
+            return self.wordpiece.encode(text).ids
+        # verbose=False: otherwise a long text gives a warning
+        return self.wordpiece(text, split_special_tokens=True, verbose=False)["input_ids"]
 
 
 class WordCounter:
@@ -1500,8 +1528,8 @@ def hub_answers():
 
 
 def shapes_wordpiece():
-    """Return a WordPiece tokenizer that needs no files: the words of `shapes`, and letters."""
-    from transformers import BertTokenizer   # importing transformers takes seconds
+    """Return BERT's WordPiece with the words of `shapes`, and letters. It needs no files, and comes
+    from the library `tokenizers`, because importing transformers takes seconds."""
     phrases = ["to", "from", *COLOURS, *SHAPES, *NOUNS, *ORDINALS, *SIDES]
     for synonyms in SIZE_WORDS.values():
         phrases.extend(synonyms)
@@ -1516,7 +1544,14 @@ def shapes_wordpiece():
 
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     pieces += letters + inner_letters + sorted(known_words)
-    return BertTokenizer(vocab={piece: number for number, piece in enumerate(pieces)})
+    ids = {piece: number for number, piece in enumerate(pieces)}
+
+    wordpiece = tokenizers.Tokenizer(tokenizers.models.WordPiece(ids, unk_token="[UNK]"))
+    wordpiece.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    wordpiece.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    wordpiece.post_processor = tokenizers.processors.BertProcessing(
+        ("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))   # the end of a text, and its beginning
+    return wordpiece
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1593,22 +1628,33 @@ class GroundingDataset(torch.utils.data.Dataset):
 
     def load(self, indices):
         """Return the list of Item of samples that share one picture."""
-        picture = load_picture(self.picture_of(indices[0]))
+        image = self.picture_of(indices[0])
         boxes = [self.samples[index].box for index in indices]
         texts = [self.samples[index].text for index in indices]
 
         rng = None
-        fill = 1.0
         if self.train:
             rng = seeded(self.seed, self.epoch.item(), indices[0])
-        if self.train and self.augmented:
-            picture, boxes, texts = augment(picture, boxes, texts, rng, self.mirror)
-            fill = rng.choice(SCALES)
 
-        square, padding, place = letterbox(picture, self.size, rng, self.pixels, fill)
+        # A scene of `shapes` is drawn once a run, unless it is made larger and would fill the memory.
+        if isinstance(image, int) and not self.augmented and self.size <= WIDTH:
+            picture_size = header_size(image)
+            place = placement(*picture_size, self.size, rng)
+            content = scaled_scene(image, place.width, place.height)
+        else:
+            picture = load_picture(image)
+            fill = 1.0
+            if self.train and self.augmented:
+                picture, boxes, texts = augment(picture, boxes, texts, rng, self.mirror)
+                fill = rng.choice(SCALES)
+            picture_size = picture.size
+            place = placement(*picture_size, self.size, rng, fill)
+            content = scale(picture, place.width, place.height)
+
+        square, padding = pad(content, place, self.size, self.pixels)
         items = []
         for index, box, text in zip(indices, boxes, texts):
-            target = to_square(box, picture.size, place, self.size)
+            target = to_square(box, picture_size, place, self.size)
             items.append(Item(square, padding, self.tokenizer(text), target, index))
         return items
 

@@ -276,6 +276,27 @@ def test_letterbox_is_torchvisions_bit_for_bit(size):
     assert torch.equal(padding, TF.pad(shown, edges, fill=True))
 
 
+@pytest.mark.parametrize("size", [64, 200])
+def test_a_scene_that_is_kept_gives_the_same_picture_each_time(samples, size):
+    """Scenes are drawn once where that keeps little memory; the picture is that of letterbox."""
+    data.scaled_scene.cache_clear()
+    first = samples["val"][:20]
+    dataset = data.GroundingDataset(first, size, data.Tokenizer(20), DETR)
+    for _ in range(2):
+        for index, sample in enumerate(first):
+            picture = data.load_picture(sample.image)
+            image, padding, place = data.letterbox(picture, size, pixels=DETR)
+            item = dataset[index]
+            assert torch.equal(item.image, image)
+            assert torch.equal(item.padding, padding)
+            box = data.to_square(sample.box, picture.size, place, size)
+            assert torch.equal(torch.as_tensor(item.box), torch.as_tensor(box))
+            item.image.zero_()    # a user of an item may change it
+    kept = data.scaled_scene.cache_info()
+    drawn = len({sample.image for sample in first}) if size == 64 else 0
+    assert kept.misses == drawn
+
+
 def first_rows(samples, seed, train):
     """The first row of each square that shows a part of the picture."""
     dataset = data.GroundingDataset(samples, 64, data.Tokenizer(20), DETR, train, seed)
@@ -313,15 +334,29 @@ def test_a_batch_pads_texts_to_its_longest(samples):
 def test_tokenizer_reads_shapes_word_by_word_and_anything_else_in_pieces(samples):
     """A word of `shapes` is one token, other ASCII words are letters, and long texts keep [SEP]."""
     tokenizer = data.Tokenizer(12)
-    assert len(tokenizer.wordpiece) <= 256   # the vocabulary of the tiny text encoder
+    assert tokenizer.wordpiece.get_vocab_size() <= 256   # the vocabulary of the tiny text encoder
     for sample in samples["val"]:
         assert len(tokenizer(sample.text)) == min(12, len(sample.text.split()) + 2)
 
     long = tokenizer("a zebra crossing, seen from the left and from the right and from above")
     assert len(long) == 12
-    assert long[-1] == tokenizer.wordpiece.sep_token_id
-    assert tokenizer.wordpiece.unk_token_id not in tokenizer("Zebra no. 7?")
-    assert tokenizer.wordpiece.unk_token_id in tokenizer("猫")
+    assert long[-1] == tokenizer.wordpiece.token_to_id("[SEP]")
+    unknown = tokenizer.wordpiece.token_to_id("[UNK]")
+    assert unknown not in tokenizer("Zebra no. 7?")
+    assert unknown in tokenizer("猫")
+
+
+def test_the_tokenizer_of_shapes_is_berts(samples):
+    """transformers' BertTokenizer with the same vocabulary gives the same ids, also of odd texts."""
+    from transformers import BertTokenizer
+    tokenizer = data.Tokenizer(12)
+    reference = BertTokenizer(vocab=tokenizer.wordpiece.get_vocab())
+    odd = ["", "  The RED\tcircle ", "don't, no. 7?", "猫 café", "e\u0301te\u0301", "red\u200bcup\x00",
+           "[SEP] red [MASK]", "a zebra crossing, seen from the left and from the right"]
+    for text in [*odd, *(sample.text for sample in samples["val"])]:
+        expected = reference(text, split_special_tokens=True, truncation=True, max_length=12)
+        assert tokenizer(text) == expected["input_ids"]
+    assert (tokenizer.pad, tokenizer.mask) == (reference.pad_token_id, reference.mask_token_id)
 
 
 @pytest.mark.parametrize("encoder, flag", [("clip", "--clip-weights"), ("bert", "--text-weights")])
@@ -443,8 +478,8 @@ def test_no_text_makes_a_special_token(clip_tokenizer, bert_tokenizer):
         assert len(ids) > 10   # the letters
 
     shapes = data.Tokenizer(20)
-    special = set(shapes.wordpiece.all_special_ids)
-    assert not special & set(shapes("red [SEP] [PAD]")[1:-1])
+    special = {shapes.wordpiece.token_to_id(name) for name in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")}
+    assert not special & set(shapes("red [SEP] [PAD] [CLS] [MASK]")[1:-1])
 
 
 # -------------------------------------------------------------------------------------------------

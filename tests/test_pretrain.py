@@ -183,7 +183,7 @@ def test_captions_say_what_an_object_is_and_where():
     assert middle.split()[-1] in ("circle", "5")    # no word for the middle
     tokenizer = data.Tokenizer(20)
     for text in captions:
-        assert tokenizer.wordpiece.unk_token_id not in tokenizer(text)
+        assert tokenizer.wordpiece.token_to_id("[UNK]") not in tokenizer(text)
 
 
 def test_the_contrast_of_objects_is_of_the_cells_that_an_object_covers(monkeypatch):
