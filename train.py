@@ -189,6 +189,9 @@ RUN_OPTIONS = [
     Option("seed", int, "run", "Seed of new weights, order and transforms.", "ours", default=0),
     Option("root", str, "data", "Folder of annotations and pictures; `data`, or that of a .jsonl.",
            "ours"),
+    Option("draft", bool, "data", "Decode a JPEG at 1/2, 1/4 or 1/8 of its size where that is no "
+           "smaller than the model's square, which takes less time. Pixels are then slightly "
+           "different, in training and in evaluation.", "ours", default=False),
     Option("limit", int, "data", "Use only the first N expressions of each split.", "ours",
            at_least=1),
     Option("weights", str, "weights", "Weights of the encoders; shapes for tiny, else pretrained.",
@@ -1212,7 +1215,7 @@ def make_loader(samples, model, args, train=False, batch_size=None):
     pixels = data.PIXELS[spec["pixels"] or spec["encoders"]]
     dataset = data.GroundingDataset(samples, spec["image_size"], tokenizer, pixels, train,
                                     args.seed, augmented, mirror,
-                                    shared=args.expressions_per_image > 1)
+                                    args.expressions_per_image > 1, args.draft)
     batch_size = batch_size or args.batch_size
     if train:
         batches = data.TrainingBatches(samples, batch_size, args.seed, args.expressions_per_image,

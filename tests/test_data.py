@@ -482,6 +482,41 @@ def test_no_text_makes_a_special_token(clip_tokenizer, bert_tokenizer):
     assert not special & set(shapes("red [SEP] [PAD] [CLS] [MASK]")[1:-1])
 
 
+@pytest.mark.parametrize("stored, side, decoded", [
+    ((640, 427), 224, (320, 214)), ((640, 427), 320, (320, 214)), ((640, 427), 321, (640, 427)),
+    ((3000, 4000), 224, (375, 500)), ((3000, 4000), 640, (750, 1000)), ((100, 60), 224, (100, 60))])
+def test_a_jpeg_is_decoded_no_smaller_than_asked(tmp_path, stored, side, decoded):
+    """Of a JPEG and its halves the smallest that is large enough; a PNG comes as it is."""
+    noise = np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise).resize(stored)
+    picture.save(tmp_path / "a.jpg", quality=95)
+    picture.save(tmp_path / "a.png")
+    box = (0.25 * stored[0], 0.5 * stored[1], 0.75 * stored[0], stored[1])
+    draft, boxes = data.load_draft(tmp_path / "a.jpg", [box], side)
+    assert draft.size == decoded
+    assert boxes == [pytest.approx((0.25 * decoded[0], 0.5 * decoded[1], 0.75 * decoded[0], decoded[1]))]
+    assert data.load_picture(tmp_path / "a.jpg").size == stored
+    assert data.load_draft(tmp_path / "a.png", [box], side) == (picture, [pytest.approx(box)])
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_draft_changes_pixels_slightly_and_boxes_by_a_pixel_at_most(tmp_path, train):
+    """The square and the box of a large JPEG are about those of the whole picture."""
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8))
+    smooth.resize((1601, 1203), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", quality=95)
+    sample = data.Sample(tmp_path / "a.jpg", "the cup on the left", (100, 200, 900, 1100), 1)
+    items = []
+    for draft in (False, True):
+        dataset = data.GroundingDataset([sample], 224, data.Tokenizer(20), DETR, train, seed=3,
+                                        augmented=True, draft=draft)
+        items.append(dataset[0])
+    whole, draft = items
+    assert not torch.equal(whole.image, draft.image)
+    assert (whole.image - draft.image).abs().mean() < 0.05    # a standard deviation is 1
+    assert draft.box == pytest.approx(whole.box, abs=2 / 224)
+
+
 # -------------------------------------------------------------------------------------------------
 # JSONL
 
