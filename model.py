@@ -292,8 +292,6 @@ class Encoded(NamedTuple):
     ports: list = ()           # for each layer {"attention": a_l, "ffn": g_l}, before the residual
     states: list = ()          # for each layer x_l, its output; HiVG's f^l
     embedding: Tensor = None   # (B, C)     what CLIP compares: one vector a picture or text
-    kept: Tensor = None        # (B, N)     the place of each token among all of its picture, where
-                               #            padding was dropped; None where all tokens are there
 
 
 def stack(layers, *shape, **options):
@@ -315,30 +313,6 @@ def run_layers(layers, x, padding=None, position=None, context=None, checkpointi
         ports.append({"attention": a, "ffn": g})
         states.append(x)
     return Encoded(x, padding, x0, ports, states)
-
-
-def unpadded(padding):
-    """Which tokens to keep so that padding costs nothing: (B, N) -> (B, N'), the places of the real
-    tokens of each row in their order, and then of padding up to the longest row. None: keep all.
-
-    A masked token changes no other token, and nobody reads its own output. A picture of 640 x 480
-    pixels fills three quarters of its square."""
-    # On the meta device a mask has no values, and a compiled model wants shapes that do not change.
-    if padding.is_meta or torch.compiler.is_compiling():
-        return None
-    longest = int((~padding).sum(1).max())
-    if longest == padding.shape[1]:
-        return None
-    return padding.byte().argsort(dim=1, stable=True)[:, :longest]
-
-
-def keep(x, kept):
-    """The tokens of x, (B, N) or (B, N, C), at the places (B, N') that `unpadded` returned."""
-    if kept is None:
-        return x
-    if x.ndim == 3:
-        kept = kept[..., None]
-    return torch.take_along_dim(x, kept, dim=1)
 
 
 class ResNetBody(nn.Sequential):
@@ -443,8 +417,7 @@ def sine_position(padding, dim):
 
 class VisionEncoder(nn.Module):
     """DETR's backbone and encoder, M²IST Section III-A a.
-    images (B, 3, S, S), padding (B, S, S) -> Encoded with Nv tokens, or fewer where padding is
-    dropped. keeps_padding: set it to drop none."""
+    images (B, 3, S, S), padding (B, S, S) -> Encoded with Nv tokens."""
 
     def __init__(self, backbone, channels, dim, heads, hidden, layers, dropout):
         super().__init__()
@@ -452,7 +425,6 @@ class VisionEncoder(nn.Module):
         self.projection = nn.Conv2d(channels, dim, 1)
         self.layers = stack(layers, dim, heads, hidden, "relu", dropout=dropout,
                             ffn_dropout=dropout)
-        self.keeps_padding = False
 
     def forward(self, images, padding):
         z = self.projection(self.backbone(images))                            # z' (B, C_v, H, W)
@@ -460,11 +432,7 @@ class VisionEncoder(nn.Module):
         padding = small[:, 0].bool()                                          # (B, H, W)
         position = sine_position(padding, z.shape[1]).to(z.dtype)
         tokens = z.flatten(2).transpose(1, 2)                                 # (B, Nv, C_v)
-        padding = padding.flatten(1)
-        kept = None if self.keeps_padding else unpadded(padding)
-        encoded = run_layers(self.layers, keep(tokens, kept), keep(padding, kept),
-                             keep(position, kept))
-        return encoded._replace(kept=kept)
+        return run_layers(self.layers, tokens, padding.flatten(1), position)
 
 
 class TextEncoder(nn.Module):
@@ -587,8 +555,7 @@ class Grounding(NamedTuple):
     """What a grounding model returns. The last five fields are for HiVG's constraints."""
     boxes: Tensor                # (B, 4)   (cx, cy, w, h) in [0, 1]
     attention: Tensor = None     # (B, Nv)  how [REG] looks at the picture, where asked for
-    scores: Tensor = None        # (B, Nv)  HiVG Eq. (12) before its sigmoid, in training only; 0
-                                 #          where a cell is padding
+    scores: Tensor = None        # (B, Nv)  HiVG Eq. (12) before its sigmoid, in training only
     padding: Tensor = None       # (B, Nv)  True where a cell of the picture is padding
     text: Tensor = None          # (B, C)   CLIP's embedding of the text
     image: Tensor = None         # (B, C)   CLIP's embedding of the picture
@@ -599,7 +566,7 @@ class Sequence(NamedTuple):
     """The input of the grounding encoder."""
     x: Tensor            # (B, 1 + T + Nv, C)
     padding: Tensor      # (B, 1 + T + Nv)
-    position: Tensor     # (B, 1 + T + Nv, C)
+    position: Tensor     # (1 + T + Nv, C)
     cells: slice         # where in the sequence the cells of the picture are
 
 
@@ -617,7 +584,6 @@ class GroundingEncoder(nn.Module):
                  region_text=False, region_hidden=None):
         super().__init__()
         self.max_tokens = max_tokens
-        self.vision_tokens = vision_tokens
         self.clip = clip
         # [D28] HiVG: W_mvp of Eq. (1), and a linear after CLIP's own projection of the text.
         self.vision_projection = nn.Linear(vision_dim, dim)
@@ -636,33 +602,26 @@ class GroundingEncoder(nn.Module):
 
     def sequence(self, vision, text):
         """Join [REG], text and vision tokens -> Sequence. A text may be trimmed to the longest of
-        its batch, and a picture may lack its padding; every token keeps the position that it has in
-        a full sequence."""
+        its batch; every token keeps the position that it has in a full sequence."""
         B, T = text.padding.shape
         V = vision.padding.shape[1]    # vision tokens: Nv cells, and with `clip` [CLS] before them
-        sizes = {"reg": 1, "text": self.max_tokens, "vision": self.vision_tokens}
-        # M²IST Section III-A c: [REG], the text, the cells of the picture.
-        order = ["reg", "text", "vision"]
-        cells = slice(1 + T, None)
+        reg = self.reg.expand(B, 1, -1)
+        reg_padding = text.padding.new_zeros(B, 1)
+        x_v = self.vision_projection(vision.x)                                # HiVG Eq. (1)
+        x_l = self.text_projection(text.x)
         if self.clip:
             # HiVG Eq. (2): [REG], [CLS], the cells of the picture, the text.
-            order = ["reg", "vision", "text"]
+            x = torch.cat([reg, x_v, x_l], dim=1)
+            padding = torch.cat([reg_padding, vision.padding, text.padding], dim=1)
+            position = self.position[:1 + V + T]
             cells = slice(2, 1 + V)                                           # after [REG], [CLS]
-
-        x = {"reg": self.reg.expand(B, 1, -1),
-             "text": self.text_projection(text.x),
-             "vision": self.vision_projection(vision.x)}                      # HiVG Eq. (1)
-        padding = {"reg": text.padding.new_zeros(B, 1),
-                   "text": text.padding,
-                   "vision": vision.padding}
-        position = dict(zip(order, self.position.split([sizes[part] for part in order])))
-        position["text"] = position["text"][:T]
-        if vision.kept is not None:
-            position["vision"] = F.embedding(vision.kept, position["vision"])     # (B, V, C)
-        return Sequence(
-            torch.cat([x[part] for part in order], dim=1),
-            torch.cat([padding[part] for part in order], dim=1),
-            torch.cat([position[part].expand(B, -1, -1) for part in order], dim=1), cells)
+        else:
+            # M²IST Section III-A c: [REG], the text, the cells of the picture.
+            x = torch.cat([reg, x_l, x_v], dim=1)
+            padding = torch.cat([reg_padding, text.padding, vision.padding], dim=1)
+            position = torch.cat([self.position[:1 + T], self.position[1 + self.max_tokens:]])
+            cells = slice(1 + T, None)
+        return Sequence(x, padding, position, cells)
 
     def forward(self, vision, text, attention=False):
         x, padding, position, cells = self.sequence(vision, text)
@@ -671,8 +630,7 @@ class GroundingEncoder(nn.Module):
         last = self.layers[-1]
         looks = None
         if attention:
-            looks = last.attention_map(x, padding, position)[:, cells]
-            looks = self.on_all_cells(looks, vision, 0.0)                     # (B, Nv)
+            looks = last.attention_map(x, padding, position)[:, cells]        # (B, Nv)
         # The box is read from [REG], the first token, so the last layer computes [REG] alone.
         # HiVG's region-text constraint reads nearly all tokens, so in its training all are computed.
         reads_regions = self.region is not None and self.training
@@ -687,22 +645,9 @@ class GroundingEncoder(nn.Module):
             # Before [EOS] are [REG], V vision tokens and the other words: 1 + V + (length - 1).
             eos = vision.padding.shape[1] + (~text.padding).sum(1)            # (B,) place of [EOS]
             t_eos = x[torch.arange(len(x), device=x.device), eos]             # (B, C)
-            scores = self.region(t_eos, x[:, cells]).masked_fill(padding[:, cells], 0.0)
-            grounding = grounding._replace(
-                scores=self.on_all_cells(scores, vision, 0.0),                # (B, Nv)
-                padding=self.on_all_cells(padding[:, cells], vision, True))
+            scores = self.region(t_eos, x[:, cells])                          # (B, Nv)
+            grounding = grounding._replace(scores=scores, padding=padding[:, cells])
         return grounding
-
-    def on_all_cells(self, values, vision, dropped):
-        """Values of the cells that were kept as those of all Nv cells; `dropped` for the others."""
-        if vision.kept is None:
-            return values
-        kept = vision.kept
-        count = self.vision_tokens
-        if self.clip:    # the first vision token is [CLS]
-            kept = kept[:, 1:] - 1
-            count = count - 1
-        return values.new_full((len(values), count), dropped).scatter(1, kept, values)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -716,8 +661,8 @@ class LoraStack(NamedTuple):
 
 def rows(x, picture):
     """One row for each text, of what was computed once for each picture.
-    x: (P, ...), picture: (B,) -> (B, ...). Either may be None, and x is then returned as it is."""
-    return x if picture is None or x is None else x[picture]
+    x: (P, ...), picture: (B,) -> (B, ...). picture may be None, and x is then returned as it is."""
+    return x if picture is None else x[picture]
 
 
 class GroundingModel(nn.Module):
@@ -829,11 +774,10 @@ class DetrBert(GroundingModel):
 
     def encode_image(self, images, image_padding, text=None, picture=None):
         """images (P, 3, S, S), image_padding (P, S, S) -> Encoded, x (P, Nv, C_v), or (B, Nv, C_v)
-        with picture (B,); Nv is smaller where padding is dropped. M²IST's vision encoder never sees
-        the text: one encoded picture serves any number of texts."""
+        with picture (B,). M²IST's vision encoder never sees the text: one encoded picture serves
+        any number of texts."""
         encoded = self.encode("vision", self.vision, images, image_padding)
-        return Encoded(rows(encoded.x, picture), rows(encoded.padding, picture),
-                       kept=rows(encoded.kept, picture))
+        return Encoded(rows(encoded.x, picture), rows(encoded.padding, picture))
 
     def encode_text(self, tokens, token_padding):
         """tokens, token_padding (B, T) -> Encoded, x (B, T, C_l). Beyond max_tokens there may be
@@ -855,7 +799,7 @@ class DetrBert(GroundingModel):
             # Section III-B b: the output of the side network is added to that of the encoder.
             start = self.side_start(modality, encoded)
             x = x + self.adapters.side(modality, start, encoded.ports)
-        return Encoded(x, encoded.padding, kept=encoded.kept)
+        return Encoded(x, encoded.padding)
 
     def side_start(self, modality, encoded):
         """s_0 of a side network, (B, N, C): the input of the encoder's first layer or, with
@@ -944,10 +888,7 @@ class ClipGrounding(GroundingModel):
             masked = torch.zeros_like(text.padding)    # [D47] They see padding too.
         vision = self.clip.vision(images, image_padding, (seen, masked), picture)
         levels = [vision.states[level - 1] for level in self.levels]
-        # CLIP's attention sees padded patches, the grounding encoder's does not.
-        kept = unpadded(vision.padding)
-        x = keep(torch.cat(levels, dim=-1), kept)                             # HiVG Eq. (1)
-        return vision._replace(x=x, padding=keep(vision.padding, kept), kept=kept)
+        return vision._replace(x=torch.cat(levels, dim=-1))                   # HiVG Eq. (1)
 
     def ground(self, vision, text, attention=False):
         grounding = self.grounding(vision, text, attention)

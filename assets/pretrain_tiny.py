@@ -95,7 +95,6 @@ class PretextVision(nn.Module):
     def __init__(self, encoder):
         super().__init__()
         self.encoder = encoder
-        encoder.keeps_padding = True    # the loss reads every cell
         self.colours = [*data.COLOURS, None]    # None: no object covers the cell
         self.parts = [len(self.colours), len(data.SHAPES), 4]
         dim = model.SIZES["tiny"]["detr"]["vision"]["dim"]

@@ -450,8 +450,8 @@ def test_m2ist_puts_reg_the_text_and_the_picture_in_one_sequence():
     assert torch.equal(padding[:, 10:], vision.padding)
     assert x[:, cells].shape == (3, 64, 96)
     # A trimmed text leaves the picture's positions where they are after 20 tokens of text.
-    assert torch.equal(position[:, :10], grounding.position[:10].expand(3, -1, -1))
-    assert torch.equal(position[:, 10:], grounding.position[21:].expand(3, -1, -1))
+    assert torch.equal(position[:10], grounding.position[:10])
+    assert torch.equal(position[10:], grounding.position[21:])
 
 
 # --- HiVG's forward pass --------------------------------------------------------------------------
@@ -478,9 +478,7 @@ def test_hivg_grounds_the_levels_of_eq_1_in_the_sequence_of_eq_2():
     b = grounding.text_projection.bias
     assert torch.allclose(x[:, 66:], final @ W.T + b, atol=1e-4)             # g_l
 
-    assert x.shape == position.shape
-    assert x.shape[1] == 1 + 65 + 9
-    assert torch.equal(position[0], grounding.position[:75])
+    assert x.shape[1] == len(position) == 1 + 65 + 9
     assert cells == slice(2, 66)
     assert not padding[:, :2].any()
     assert torch.equal(padding[:, 1:66], vision.padding)
@@ -525,7 +523,7 @@ def test_a_layer_of_hivg_is_eqs_7_and_8():
 
 
 def test_the_scores_of_hivg_are_eq_12():
-    """A score is the dot product of the normalised [EOS] token and the MLP of a cell; 0 of padding."""
+    """A score is the dot product of the normalised [EOS] token and the MLP of a cell."""
     model = tiny("hivg").train()
     batch = inputs()
     seen = []
@@ -544,11 +542,7 @@ def test_the_scores_of_hivg_are_eq_12():
         for cell in (0, 17, 63):
             h = region.fc1(region.norm(x[b, 2 + cell]))
             score = t @ region.fc2(h * torch.sigmoid(1.702 * h))
-            if found.padding[b, cell]:
-                score = torch.tensor(0.0)
             assert found.scores[b, cell].item() == pytest.approx(score.item(), abs=1e-4)
-    assert found.padding[1:, 0].all()
-    assert not found.padding[0].any()
 
 
 def test_hivg_returns_what_its_constraints_need():
@@ -714,69 +708,6 @@ def test_a_box_is_the_same_alone_in_a_batch_and_with_longer_padding(method):
                 assert largest_difference(alone.boxes[0], together.boxes[i]) <= 1e-5
                 assert largest_difference(alone.attention[0], together.attention[i]) <= 1e-5
     assert together.attention.shape == (3, 64)
-
-
-def test_unpadded_lists_the_real_tokens_in_order():
-    """In each row the real tokens come first; the longest row says how many are kept."""
-    padding = torch.tensor([[1, 1, 0, 1, 0, 0], [0, 1, 0, 1, 1, 1], [0, 1, 1, 0, 1, 0]]).bool()
-    kept = m.unpadded(padding)
-    assert kept.tolist() == [[2, 4, 5], [0, 2, 1], [0, 3, 5]]
-    assert m.keep(padding, kept).tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 0]]
-    x = torch.arange(18.0).reshape(3, 6, 1).expand(-1, -1, 2)
-    assert m.keep(x, kept)[..., 1].tolist() == [[2, 4, 5], [6, 8, 7], [12, 15, 17]]
-    assert m.unpadded(torch.zeros(2, 4, dtype=torch.bool)) is None
-    assert m.keep(x, None) is x
-
-
-def framed(inputs):
-    """A batch of pictures that are wide, high, and low at another place: no cell is padding in all
-    of them."""
-    images, _, tokens, token_padding = inputs
-    image_padding = torch.ones(3, 64, 64, dtype=torch.bool)
-    image_padding[0, 8:56] = False
-    image_padding[1, :, 16:60] = False
-    image_padding[2, 30:, :50] = False
-    return images.masked_fill(image_padding[:, None], 0), image_padding, tokens, token_padding
-
-
-@pytest.mark.parametrize("method", ["m2ist", "full", "adapter", "lora", "clip-frozen", "hivg"])
-def test_padding_that_is_dropped_changes_no_output_and_no_gradient(method, monkeypatch):
-    """The layers see fewer tokens; boxes, attention, scores and gradients are those with all tokens."""
-    model = tiny(method).double().train()    # the tiny size has no dropout
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith((".weights", "up.weight", "position")):    # what starts at 0, or small
-                torch.nn.init.normal_(p, std=0.3)
-    images, *rest = framed(inputs())
-    batch = (images.double(), *rest)
-    boxes = torch.tensor([[0.5, 0.5, 0.4, 0.3], [0.6, 0.4, 0.2, 0.2], [0.3, 0.7, 0.3, 0.2]]).double()
-    on_clip = "clip" in method or method == "hivg"
-    lengths = []
-    last = model.grounding.layers[-1]
-    last.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
-
-    def run():
-        model.zero_grad()
-        found = model(*batch, attention=True)
-        parts = losses.loss_parts(found, boxes, 1.0, 1.0, focal=20.0 * (method == "hivg"),
-                                  attention=0.3)
-        sum(parts.values()).backward()
-        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        return found, gradients
-
-    found, gradients = run()
-    monkeypatch.setattr(m, "unpadded", lambda padding: None)
-    plain, expected = run()
-    assert lengths == [1 + 9 + 48 + on_clip, 1 + 9 + 64 + on_clip]
-    assert largest_difference(found.boxes, plain.boxes) <= 1e-6    # boxes are float32
-    assert largest_difference(found.attention, plain.attention) <= 1e-12
-    assert found.attention.shape == (3, 64)
-    if method == "hivg":
-        assert largest_difference(found.scores, plain.scores) <= 1e-10
-        assert torch.equal(found.padding, plain.padding)
-    assert gradients.keys() == expected.keys()
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("training", [False, True])
