@@ -1097,8 +1097,8 @@ def load_picture(image, upright=False, at_least=None):
     image: path of a file, number of a scene of `shapes`, or a PIL picture
     upright: whether to turn the picture as its EXIF data say; for pictures from a camera, but not
         for datasets, whose boxes refer to the stored pixels
-    at_least: pixels of its longer side that are enough. A JPEG is then decoded at 1/2, 1/4 or 1/8
-        of its size where that has as many, which takes less time; None: at its full size.
+    at_least: the longer side, in pixels, that the caller needs. A JPEG is decoded at the smallest of
+        1/2, 1/4 and 1/8 of its size that still has it, which takes less time; None: at full size
     """
     if isinstance(image, int):
         return render(image)
@@ -1119,8 +1119,8 @@ def load_picture(image, upright=False, at_least=None):
 
 
 def load_draft(image, boxes, side):
-    """Load a picture that may be smaller than it is stored, but whose longer side has at least so many
-    pixels -> picture, boxes in its pixels. boxes: [(x1, y1, x2, y2), ...] in stored pixels"""
+    """Load a picture smaller than it is stored, where its longer side still has `side` pixels
+    -> picture, boxes in its pixels. boxes: [(x1, y1, x2, y2), ...] in stored pixels"""
     picture = load_picture(image, at_least=side)
     width, height = header_size(image)
     x = picture.width / width
@@ -1604,8 +1604,8 @@ class GroundingDataset(torch.utils.data.Dataset):
     mirror: whether `augment` may use mirror images
     shared: whether neighbours in a batch that have the same picture share it, in training with one
         choice of transforms; in evaluation, where nothing is random, they always do
-    draft: whether a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that is no smaller than the
-        square; its pixels are then slightly different ones
+    draft: whether a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that is large enough; its
+        pixels are then slightly different ones
     """
 
     def __init__(self, samples, size, tokenizer, pixels, train=False, seed=0, augmented=False,
@@ -1656,14 +1656,16 @@ class GroundingDataset(torch.utils.data.Dataset):
         if self.train:
             rng = seeded(self.seed, self.epoch.item(), indices[0])
 
-        # A scene of `shapes` is drawn once a run, unless it is made larger and would fill the memory.
+        # Scaled scenes of `shapes` are kept. For larger squares they would fill the memory.
         if isinstance(image, int) and not self.augmented and self.size <= WIDTH:
             picture_size = header_size(image)
             place = placement(*picture_size, self.size, rng)
             content = scaled_scene(image, place.width, place.height)
         else:
             if self.draft:
-                picture, boxes = load_draft(image, boxes, self.size)
+                # A crop may keep a half of a side, and should not be made larger.
+                enough = 2 * self.size if self.train and self.augmented else self.size
+                picture, boxes = load_draft(image, boxes, enough)
             else:
                 picture = load_picture(image)
             fill = 1.0

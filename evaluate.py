@@ -728,13 +728,10 @@ def set_up(args, device, batch, expressions=1):
         model.begin_stage(train.plan(args)[-1].stage)
         side = model.spec["image_size"]
         tokens = torch.randint(100, 200, (batch, model.spec["max_tokens"]))
-        # Pictures of 4 : 3, as most of COCO's are. On the meta device this changes nothing.
-        image_padding = torch.zeros(pictures, side, side, dtype=torch.bool)
-        image_padding[:, side * 3 // 4:] = True
         inputs = {
             # Pictures of zeros would be slow: they lead to denormal gradients.
             "images": torch.randn(pictures, 3, side, side),
-            "image_padding": image_padding,
+            "image_padding": torch.zeros(pictures, side, side, dtype=torch.bool),
             "tokens": tokens,
             "token_padding": torch.zeros_like(tokens, dtype=torch.bool)}
         if expressions > 1:

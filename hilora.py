@@ -106,8 +106,8 @@ class LoRALinear(nn.Module):
         self.A = nn.Parameter(A)    # (r, k)
         self.B = nn.Parameter(B)    # (d, r)
 
-        # A pair whose rank is half of the width or more, as in models of size tiny, is not low-rank:
-        # to add BA to W first costs less than two products more for each token.
+        # A pair whose rank is half of the width or more is not low-rank; models of size tiny have such
+        # pairs. To add BA to W first then takes fewer products for each token.
         self.is_wide = 2 * rank >= min(linear.in_features, linear.out_features)
 
     def forward(self, x):

@@ -189,9 +189,10 @@ RUN_OPTIONS = [
     Option("seed", int, "run", "Seed of new weights, order and transforms.", "ours", default=0),
     Option("root", str, "data", "Folder of annotations and pictures; `data`, or that of a .jsonl.",
            "ours"),
-    Option("draft", bool, "data", "Decode a JPEG at 1/2, 1/4 or 1/8 of its size where that is no "
-           "smaller than the model's square, which takes less time. Pixels are then slightly "
-           "different, in training and in evaluation.", "ours", default=False),
+    Option("draft", bool, "data", "Decode a JPEG at 1/2, 1/4 or 1/8 of its size where its longer side "
+           "still has that of the model's square, or twice as much in training, which crops. That "
+           "takes less time. Pixels are then slightly different, in evaluation, too.", "ours",
+           default=False),
     Option("limit", int, "data", "Use only the first N expressions of each split.", "ours",
            at_least=1),
     Option("weights", str, "weights", "Weights of the encoders; shapes for tiny, else pretrained.",

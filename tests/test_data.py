@@ -500,8 +500,17 @@ def test_a_jpeg_is_decoded_no_smaller_than_asked(tmp_path, stored, side, decoded
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_draft_changes_pixels_slightly_and_boxes_by_a_pixel_at_most(tmp_path, train):
-    """The square and the box of a large JPEG are about those of the whole picture."""
+def test_draft_changes_pixels_slightly_and_boxes_by_a_pixel_at_most(tmp_path, train, monkeypatch):
+    """The square and the box of a large JPEG are about those of the whole picture. Training asks for
+    twice the side of the square, as a crop may keep a half of the picture."""
+    asked = []
+
+    def load(image, upright=False, at_least=None):
+        asked.append(at_least)
+        return load_picture(image, upright, at_least)
+
+    load_picture = data.load_picture
+    monkeypatch.setattr(data, "load_picture", load)
     rng = np.random.default_rng(0)
     smooth = Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8))
     smooth.resize((1601, 1203), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", quality=95)
@@ -515,6 +524,7 @@ def test_draft_changes_pixels_slightly_and_boxes_by_a_pixel_at_most(tmp_path, tr
     assert not torch.equal(whole.image, draft.image)
     assert (whole.image - draft.image).abs().mean() < 0.05    # a standard deviation is 1
     assert draft.box == pytest.approx(whole.box, abs=2 / 224)
+    assert asked == [None, 448 if train else 224]
 
 
 # -------------------------------------------------------------------------------------------------
