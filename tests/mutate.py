@@ -479,8 +479,8 @@ MUTANTS = [
            "ids[:self.max_tokens - 1] + ids[-1:]", "ids[:self.max_tokens]", "test_data.py"),
     Mutant("data.py", "--draft leaves boxes in pixels of the stored picture",
            "x = picture.width / width", "x = 1.0", "test_data.py"),
-    Mutant("data.py", "--draft blurs crops", "enough = 2 * self.size if self.train and self.augmented",
-           "enough = self.size if self.train and self.augmented", "test_data.py"),
+    Mutant("data.py", "--draft blurs crops", "enough = 2 * self.size if augmented",
+           "enough = self.size if augmented", "test_data.py"),
     # --- Computed once, or not at all -------------------------------------------------------------
     Mutant("model.py", "the last grounding layer leaves out what HiVG's constraint reads",
            "first=None if reads_regions else 1)", "first=1)", "test_model.py"),
