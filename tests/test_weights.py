@@ -59,9 +59,10 @@ def assert_same_gradients(ours, theirs, ours_in, theirs_in, real):
 # --- ResNet-50 ------------------------------------------------------------------------------------
 
 
-def test_resnet_body_is_torchvisions():
+def test_resnet_body_is_torchvisions(monkeypatch):
     """Our body, the mean over the places, and torchvision's last linear are torchvision's net, in
-    one pass and in slices; its folded batch norms have the statistics of a loaded file."""
+    one pass and in slices, with fused convolutions and without; its folded batch norms have the
+    statistics of a loaded file."""
     torch.manual_seed(0)
     frozen_norm = torchvision.ops.FrozenBatchNorm2d
     net = torchvision.models.resnet50(weights=None, norm_layer=frozen_norm).eval()
@@ -90,6 +91,34 @@ def test_resnet_body_is_torchvisions():
     assert torch.allclose(classes(body(x)), expected, atol=1e-5)
     with torch.no_grad():
         assert torch.allclose(classes(body(x)), expected, atol=1e-5)    # slices of 8 and 1 pictures
+        monkeypatch.setattr(m, "fuses_convolutions", lambda x: False)
+        assert torch.allclose(classes(body(x)), expected, atol=1e-5)
+
+
+def test_a_frozen_resnet_on_a_cpu_runs_its_convolutions_fused(monkeypatch):
+    """Without autograd each of the 53 convolutions is a call of oneDNN that has ReLU and the residual
+    in it, and the picture is left as it was. With autograd, with autocast and on other devices the
+    convolutions are PyTorch's own."""
+    calls = []
+    fused_convolution = m.fused_convolution
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return fused_convolution(*arguments)
+
+    monkeypatch.setattr(m, "fused_convolution", counted)
+    body = m.ResNetBody().requires_grad_(False)
+    x = torch.randn(1, 3, 64, 64)
+    before = x.clone()
+    with torch.no_grad():
+        body(x)
+        assert len(calls) == 53
+        assert torch.equal(x, before)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert body(x).dtype == torch.bfloat16
+        body.to("meta")(x.to("meta"))
+    m.ResNetBody().requires_grad_(False)(x)
+    assert len(calls) == 53
 
 
 def test_the_gradients_of_the_resnet_are_torchvisions():
