@@ -455,11 +455,10 @@ SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 
 def random_description(rng, thing, chances):
     """Return some of an object's attributes, each with its chance."""
-    values = []
-    for value, chance in zip((thing.colour, thing.shape, thing.size), chances):
-        named = rng.random() < chance
-        values.append(value if named else None)
-    return Description(*values)
+    colour = thing.colour if rng.random() < chances.colour else None
+    shape = thing.shape if rng.random() < chances.shape else None
+    size = thing.size if rng.random() < chances.size else None
+    return Description(colour, shape, size)
 
 
 def fits(thing, description):
