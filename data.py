@@ -549,7 +549,7 @@ def by_relation(rng, things, target, named, candidates):
     if [thing for thing in things if fits(thing, anchor_named)] != [anchor]:
         return None
 
-    # Of at least two candidates beside the anchor, the target alone must lie on that side of it.
+    # Of at least two candidates other than the anchor, the target alone must lie on that side.
     others = [thing for thing in candidates if thing is not anchor]
     if len(others) < 2:
         return None

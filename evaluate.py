@@ -110,8 +110,10 @@ def build_parser():
         help="Size of the models that --cost compares (default: base).")
     add("--grow", nargs="+", metavar="WHAT",
         help="Show how the costs grow with one quantity, by its name and its values: batch 1 4 16, "
-             "side 320 640 (pixels of the picture), expressions 1 2 4 8 (per picture) or depth 1 2 "
-             "(times the layers of both encoders).")
+             "side 320 640 (pixels of the picture), tokens 10 77 (of the text), expressions 1 2 4 8 "
+             "(per picture) or depth 1 2 (times the layers of both encoders).")
+    add("--checkpointing", action="store_true",
+        help="Measure --cost with the flag --checkpointing of train.py (default: without).")
     add("--amp", metavar="NAME",
         help="Mixed precision: off, tf32, bf16 or fp16 (default: as in training, or off for "
              "--cost).")
@@ -160,7 +162,7 @@ def check_combination(asked):
     if asked.cost and (asked.image or asked.dataset or asked.split or asked.figures or
                        asked.predictions):
         raise InputError(usage)
-    if (asked.size or asked.grow) and not asked.cost:
+    if (asked.size or asked.grow or asked.checkpointing) and not asked.cost:
         raise InputError(usage)
     if asked.clip_weights and not is_released(asked.checkpoint):
         raise InputError("--clip-weights is for a released .pth of HiVG; a checkpoint of train.py "
@@ -891,7 +893,7 @@ def full_beside(row, results):
     return None
 
 
-GROWTHS = ("batch", "side", "expressions", "depth")
+GROWTHS = ("batch", "side", "tokens", "expressions", "depth")
 
 
 def growth(asked):
@@ -931,6 +933,10 @@ def cost_options(name, asked, what=None, value=None):
              "--device", asked.device, "--amp", asked.amp or "off"]
     if what == "side":
         flags += ["--image-size", str(value)]
+    if what == "tokens":
+        flags += ["--max-tokens", str(value)]
+    if asked.checkpointing:
+        flags.append("--checkpointing")
     return train.parse_args(flags)
 
 

@@ -318,12 +318,12 @@ def run_layers(layers, x, padding=None, position=None, context=None, checkpointi
 class ResNetBody(nn.Sequential):
     """torchvision's ResNet-50 up to layer4: (B, 3, H, W) -> (B, 2048, H/32, W/32), under
     torchvision's names. As in DETR its batch norms are frozen: their statistics and scales are
-    buffers. A frozen batch norm is a scale and a shift of each channel, so it is folded into the
-    convolution before it: each of them is one pass over the features, not two.
+    buffers. A frozen batch norm is a scale and a shift of each channel. It is folded into the
+    convolution before it where that is frozen, too, and both are one pass over the features.
     """
 
     def __init__(self):
-        from torchvision.models import resnet50    # importing torchvision takes a second
+        from torchvision.models import resnet50    # importing torchvision takes two seconds
         from torchvision.ops import FrozenBatchNorm2d
         net = resnet50(weights=None, norm_layer=FrozenBatchNorm2d)
         body = OrderedDict()
@@ -367,7 +367,8 @@ def bottleneck(block, x):
 
 def convolve(conv, norm, x, residual=None, relu=False):
     """A convolution and the frozen batch norm after it, in one: (B, C, H, W) -> (B, C', H', W').
-    residual: (B, C', H', W'), added to the output. relu: whether ReLU is the last step."""
+    residual: (B, C', H', W'), added to the output, which may be written over it. relu: whether ReLU
+    is the last step."""
     if conv.weight.requires_grad:
         # In full fine-tuning autograd would have to keep the folded weights, too.
         y = norm(conv(x))
@@ -386,14 +387,15 @@ def convolve(conv, norm, x, residual=None, relu=False):
 
 
 def fuses_convolutions(x):
-    """Whether `fused_convolution` works here. PyTorch has it for its compiler, with no public name,
-    so a version without it must do as well."""
+    """Whether `fused_convolution` is there: for float32 without autograd, on CPUs of Intel and AMD.
+    PyTorch has it for its compiler, with no public name, so this asks whether it is there."""
     return (x.device.type == "cpu" and x.dtype == torch.float32
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
-            and torch.backends.mkldnn.is_available()
-            and hasattr(torch.ops.mkldnn, "_convolution_pointwise"))
+            and torch.backends.mkldnn.enabled
+            and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+            and hasattr(torch.ops.mkldnn, "_convolution_pointwise_"))
 
 
 def fused_convolution(x, weight, shift, conv, residual, relu):

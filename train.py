@@ -856,7 +856,7 @@ def set_precision(args):
 def keep_freed_memory():
     """Let glibc keep the memory of freed tensors for the next ones. By default it gives blocks of
     megabytes back to the system, which clears them before it hands them out again; on a CPU that is
-    a tenth of a step. With another C library nothing is changed."""
+    a twentieth of a step. With another C library nothing is changed."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):    # macOS and Windows, say
@@ -1726,6 +1726,7 @@ def try_claims(given):
     names = given.pop("claims")
     seeds = given.pop("seeds", 5)
     picture = given.pop("out", "runs/claims.png")
+    given.setdefault("device", "cpu")    # where many runs at a time are faster than one on a GPU
     for name in ("row", "method", "dataset", "size", "root", "seed", "resume", "test"):
         if name in given:
             raise InputError(f"--{name} is not for --claims, which sets it for each run")
@@ -1843,12 +1844,12 @@ def tested_accuracy(flags):
 
 
 def run_side_by_side(runs):
-    """Train runs, as many at a time as there are cores, each with one thread: for models this small
-    that is faster than one run with all threads. A run that was stopped goes on. After an error,
-    Ctrl-C or SIGTERM the runs under way are stopped, and no further one begins."""
+    """Train runs, as many at a time as PyTorch has threads here, each with one thread: for models
+    this small that is faster than one run with all threads. A run that was stopped goes on. After
+    an error, Ctrl-C or SIGTERM the runs under way are stopped, and no further one begins."""
     stopping = threading.Event()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         waiting = [pool.submit(run_alone, flags, stopping) for flags in runs]
         try:
             for done in tqdm(as_completed(waiting), "claims", len(waiting), unit="run",
@@ -1919,11 +1920,13 @@ def print_findings(findings, accuracies, seeds):
         more = f" > {claim.margin:g}" if claim.margin else ""
         print(f"| {claim.text} | {claim.higher} - {claim.lower}{more} "
               f"| {difference:+.1f} ± {half:.1f} | {verdict} |")
-    print(f"\n| row | accuracy over {seeds} seeds, mean ± deviation |")
-    print("|---|---|")
+    columns = " | ".join(f"seed {seed}" for seed in range(seeds))
+    print(f"\n| row | {columns} | mean ± deviation |")
+    print("|---" * (seeds + 2) + "|")
     for row in unique(row for row, _ in accuracies):
         reached = torch.tensor([accuracies[row, seed] for seed in range(seeds)])
-        print(f"| {row} | {reached.mean():.1f} ± {reached.std():.1f} |")
+        columns = " | ".join(f"{accuracy:.1f}" for accuracy in reached)
+        print(f"| {row} | {columns} | {reached.mean():.1f} ± {reached.std():.1f} |")
 
 
 def chart(findings):

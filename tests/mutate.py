@@ -253,6 +253,8 @@ MUTANTS = [
            "            and not torch.is_autocast_enabled(\"cpu\")\n", "", "test_weights.py"),
     Mutant("model.py", "convolutions are never fused", "if fuses_convolutions(x):", "if False:",
            "test_weights.py"),
+    Mutant("model.py", "convolutions are fused where autograd is on, too",
+           "            and not torch.is_grad_enabled()\n", "", "test_weights.py"),
     Mutant("model.py", "a folded batch norm forgets its mean", "norm.bias - norm.running_mean * scale",
            "norm.bias + 0 * scale", "test_weights.py"),
 
@@ -530,6 +532,12 @@ MUTANTS = [
            "threshold_backward(dy, y, 0)", "threshold_backward(dy, y, -1)", "test_adapters.py"),
 
     # --- Runs, their folders and their names ------------------------------------------------------
+    Mutant("evaluate.py", "--grow tokens changes nothing", 'if what == "tokens":', "if False:",
+           "test_evaluate.py"),
+    Mutant("evaluate.py", "--cost forgets --checkpointing", "if asked.checkpointing:", "if False:",
+           "test_evaluate.py"),
+    Mutant("train.py", "the claims are run on a GPU", 'given.setdefault("device", "cpu")',
+           'given.setdefault("device", "cuda")', "test_claims.py"),
     Mutant("train.py", "a folder is not locked", "        hold(lock, out)\n", "", "test_resume.py"),
     Mutant("train.py", "a folder that holds a run takes another one",
            "        check_out(out, args.resume)\n", "", "test_resume.py"),

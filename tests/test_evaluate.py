@@ -1212,8 +1212,8 @@ def test_without_full_there_are_no_shares(capsys):
 
 
 @pytest.mark.parametrize("what, values, differs", [
-    ("batch", [1, 3], "batch"), ("side", [64, 96], "macs"), ("depth", [1, 2], "total"),
-    ("expressions", [1, 4], "saved_bytes_here")])
+    ("batch", [1, 3], "batch"), ("side", [64, 96], "macs"), ("tokens", [5, 20], "macs"),
+    ("depth", [1, 2], "total"), ("expressions", [1, 4], "saved_bytes_here")])
 def test_costs_grow_with_one_quantity(capsys, what, values, differs):
     """--grow gives a row for each value, with its name, and its share of full at the same value."""
     flags = ["--batch-size", "4"] if what == "expressions" else []
@@ -1246,6 +1246,14 @@ def test_growing_leaves_the_sizes_as_they_were():
     assert m.SIZES == before
 
 
+def test_costs_with_vision_layers_that_are_computed_again():
+    """--checkpointing is that of train.py: half of what hivg keeps otherwise."""
+    plain, = evaluated("--cost", "hivg", "--size", "tiny")
+    again, = evaluated("--cost", "hivg", "--size", "tiny", "--checkpointing")
+    assert again["saved_bytes"] < 0.6 * plain["saved_bytes"]
+    assert again["saved_bytes_here"] < 0.6 * plain["saved_bytes_here"]
+
+
 @pytest.mark.parametrize("amp", ["bf16", "tf32"])
 def test_costs_are_measured_in_the_precision_that_is_asked_for(amp):
     """The exact count stays that of float32; bf16 keeps fewer bytes as executed."""
@@ -1258,7 +1266,10 @@ def test_costs_are_measured_in_the_precision_that_is_asked_for(amp):
 
 @pytest.mark.parametrize("flags, words", [
     (["--cost", "nosuch"], "nosuch"),
-    (["--cost", "m2ist", "--grow", "width", "1"], "width.*batch, side, expressions, depth"),
+    (["--cost", "m2ist", "--grow", "width", "1"], "width.*side, tokens, expressions"),
+    (["--cost", "hivg", "--grow", "tokens", "78"], "--max-tokens"),
+    (["--cost", "m2ist", "--checkpointing"], "--checkpointing"),
+    (["runs/x", "--checkpointing"], "--cost"),
     (["--cost", "m2ist", "--grow", "batch"], "--grow batch: give one or more whole numbers"),
     (["--cost", "m2ist", "--grow", "batch", "0"], "--grow batch 0: give"),
     (["--cost", "m2ist", "--grow", "batch", "x"], "--grow batch x: give"),

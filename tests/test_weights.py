@@ -95,6 +95,8 @@ def test_resnet_body_is_torchvisions(monkeypatch):
         assert torch.allclose(classes(body(x)), expected, atol=1e-5)
 
 
+@pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"),
+                    reason="convolutions are fused on CPUs of Intel and AMD alone")
 def test_a_frozen_resnet_on_a_cpu_runs_its_convolutions_fused(monkeypatch):
     """Without autograd each of the 53 convolutions is a call of oneDNN that has ReLU and the residual
     in it, and the picture is left as it was. With autograd, with autocast and on other devices the
