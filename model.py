@@ -387,8 +387,8 @@ def convolve(conv, norm, x, residual=None, relu=False):
 
 
 def fuses_convolutions(x):
-    """Whether `fused_convolution` is there: for float32 without autograd, on CPUs of Intel and AMD.
-    PyTorch has it for its compiler, with no public name, so this asks whether it is there."""
+    """Whether `fused_convolution` can be used: for float32 without autograd, on CPUs of Intel and
+    AMD. PyTorch has it for its compiler under no public name, so a version may lack it."""
     return (x.device.type == "cpu" and x.dtype == torch.float32
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")

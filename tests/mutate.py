@@ -15,7 +15,7 @@ adapters.py, 12 of hilora.py, 42 of model.py, 26 of train.py, one of data.py) an
 of a folded batch norm, had survived at first, and its test was mended. Those run in about an hour.
 Later the seven of --claims and of the attention loss, the nine of dropout and of an expert's norm,
 and the three of letterbox were run; none survived. Nor did any of QuickGELU, of a wide pair, of
---draft, and of the end of a text.
+--draft, of the end of a text, of fused convolutions, and of what --cost and --claims are asked.
 """
 import argparse
 import os
@@ -315,6 +315,8 @@ MUTANTS = [
            "bridge", "test_model.py"),
 
     # --- The loop ---------------------------------------------------------------------------------
+    Mutant("train.py", "the claims are run on a GPU", 'given.setdefault("device", "cpu")',
+           'given.setdefault("device", "cuda")', "test_claims.py"),
     Mutant("train.py", "the interval of a claim does not shrink with the seeds",
            "math.sqrt(variance / seeds)", "math.sqrt(variance)", "test_claims.py"),
     Mutant("train.py", "a claim compares runs of different seeds",
@@ -530,14 +532,12 @@ MUTANTS = [
            "return through / (1 - ctx.dropout), None", "return through, None", "test_adapters.py"),
     Mutant("adapters.py", "a dropped ReLU passes the gradient of what was dropped",
            "threshold_backward(dy, y, 0)", "threshold_backward(dy, y, -1)", "test_adapters.py"),
-
-    # --- Runs, their folders and their names ------------------------------------------------------
     Mutant("evaluate.py", "--grow tokens changes nothing", 'if what == "tokens":', "if False:",
            "test_evaluate.py"),
     Mutant("evaluate.py", "--cost forgets --checkpointing", "if asked.checkpointing:", "if False:",
            "test_evaluate.py"),
-    Mutant("train.py", "the claims are run on a GPU", 'given.setdefault("device", "cpu")',
-           'given.setdefault("device", "cuda")', "test_claims.py"),
+
+    # --- Runs, their folders and their names ------------------------------------------------------
     Mutant("train.py", "a folder is not locked", "        hold(lock, out)\n", "", "test_resume.py"),
     Mutant("train.py", "a folder that holds a run takes another one",
            "        check_out(out, args.resume)\n", "", "test_resume.py"),

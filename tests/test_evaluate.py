@@ -954,9 +954,9 @@ def cost(row, *flags):
     return evaluate.count_cost(arguments(row, "--size", "base", *flags))
 
 
-def count_saved(args):
-    """The saved bytes of a run, without its MACs, whose count takes longer."""
-    trial = evaluate.set_up(args, "meta", batch=1)
+def count_saved(args, device="meta"):
+    """The saved bytes of a run for one sample, without its MACs, whose count takes longer."""
+    trial = evaluate.set_up(args, device, batch=1)
     return evaluate.saved_bytes(trial.model, lambda: evaluate.training_loss(trial, args))
 
 
@@ -1036,6 +1036,7 @@ def test_saved_bytes_rank_the_methods_as_the_papers_memory():
     assert ours <= 46 * 2 ** 20
     assert ours <= 0.112 * full
     assert ours <= 1.21 * saved("m2ist/I/frozen")
+    assert cost("m2ist/I/frozen")["saved_bytes"] == saved("m2ist/I/frozen")
     for other in ("adapter", "lora", "adaptformer", "cm-adapter", "mrs-adapter"):
         assert ours < saved(f"m2ist/I/{other}")
 
@@ -1089,10 +1090,7 @@ def test_what_hivg_saves():
     (["--max-tokens", "10"], 170e6), (["--max-tokens", "10", "--checkpointing"], 95e6)])
 def test_what_hivg_saves_as_it_is_executed_on_a_cpu(flags, most):
     """With texts of ten tokens, in the last stage; attention without dropout is fused there."""
-    args = arguments("hivg/3/4", "--size", "base", *flags)
-    trial = evaluate.set_up(args, "cpu", batch=1)
-    kept = evaluate.saved_bytes(trial.model, lambda: evaluate.training_loss(trial, args))
-    assert kept <= most
+    assert count_saved(arguments("hivg/3/4", "--size", "base", *flags), "cpu") <= most
 
 
 class Created(TorchDispatchMode):
@@ -1277,7 +1275,7 @@ def test_costs_are_measured_in_the_precision_that_is_asked_for(amp):
 
 @pytest.mark.parametrize("flags, words", [
     (["--cost", "nosuch"], "nosuch"),
-    (["--cost", "m2ist", "--grow", "width", "1"], "width.*side, tokens, expressions"),
+    (["--cost", "m2ist", "--grow", "width", "1"], "width.*batch, side, tokens, expressions, depth"),
     (["--cost", "hivg", "--grow", "tokens", "78"], "--max-tokens"),
     (["--cost", "m2ist", "--checkpointing"], "--checkpointing"),
     (["runs/x", "--checkpointing"], "--cost"),
