@@ -272,13 +272,17 @@ def build_parser(args=None):
             if option.group == name and option.flag:
                 add_flag(group, option, args)
         if name == "run":
-            # These two make a command of their own, so that they are not options of a run.
+            # These make a command of their own, so that they are not options of a run.
             group.add_argument("--claims", nargs="*", metavar="NAME",
                                help="Try what the papers claim of their rows, on shapes: run what is "
                                "missing, and print a table. NAME is m2ist, hivg or a table, such as "
                                "m2ist/V; without a name all claims are tried.")
             group.add_argument("--seeds", type=int, metavar="N",
                                help="Seeds of --claims. (default: 5)")
+            group.add_argument("--rates", type=float, nargs="+", metavar="X",
+                               help="For --claims: multiples of the recipe's learning rates that are "
+                               "tried for each row, with a seed of their own; the best one on val is "
+                               "taken. (default: 1, the recipe's)")
             group.add_argument("-h", "--help", action="store_true",
                                help="Show this help with the defaults of this command line.")
     return parser
@@ -342,7 +346,7 @@ def parse_args(argv=None):
     if "claims" in given and not asks_for_help:
         try_claims(given)
         sys.exit()
-    for name in ("claims", "seeds"):
+    for name in ("claims", "seeds", "rates"):
         if given.pop(name, None) is not None and not asks_for_help:
             raise InputError(f"--{name} is for --claims: give --claims too, or leave --{name} out")
 
@@ -350,9 +354,7 @@ def parse_args(argv=None):
     if given.get("resume"):
         saved = read_args(Path(out))
         refuse_changes(given, saved)
-        # A run that an older version of this file began may lack the newest options.
-        defaults = {option.name: option.default for option in OPTIONS.values()}
-        args = argparse.Namespace(**{**defaults, **saved, **given})
+        args = argparse.Namespace(**{**saved, **given})
     else:
         args = resolve(given)
     args.out = out
@@ -1430,7 +1432,8 @@ def read_last(path, frozen):
 
 def read_args(out):
     """The options of the run in a folder: {name: value}. A run that was stopped before its first
-    last.pt begins again with them."""
+    last.pt begins again with them. A run that an older version of this file began may lack the
+    newest options; they have their defaults then."""
     path = out / "args.json"
     if not path.is_file():
         raise InputError(f"--resume: {out} holds no run, as there is no args.json in it; leave "
@@ -1441,7 +1444,8 @@ def read_args(out):
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: not what train.py writes; start a new run in another "
                          f"--out") from None
-    return saved
+    defaults = {option.name: option.default for option in OPTIONS.values()}
+    return {**defaults, **saved}
 
 
 def write_args(out, args):
@@ -1651,8 +1655,8 @@ def print_rows():
 
 # ---------------------------------------------------------------------------------------------
 # Claims: what the papers say of their rows, tried on `shapes` over several seeds. A claim compares
-# two rows. They have equally many epochs, the rates of their recipes, and in pairs the same seed, so
-# that both rows of a pair see the same samples in the same order.
+# two rows. They have equally many epochs, rates that were found by as many tries, and in pairs the
+# same seed, so that both rows of a pair see the same samples in the same order.
 
 class Claim(NamedTuple):
     """A paper's claim that one row of its tables is better than another one, or no worse."""
@@ -1710,6 +1714,9 @@ CLAIMS = [
 # Student's t: 95% of the values lie within so many standard errors, by the number of seeds.
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
+# The seed with which --rates are tried: none of the table's.
+SEED_OF_TRIES = 100
+
 
 class Finding(NamedTuple):
     """What the runs say of a claim, in points of accuracy."""
@@ -1722,9 +1729,10 @@ class Finding(NamedTuple):
 
 def try_claims(given):
     """Run what is missing for the claims, and print a table of what they come to. given: the flags
-    of the command line; those but --claims, --seeds and --out go to every run."""
+    of the command line; those but --claims, --seeds, --rates and --out go to every run."""
     names = given.pop("claims")
     seeds = given.pop("seeds", 5)
+    factors = given.pop("rates", [1.0])
     picture = given.pop("out", "runs/claims.png")
     given.setdefault("device", "cpu")    # where many runs at a time are faster than one on a GPU
     for name in ("row", "method", "dataset", "size", "root", "seed", "resume", "test"):
@@ -1734,17 +1742,21 @@ def try_claims(given):
         raise InputError(f"--seeds is {seeds}; it must be 2 to 10")
     if Path(picture).suffix.lower() not in (".png", ".jpg"):
         raise InputError(f"--out {picture}: with --claims it is the picture of the table, a .png")
+    if min(factors) <= 0:
+        raise InputError(f"--rates has {min(factors):g}; a factor of a learning rate is above 0")
     claims = chosen_claims(names)
-    runs = runs_of(claims, seeds, given)
-    for flags in unique(runs.values()):
-        check_is_run_of(flags)
-    run_side_by_side([flags for flags in unique(runs.values()) if not is_tested(flags)])
+    rows = rows_of(claims, given)
+    factor_of = dict.fromkeys(rows, factors[0])
+    if len(factors) > 1:
+        factor_of = best_factors(rows, factors)
+    runs = runs_of(rows, factor_of, seeds)
+    run_missing(runs.values())
 
     findings = []
     accuracies = {key: tested_accuracy(flags) for key, flags in runs.items()}
     for claim in claims:
         findings.append(judge(claim, accuracies, seeds))
-    print_findings(findings, accuracies, seeds)
+    print_findings(findings, accuracies, seeds, factor_of)
     Path(picture).parent.mkdir(parents=True, exist_ok=True)
     data.write_picture(picture, chart(findings))
     print(f"look at {picture}")
@@ -1768,28 +1780,71 @@ def is_about(claim, name):
     return any(f"{row}/".startswith(f"{name}/") for row in (claim.higher, claim.lower))
 
 
-def runs_of(claims, seeds, given):
-    """The flags of every run that claims need: {(row, seed): flags}. Rows of two tables that are
-    the same model share the runs of the first one."""
-    rows = unique(row for claim in claims for row in (claim.higher, claim.lower))
+def rows_of(claims, given):
+    """The rows that claims need, and their flags: {row: flags}. Rows of two tables that are the same
+    model have the flags of the first one, and so share its runs."""
     first_like = {}    # the options of a row: the first row that has them
     for row in ROWS:
         first_like.setdefault(meaning(row), row)
 
     flags_of = {}
-    for row in rows:
+    for row in unique(row for claim in claims for row in (claim.higher, claim.lower)):
         first = first_like[meaning(row)]
         try:
             flags_of[row] = {"row": first, **given, **equal_length(first, given)}
             resolve(flags_of[row])
         except InputError as error:
             raise InputError(f"--claims needs row {row}, and there {error}") from None
+    return flags_of
 
+
+def runs_of(rows, factor_of, seeds):
+    """The flags of every run of a table: {(row, seed): flags}. rows: {row: flags}. factor_of: {row:
+    what its learning rates are multiplied by}"""
     runs = {}
     for seed in range(seeds):    # seed after seed, so that rows are even where the runs are stopped
-        for row in rows:
-            runs[row, seed] = {**flags_of[row], "seed": seed}
+        for row, flags in rows.items():
+            runs[row, seed] = {**flags, **scaled_rates(flags, factor_of[row]), "seed": seed}
     return runs
+
+
+def scaled_rates(flags, factor):
+    """The learning rates of a run times a factor, as flags."""
+    if factor == 1:
+        return {}    # its recipe's, and so the folder of the row without flags
+    args = resolve(flags)
+    scaled = {}
+    for name in ("lr", "lr_encoder", "stage_lr"):
+        if not applies(OPTIONS[name], args):
+            continue
+        rate = getattr(args, name)
+        if isinstance(rate, list):
+            scaled[name] = [part * factor for part in rate]
+        else:
+            scaled[name] = rate * factor
+    return scaled
+
+
+def best_factors(rows, factors):
+    """Train each row once with its learning rates times each factor -> {row: the factor that is best
+    on val}; the first of equally good ones. The table uses neither val nor the seed of these runs."""
+    tries = {}
+    for factor in factors:
+        for row, flags in rows.items():
+            tries[row, factor] = {**flags, **scaled_rates(flags, factor), "seed": SEED_OF_TRIES}
+    run_missing(tries.values())
+
+    best = {}
+    columns = " | ".join(f"x {factor:g}" for factor in factors)
+    print(f"Accuracy on val by rates, seed {SEED_OF_TRIES}:\n\n| row | {columns} |")
+    print("|---" * (len(factors) + 1) + "|")
+    for row in rows:
+        reached = {factor: val_accuracy(tries[row, factor]) for factor in factors}
+        best[row] = max(reached, key=reached.get)
+        columns = " | ".join(f"{accuracy:.1f}" for accuracy in reached.values())
+        print(f"| {row} | {columns} |")
+    print()
+    return best
 
 
 def meaning(row):
@@ -1832,6 +1887,13 @@ def check_is_run_of(flags):
                              f"{value}: move the folder away")
 
 
+def run_missing(runs):
+    """Train the runs that are not there, after a look at those that are."""
+    for flags in unique(runs):
+        check_is_run_of(flags)
+    run_side_by_side([flags for flags in unique(runs) if not is_tested(flags)])
+
+
 def is_tested(flags):
     return Path(default_out(flags), "test.json").is_file()
 
@@ -1841,6 +1903,13 @@ def tested_accuracy(flags):
     path = Path(default_out(flags), "test.json")
     splits = json.loads(path.read_text())
     return 100 * sum(row["acc@0.5"] for row in splits.values()) / len(splits)
+
+
+def val_accuracy(flags):
+    """The accuracy of a run on val in %, of its best epoch."""
+    lines = Path(default_out(flags), "log.jsonl").read_text().splitlines()
+    log = [json.loads(line) for line in lines]
+    return 100 * best_of(log, 1, log[-1]["epoch"])
 
 
 def run_side_by_side(runs):
@@ -1912,7 +1981,7 @@ def judge(claim, accuracies, seeds):
     return Finding(claim, mean, half, verdict)
 
 
-def print_findings(findings, accuracies, seeds):
+def print_findings(findings, accuracies, seeds, factor_of):
     """Print the claims and then their rows as tables in Markdown."""
     print("| claim | rows | difference in points, 95% interval | verdict |")
     print("|---|---|---|---|")
@@ -1921,12 +1990,12 @@ def print_findings(findings, accuracies, seeds):
         print(f"| {claim.text} | {claim.higher} - {claim.lower}{more} "
               f"| {difference:+.1f} ± {half:.1f} | {verdict} |")
     columns = " | ".join(f"seed {seed}" for seed in range(seeds))
-    print(f"\n| row | {columns} | mean ± deviation |")
-    print("|---" * (seeds + 2) + "|")
+    print(f"\n| row | rates | {columns} | mean ± deviation |")
+    print("|---" * (seeds + 3) + "|")
     for row in unique(row for row, _ in accuracies):
         reached = torch.tensor([accuracies[row, seed] for seed in range(seeds)])
         columns = " | ".join(f"{accuracy:.1f}" for accuracy in reached)
-        print(f"| {row} | {columns} | {reached.mean():.1f} ± {reached.std():.1f} |")
+        print(f"| {row} | x {factor_of[row]:g} | {columns} | {reached.mean():.1f} ± {reached.std():.1f} |")
 
 
 def chart(findings):

@@ -15,7 +15,8 @@ adapters.py, 12 of hilora.py, 42 of model.py, 26 of train.py, one of data.py) an
 of a folded batch norm, had survived at first, and its test was mended. Those run in about an hour.
 Later the seven of --claims and of the attention loss, the nine of dropout and of an expert's norm,
 and the three of letterbox were run; none survived. Nor did any of QuickGELU, of a wide pair, of
---draft, of the end of a text, of fused convolutions, and of what --cost and --claims are asked.
+--draft, of the end of a text, of fused convolutions, of what --cost and --claims are asked, and of
+--rates.
 """
 import argparse
 import os
@@ -322,6 +323,16 @@ MUTANTS = [
     Mutant("train.py", "a claim compares runs of different seeds",
            "- accuracies[claim.lower, seed])", "- accuracies[claim.lower, seeds - 1 - seed])",
            "test_claims.py"),
+    Mutant("train.py", "the worst rate of a row is taken", "max(reached, key=reached.get)",
+           "min(reached, key=reached.get)", "test_claims.py"),
+    Mutant("train.py", "rates are tried with a seed of the table", '"seed": SEED_OF_TRIES}',
+           '"seed": 0}', "test_claims.py"),
+    Mutant("train.py", "a factor leaves the rates of the stages",
+           "[part * factor for part in rate]", "[part for part in rate]", "test_claims.py"),
+    Mutant("train.py", "a rate is judged by the last epoch",
+           'best_of(log, 1, log[-1]["epoch"])', 'log[-1]["val_acc@0.5"]', "test_claims.py"),
+    Mutant("train.py", "args.json of an older version lacks options",
+           "return {**defaults, **saved}", "return saved", "test_claims.py test_resume.py"),
     Mutant("train.py", "rows with fewer stages are trained for fewer epochs",
            'return {"epochs": epochs} if epochs != args.epochs else {}', "return {}",
            "test_claims.py"),

@@ -18,6 +18,12 @@ import train
 # --- The claims and their runs --------------------------------------------------------------------
 
 
+def runs_of(claims, seeds, given):
+    """The runs of claims with the rates of the recipes."""
+    rows = train.rows_of(claims, given)
+    return train.runs_of(rows, dict.fromkeys(rows, 1), seeds)
+
+
 def test_claims_compare_two_rows_of_one_paper():
     """Each claim is about two different rows, which exist, and no two claims are about the same."""
     pairs = [(claim.higher, claim.lower) for claim in train.CLAIMS]
@@ -29,14 +35,14 @@ def test_claims_compare_two_rows_of_one_paper():
 
 def test_the_rows_of_a_claim_are_different_models():
     """Two rows that are the same at tiny size could show nothing."""
-    runs = train.runs_of(train.CLAIMS, 2, {})
+    runs = runs_of(train.CLAIMS, 2, {})
     for claim in train.CLAIMS:
         assert runs[claim.higher, 0] != runs[claim.lower, 0], claim
 
 
 def test_the_rows_of_a_paper_have_as_many_epochs_and_the_same_samples():
     """Rows without HiLoRA, or with fewer stages, have a longer warm-up."""
-    runs = train.runs_of(train.CLAIMS, 2, {})
+    runs = runs_of(train.CLAIMS, 2, {})
     for (row, seed), flags in runs.items():
         args = train.resolve(flags)
         own = train.resolve({"method": row.partition("/")[0]})
@@ -51,15 +57,15 @@ def test_the_rows_of_a_paper_have_as_many_epochs_and_the_same_samples():
 
 def test_equal_rows_share_their_runs():
     """M²IST itself is a row of six tables; it is run once for each seed, whatever is asked for."""
-    runs = train.runs_of(train.CLAIMS, 3, {"limit": 8})
+    runs = runs_of(train.CLAIMS, 3, {"limit": 8})
     for row in ("m2ist/V/f", "m2ist/VI/d", "m2ist/VII/c", "m2ist/II/128"):
         assert runs[row, 1] == {"row": "m2ist/I/m2ist", "seed": 1, "limit": 8}
-    alone = train.runs_of(train.chosen_claims(["m2ist/VII"]), 3, {"limit": 8})
+    alone = runs_of(train.chosen_claims(["m2ist/VII"]), 3, {"limit": 8})
     assert alone["m2ist/VII/c", 1] == runs["m2ist/I/m2ist", 1]
 
 
 def test_the_seeds_come_one_after_the_other():
-    seeds = [seed for _, seed in train.runs_of(train.CLAIMS, 3, {})]
+    seeds = [seed for _, seed in runs_of(train.CLAIMS, 3, {})]
     assert seeds == sorted(seeds)
 
 
@@ -142,44 +148,88 @@ def test_the_chart_names_each_claim_with_letters_that_its_font_has(monkeypatch):
 
 @pytest.fixture
 def one_claim(monkeypatch, tmp_path):
-    """A single claim, and a folder in which the runs are made."""
+    """A single claim, and the folder in whose `runs` its runs are made."""
     monkeypatch.chdir(tmp_path)
     claim = train.Claim("LEA helps", "m2ist/V/b", "m2ist/V/a")
     monkeypatch.setattr(train, "CLAIMS", [claim])
     return tmp_path
 
 
-def test_the_command_runs_what_is_missing_and_prints_a_table(one_claim, monkeypatch, capsys):
-    """A run that is there is not made again; the accuracy is the mean over testA and testB."""
+@pytest.fixture
+def made(one_claim, monkeypatch):
+    """What the command runs, [(row, seed, lr)]. In place of a run its results are written: on testA
+    and testB the more the higher the seed, and ten points more for m2ist/V/b. On val half the rate
+    is best for m2ist/V/b, and its own for m2ist/V/a, by an epoch that is not the last."""
     made = []
 
     def fake_run(flags, stopping):
-        made.append((flags["row"], flags["seed"]))
+        args = train.resolve(flags)
+        made.append((args.row, args.seed, args.lr))
         folder = one_claim / train.default_out(flags)
         folder.mkdir(parents=True)
         assert flags["device"] == "cpu"
-        base = 0.695 + 0.01 * flags["seed"]
-        if flags["row"] == "m2ist/V/b":
+        base = 0.695 + 0.01 * args.seed
+        if args.row == "m2ist/V/b":
             base += 0.1
         splits = {"testA": {"acc@0.5": base + 0.1}, "testB": {"acc@0.5": base - 0.1}}
         (folder / "test.json").write_text(json.dumps(splits))
+        best_lr = 0.5e-3 if args.row == "m2ist/V/b" else 1e-3
+        val = 0.9 if args.lr == best_lr else 0.8
+        records = [{"epoch": 1, "step": 100, "train_acc@0.5": 0.99},
+                   {"epoch": 1, "val_acc@0.5": val}, {"epoch": 2, "val_acc@0.5": 0.7}]
+        (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
     monkeypatch.setattr(train, "run_alone", fake_run)
+    return made
+
+
+def test_the_command_runs_what_is_missing_and_prints_a_table(one_claim, made, capsys):
+    """A run that is there is not made again; the accuracy is the mean over testA and testB."""
     with pytest.raises(SystemExit):
         train.main(["--claims", "--seeds", "2"])
-    assert sorted(made) == [("m2ist/I/frozen", 0), ("m2ist/I/frozen", 1),
-                            ("m2ist/V/b", 0), ("m2ist/V/b", 1)]
+    assert sorted(made) == [("m2ist/I/frozen", 0, 1e-3), ("m2ist/I/frozen", 1, 1e-3),
+                            ("m2ist/V/b", 0, 1e-3), ("m2ist/V/b", 1, 1e-3)]
     printed = capsys.readouterr().out
     assert "| LEA helps | m2ist/V/b - m2ist/V/a | +10.0 ± 0.0 | seen |" in printed
-    assert "| row | seed 0 | seed 1 | mean ± deviation |\n|---|---|---|---|\n" in printed
-    assert "| m2ist/V/a | 69.5 | 70.5 | 70.0 ± 0.7 |" in printed
+    assert "| row | rates | seed 0 | seed 1 | mean ± deviation |\n|---|---|---|---|---|\n" in printed
+    assert "| m2ist/V/a | x 1 | 69.5 | 70.5 | 70.0 ± 0.7 |" in printed
     assert (one_claim / "runs" / "claims.png").is_file()
 
     made.clear()
     with pytest.raises(SystemExit):
         train.main(["--claims", "--seeds", "3", "--out", "three.png"])
-    assert sorted(made) == [("m2ist/I/frozen", 2), ("m2ist/V/b", 2)]
+    assert sorted(made) == [("m2ist/I/frozen", 2, 1e-3), ("m2ist/V/b", 2, 1e-3)]
     assert (one_claim / "three.png").is_file()
+
+
+def test_each_row_takes_the_best_of_the_rates_that_were_tried(one_claim, made, capsys):
+    """The tries have a seed of their own, and as many for each row; the best is that of val."""
+    with pytest.raises(SystemExit):
+        train.main(["--claims", "--seeds", "2", "--rates", "0.5", "1", "2"])
+    assert train.SEED_OF_TRIES not in range(max(train.T95))
+    tries = [(lr, row) for row, seed, lr in made if seed == train.SEED_OF_TRIES]
+    assert sorted(tries) == [(lr, row) for lr in (0.5e-3, 1e-3, 2e-3)
+                             for row in ("m2ist/I/frozen", "m2ist/V/b")]
+    in_table = sorted(run for run in made if run[1] != train.SEED_OF_TRIES)
+    assert in_table == [("m2ist/I/frozen", 0, 1e-3), ("m2ist/I/frozen", 1, 1e-3),
+                        ("m2ist/V/b", 0, 0.5e-3), ("m2ist/V/b", 1, 0.5e-3)]
+    printed = capsys.readouterr().out
+    assert "| row | x 0.5 | x 1 | x 2 |\n|---|---|---|---|\n" in printed
+    assert "| m2ist/V/b | 90.0 | 80.0 | 80.0 |" in printed
+    assert "| m2ist/V/b | x 0.5 | 79.5 | 80.5 | 80.0 ± 0.7 |" in printed
+    assert "| m2ist/V/a | x 1 | 69.5 | 70.5 | 70.0 ± 0.7 |" in printed
+
+
+@pytest.mark.parametrize("row, scaled", [
+    ("m2ist/I/m2ist", {"lr": 2e-3, "lr_encoder": 2e-3}),
+    ("m2ist/I/full", {"lr": 2e-3, "lr_encoder": 2e-4}),    # pretrained encoders: a tenth
+    ("hivg/3/4", {"lr": 4e-3, "lr_encoder": 4e-3, "stage_lr": [3e-3, 2e-3, 1.4e-3]}),
+    ("hivg/3/2", {"lr": 4e-3, "lr_encoder": 4e-3})])       # no LoRA, and so no stages
+def test_a_factor_scales_all_rates_of_a_row(row, scaled):
+    """By one and the same factor; factor 1 leaves the row without flags, and so in its folder."""
+    assert train.scaled_rates({"row": row}, 2.0) == scaled
+    train.resolve({"row": row, **scaled})
+    assert train.scaled_rates({"row": row}, 1.0) == {}
 
 
 def test_a_run_of_a_claim_is_that_of_the_same_row(one_claim, capsys):
@@ -248,6 +298,12 @@ def test_a_folder_of_another_recipe_is_refused(one_claim):
     Path(args.out).mkdir(parents=True)
     train.write_args(Path(args.out), args)
     train.check_is_run_of(flags)
+
+    del args.draft    # by an older version, which had no --draft
+    Path(args.out, "args.json").unlink()
+    train.write_args(Path(args.out), args)
+    train.check_is_run_of(flags)
+
     args.weight_decay = 0.5
     Path(args.out, "args.json").unlink()
     train.write_args(Path(args.out), args)
@@ -264,7 +320,7 @@ def test_claims_with_help_shows_the_help(one_claim, capsys):
 
 def test_a_flag_of_one_paper_is_for_the_claims_of_that_paper():
     """Rows that the claims do not need are not asked what they think of a flag."""
-    runs = train.runs_of(train.chosen_claims(["hivg/3"]), 2, {"contrast": 0.5})
+    runs = runs_of(train.chosen_claims(["hivg/3"]), 2, {"contrast": 0.5})
     assert {flags["contrast"] for flags in runs.values()} == {0.5}
 
 
@@ -274,6 +330,8 @@ def test_a_flag_of_one_paper_is_for_the_claims_of_that_paper():
     (["--claims", "--row", "m2ist/V/b"], ["--row is not for --claims"]),
     (["--claims", "--dataset", "refcoco"], ["--dataset is not for --claims"]),
     (["--seeds", "3"], ["--seeds is for --claims"]),
+    (["--rates", "1", "2"], ["--rates is for --claims"]),
+    (["--claims", "--rates", "1", "0"], ["--rates has 0", "above 0"]),
     (["--claims", "m2ist/I", "--contrast", "0.5"], ["m2ist/I/m2ist", "--contrast"]),
     (["--claims", "hivg/5", "--epochs", "1"], ["hivg/5/5", "--epochs"]),
     (["--claims", "--out", "folder"], ["folder", ".png"])])

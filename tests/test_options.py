@@ -209,13 +209,13 @@ def test_help_has_the_eight_groups_in_80_columns(capsys):
 
 
 def test_help_shows_every_flag_and_nothing_else(capsys):
-    """Every flag of --help is a declared option, but --help itself and the two of the claims."""
+    """Every flag of --help is a declared option, but --help itself and the three of the claims."""
     shown = set(re.findall(r"^  (?:-h, )?--([a-z0-9-]+)", help_of(capsys), re.M))
     declared = set()
     for name, option in train.OPTIONS.items():
         if option.flag:
             declared.add(name.replace("_", "-"))
-    assert shown == declared | {"help", "claims", "seeds"}
+    assert shown == declared | {"help", "claims", "seeds", "rates"}
 
 
 def help_of_flag(text, flag):
