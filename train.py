@@ -1993,7 +1993,8 @@ def print_findings(findings, accuracies, seeds, factor_of):
     print(f"\n| row | rates | {columns} | mean ± deviation |")
     print("|---" * (seeds + 3) + "|")
     for row in unique(row for row, _ in accuracies):
-        reached = torch.tensor([accuracies[row, seed] for seed in range(seeds)])
+        reached = torch.tensor([accuracies[row, seed] for seed in range(seeds)],
+                               dtype=torch.float64)
         columns = " | ".join(f"{accuracy:.1f}" for accuracy in reached)
         print(f"| {row} | x {factor_of[row]:g} | {columns} | {reached.mean():.1f} ± {reached.std():.1f} |")
 
