@@ -486,11 +486,6 @@ def read_config(path):
     return config
 
 
-def defaults():
-    """The defaults of all options. An older checkpoint may lack the newest options."""
-    return {option.name: option.default for option in train.OPTIONS.values()}
-
-
 def merge_options(trained, asked):
     """The options of an evaluation, as a Namespace. Where several places have a value, a later one
     wins:
@@ -499,7 +494,7 @@ def merge_options(trained, asked):
     2. the options of the training, from the checkpoint, but for the batch size;
     3. what is asked on the command line.
     """
-    options = {**defaults(), **trained}
+    options = {**train.all_defaults(), **trained}
     options["batch_size"] = DEFAULT_BATCH_SIZE
     for name, value in vars(asked).items():
         if name in options and value is not None:
@@ -992,7 +987,7 @@ def evaluate_checkpoint(asked):
     if asked.image:
         return evaluate_images(model, args, asked)
     # The name is that of the training, whatever is asked here.
-    title = train.title(argparse.Namespace(**{**defaults(), **config["args"]}))
+    title = train.title(argparse.Namespace(**{**train.all_defaults(), **config["args"]}))
     print(f"{title} {args.size} on {args.dataset}, epoch {config['epoch']}; "
           f"leaky pretraining {train.leaky_pretraining(args)}")
     found = evaluate_dataset(model, args, asked)

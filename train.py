@@ -259,6 +259,11 @@ CHANGES_A_ROW = ("weights", "training", "M²IST", "HiVG", "losses")    # groups,
 MAY_CHANGE = ("device", "workers", "save_minutes", "log_every", "resume", "out", "test")
 
 
+def all_defaults():
+    """The defaults of all options. What an older version wrote may lack the newest options."""
+    return {name: option.default for name, option in OPTIONS.items()}
+
+
 def build_parser(args=None):
     """The parser. Its result holds only the options that are on the command line. With `args`, the
     resolved options of a run, its help shows the defaults of that run."""
@@ -280,9 +285,9 @@ def build_parser(args=None):
             group.add_argument("--seeds", type=int, metavar="N",
                                help="Seeds of --claims. (default: 5)")
             group.add_argument("--rates", type=float, nargs="+", metavar="X",
-                               help="For --claims: multiples of the recipe's learning rates that are "
-                               "tried for each row, with a seed of their own; the best one on val is "
-                               "taken. (default: 1, the recipe's)")
+                               help="For --claims: what a row's learning rates are multiplied by. If "
+                               "several are given, each row tries all of them, with a seed that the "
+                               "table does not use, and takes the best one on val. (default: 1)")
             group.add_argument("-h", "--help", action="store_true",
                                help="Show this help with the defaults of this command line.")
     return parser
@@ -434,7 +439,7 @@ def resolve(given):
     # 2. The options of the model; None where the method does not take an option.
     of_model = {o.name: chosen[o.name] for o in MODEL_OPTIONS if o.name in chosen}
     spec = architecture(method, size, **of_model)
-    values = {name: option.default for name, option in OPTIONS.items()}
+    values = all_defaults()
     for option in MODEL_OPTIONS:
         applies = option.only is None or option.only(spec)
         values[option.name] = spec[option.name] if applies else None
@@ -1444,8 +1449,7 @@ def read_args(out):
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: not what train.py writes; start a new run in another "
                          f"--out") from None
-    defaults = {option.name: option.default for option in OPTIONS.values()}
-    return {**defaults, **saved}
+    return {**all_defaults(), **saved}
 
 
 def write_args(out, args):
@@ -1655,8 +1659,8 @@ def print_rows():
 
 # ---------------------------------------------------------------------------------------------
 # Claims: what the papers say of their rows, tried on `shapes` over several seeds. A claim compares
-# two rows. They have equally many epochs, rates that were found by as many tries, and in pairs the
-# same seed, so that both rows of a pair see the same samples in the same order.
+# two rows. They have equally many epochs, and the rates of their recipes or, with --rates, the best of
+# equally many tries. The two runs of a pair have one seed: they see the same samples in the same order.
 
 class Claim(NamedTuple):
     """A paper's claim that one row of its tables is better than another one, or no worse."""
@@ -1996,7 +2000,8 @@ def print_findings(findings, accuracies, seeds, factor_of):
         reached = torch.tensor([accuracies[row, seed] for seed in range(seeds)],
                                dtype=torch.float64)
         columns = " | ".join(f"{accuracy:.1f}" for accuracy in reached)
-        print(f"| {row} | x {factor_of[row]:g} | {columns} | {reached.mean():.1f} ± {reached.std():.1f} |")
+        print(f"| {row} | x {factor_of[row]:g} | {columns} "
+              f"| {reached.mean():.1f} ± {reached.std():.1f} |")
 
 
 def chart(findings):

@@ -332,7 +332,7 @@ MUTANTS = [
     Mutant("train.py", "a rate is judged by the last epoch",
            'best_of(log, 1, log[-1]["epoch"])', 'log[-1]["val_acc@0.5"]', "test_claims.py"),
     Mutant("train.py", "args.json of an older version lacks options",
-           "return {**defaults, **saved}", "return saved", "test_claims.py test_resume.py"),
+           "return {**all_defaults(), **saved}", "return saved", "test_claims.py test_resume.py"),
     Mutant("train.py", "rows with fewer stages are trained for fewer epochs",
            'return {"epochs": epochs} if epochs != args.epochs else {}', "return {}",
            "test_claims.py"),

@@ -157,9 +157,9 @@ def one_claim(monkeypatch, tmp_path):
 
 @pytest.fixture
 def made(one_claim, monkeypatch):
-    """What the command runs, [(row, seed, lr)]. In place of a run its results are written: on testA
-    and testB the more the higher the seed, and ten points more for m2ist/V/b. On val half the rate
-    is best for m2ist/V/b, and its own for m2ist/V/a, by an epoch that is not the last."""
+    """What the command runs, [(row, seed, lr)]. No run is trained; only its results are written. The
+    accuracy on testA and testB grows with the seed, and is ten points higher for m2ist/V/b. On val
+    m2ist/V/b is best with half of its rate and m2ist/V/a with its own, both before the last epoch."""
     made = []
 
     def fake_run(flags, stopping):
