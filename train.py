@@ -1822,6 +1822,8 @@ def scaled_rates(flags, factor):
         if not applies(OPTIONS[name], args):
             continue
         rate = getattr(args, name)
+        if rate == []:
+            continue    # LoRA on DETR and BERT: its one stage has --lr-encoder
         if isinstance(rate, list):
             scaled[name] = [part * factor for part in rate]
         else:
@@ -1944,13 +1946,8 @@ def run_alone(flags, stopping):
     out = Path(default_out(flags))
     if (out / "args.json").is_file():
         flags = {**flags, "resume": True}
-    words = [sys.executable, str(Path(__file__).resolve()), "--out", str(out), "--test"]
-    for name, value in flags.items():
-        words.append(f"--{name.replace('_', '-')}")
-        if isinstance(value, list):
-            words += [str(part) for part in value]
-        elif value is not True:
-            words.append(str(value))
+    words = [sys.executable, str(Path(__file__).resolve()), "--out", str(out), "--test",
+             *words_of(flags)]
     log = out.parent / f"{out.name}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as printed:    # in a session of its own: Ctrl-C reaches this process alone
@@ -1966,6 +1963,18 @@ def run_alone(flags, stopping):
         stopping.set()
         raise InputError(f"the run {out} has stopped; {log} says why. The same command goes on with "
                          f"what is missing")
+
+
+def words_of(flags):
+    """Flags as the words of a command line."""
+    words = []
+    for name, value in flags.items():
+        words.append(f"--{name.replace('_', '-')}")
+        if isinstance(value, list):
+            words += [str(part) for part in value]
+        elif value is not True:
+            words.append(str(value))
+    return words
 
 
 def judge(claim, accuracies, seeds):

@@ -204,11 +204,11 @@ def test_k_expressions_per_image_are_trained_from_a_kth_of_the_pictures(monkeypa
         return real(model, images, image_padding, tokens, *rest, **options)
 
     monkeypatch.setattr(m.DetrBert, "forward", watched)
-    run(tmp_path / "a", "--epochs", "1", "--batch-size", "15", "--expressions-per-image", "3")
+    flags = ["--epochs", "1", "--limit", "60", "--batch-size", "15", "--expressions-per-image", "3"]
+    run(tmp_path / "a", *flags)
     assert sizes == [(5, 15)] * 4
     sizes.clear()
-    out = run(tmp_path / "b", "--epochs", "1", "--batch-size", "15", "--expressions-per-image", "3",
-              "--micro-batch", "5")
+    out = run(tmp_path / "b", *flags, "--micro-batch", "5")
     assert {texts for _, texts in sizes} == {5}
     assert {pictures for pictures, _ in sizes} == {2, 3}    # 3 + 2, 1 + 3 + 1 and 2 + 3
     assert read_log(out)[-1]["train_loss"] == pytest.approx(
@@ -245,11 +245,11 @@ def torchrun(processes, out, *flags):
 
 
 def test_two_processes_train_and_evaluate_as_one(tmp_path):
-    """2 × 8 samples a step give the weights and the log of 1 × 16; evaluation counts each of the 60
+    """2 × 4 samples a step give the weights and the log of 1 × 8; evaluation counts each of the 28
     samples of val once. The tiny size has no dropout."""
-    flags = ["--epochs", "2", "--micro-batch", "4", "--log-every", "1"]
+    flags = ["--epochs", "2", "--micro-batch", "2", "--log-every", "1"]
     printed = torchrun(2, tmp_path / "two", *flags)
-    assert "2 processes share each batch, 8 samples for each" in printed
+    assert "2 processes share each batch, 4 samples for each" in printed
     finished = re.findall("^epoch 2 .* val_acc", printed, re.MULTILINE)
     assert len(finished) == 1    # the second process is silent
     torchrun(1, tmp_path / "one", *flags)

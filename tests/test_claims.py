@@ -232,6 +232,18 @@ def test_a_factor_scales_all_rates_of_a_row(row, scaled):
     assert train.scaled_rates({"row": row}, 1.0) == {}
 
 
+def test_every_row_takes_its_scaled_rates_on_the_command_line():
+    """A row without stages, such as LoRA on DETR and BERT, has no rates of stages to be given."""
+    for row, flags in train.rows_of(train.CLAIMS, {}).items():
+        scaled = train.scaled_rates(flags, 2.0)
+        args = train.parse_args(train.words_of({**flags, **scaled}))
+        recipe = train.resolve(flags)
+        assert args.lr == 2 * recipe.lr, row
+        assert args.lr_encoder == 2 * recipe.lr_encoder, row
+        if "stage_lr" in scaled:
+            assert args.stage_lr == [2 * rate for rate in recipe.stage_lr], row
+
+
 def test_a_run_of_a_claim_is_that_of_the_same_row(one_claim, capsys):
     """What is trained in a process of its own, and stopped before its test, is the same as
     `train.py --row` with these flags; what it prints is beside its folder."""

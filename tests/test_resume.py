@@ -61,7 +61,7 @@ def assert_same_run(a, b):
 # --- Interruptions --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("write", range(1, 12))
+@pytest.mark.parametrize("write", range(1, 13))
 def test_a_run_that_dies_at_any_write_resumes_to_the_same_weights(tmp_path, monkeypatch, m2ist_run,
                                                                  write):
     """The writes are args.json, then in each epoch last.pt, best.safetensors if no epoch before was
@@ -79,13 +79,13 @@ def test_a_run_that_dies_at_any_write_resumes_to_the_same_weights(tmp_path, monk
     assert same(resumed.state_dict(), whole.state_dict())
 
 
-def test_a_run_makes_eleven_writes(tmp_path, monkeypatch):
-    """Three epochs, of which the first is the best, write eleven files, so the test above meets
-    every write."""
-    dying = Dying(write=12)
+def test_a_run_makes_twelve_writes(tmp_path, monkeypatch):
+    """Three epochs, of which the second is better than the first and the third is not, write twelve
+    files, so the test above meets every write."""
+    dying = Dying(write=13)
     monkeypatch.setattr(train, "write_atomically", dying)
     run(tmp_path / "a")
-    assert dying.writes == 11
+    assert dying.writes == 12
 
 
 @pytest.mark.parametrize("write, file", [
@@ -150,7 +150,7 @@ def test_the_scaler_of_fp16_goes_on_where_it_was(tmp_path, monkeypatch):
     """The scaler counts the steps without overflow: one in each of two epochs. With the attention
     loss the first step overflows at the scale that torch starts from."""
     dead = tmp_path / "dead"
-    die(monkeypatch, Dying(3, "last.pt"), dead, "--amp", "fp16", "--epochs", "2", "--limit", "16",
+    die(monkeypatch, Dying(3, "last.pt"), dead, "--amp", "fp16", "--epochs", "2", "--limit", "8",
         "--attention-loss", "0")
     train.main(["--out", str(dead), "--resume"])
     last = torch.load(dead / "last.pt", weights_only=True)
@@ -169,7 +169,7 @@ def test_a_run_killed_by_sigkill_resumes_to_the_same_weights(tmp_path):
     """SIGKILL, which no program can catch, leaves a folder that can be resumed."""
     killed = tmp_path / "killed"
     whole = tmp_path / "whole"
-    flags = [*FAST, "--epochs", "6", "--limit", "120"]
+    flags = [*FAST, "--epochs", "6", "--limit", "80"]
     command = [sys.executable, str(ROOT / "train.py"), *flags, "--out", str(killed)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
@@ -330,7 +330,7 @@ def test_a_run_of_an_older_version_gets_the_defaults_of_newer_options(tmp_path):
     train.write_args(tmp_path / "a", saved)
     args = train.parse_args(["--out", str(tmp_path / "a"), "--resume"])
     assert args.weight_decay == 1e-4
-    assert args.batch_size == 16
+    assert args.batch_size == 8
 
 
 # --- Runs that cannot be resumed ------------------------------------------------------------------

@@ -39,7 +39,7 @@ def test_too_little_memory_is_one_line(tmp_path):
     """A model of a terabyte, a GPU that is full, and an array that numpy cannot have: the line has
     the peak and what to try. Other errors stay as they are."""
     with pytest.raises(InputError, match=r"^out of memory; the peak was \d+\.\d GiB .*you tried to "
-                                         r"allocate.*: try --micro-batch 8, or --amp bf16$"):
+                                         r"allocate.*: try --micro-batch 4, or --amp bf16$"):
         run(tmp_path / "a", "--bottleneck", "1000000000")
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), MemoryError()):
         with pytest.raises(InputError, match="out of memory; .*: try less"):
@@ -83,8 +83,8 @@ def test_evaluate_gives_the_accuracy_of_the_log(m2ist_run, tmp_path, capsys):
     val = result["splits"]["val"]
     assert set(val) == {"acc@0.5", "mean_iou", "expressions", "images", "seconds"}
     assert val["acc@0.5"] == best
-    assert val["expressions"] == 60
-    assert val["images"] == 20
+    assert val["expressions"] == 28
+    assert val["images"] == 10
     figures = {path.name for path in (tmp_path / "figures").iterdir()}
     assert figures == {"val.png", "testA.png", "testB.png"}
 
@@ -336,9 +336,9 @@ def test_the_log_has_a_line_each_log_every_steps(tmp_path):
     assert parts == pytest.approx(first["train_loss"], rel=1e-5)
     assert first["lr"] == first["lr_encoder"] == 1e-3
     assert first["seconds"] > 0
-    assert first["samples_per_second"] == pytest.approx(32 / first["seconds"])
+    assert first["samples_per_second"] == pytest.approx(16 / first["seconds"])
     assert first["peak_bytes"] > 2 ** 20
-    assert whole["samples_per_second"] == pytest.approx(48 / whole["seconds"])
+    assert whole["samples_per_second"] == pytest.approx(24 / whole["seconds"])
 
     # Each line of the log can be read while the run goes on, and none is there twice after a
     # resume.
@@ -386,7 +386,7 @@ def test_val_is_evaluated_in_micro_batches(tmp_path, monkeypatch):
     out = run(tmp_path / "a", "--epochs", "1", "--micro-batch", "4")
     assert {size for training, size in sizes if training} == {4}
     assert {size for training, size in sizes if not training} == {4, 1}    # 1: val.png
-    whole = evaluate.main([str(out), "--split", "val", "--batch-size", "60", "--device", "cpu"])
+    whole = evaluate.main([str(out), "--split", "val", "--batch-size", "28", "--device", "cpu"])
     assert read_log(out)[0]["val_mean_iou"] == pytest.approx(
         whole["splits"]["val"]["mean_iou"], abs=1e-5)
 
@@ -758,7 +758,8 @@ def test_the_schedule_counts_the_steps_of_a_phase(monkeypatch, tmp_path):
     under_way, phase = begin_run(model, args, tmp_path, number=1)
     assert (phase.first, phase.last) == (2, 4)
     under_way.progress.epoch = 3
-    loader = train.make_loader(data.load_samples("shapes", "train", limit=60), model, args, train=True)
+    samples = data.load_samples("shapes", "train", limit=28)
+    loader = train.make_loader(samples, model, args, train=True)
     asked = []
 
     def watched(args, step, steps, epochs):
@@ -1191,14 +1192,14 @@ def test_each_epoch_has_an_order_and_transforms_of_its_own():
 
 
 def test_a_batch_that_is_not_full_is_dropped_in_training_alone():
-    """Of 60 samples, training sees three batches of 16, and validation sees all samples."""
+    """Of 28 samples, training sees three batches of 8, and validation sees all samples."""
     args = train.parse_args(FAST)
     model = m.build_model(**train.model_arguments(args))
-    samples = data.load_samples("shapes", "val", limit=60)
+    samples = data.load_samples("shapes", "val", limit=28)
     assert len(train.make_loader(samples, model, args, train=True)) == 3
     loader = train.make_loader(samples, model, args)
     assert len(loader) == 4
-    assert torch.cat([batch["index"] for batch in loader]).tolist() == list(range(60))
+    assert torch.cat([batch["index"] for batch in loader]).tolist() == list(range(28))
     # Fewer samples than a batch are one batch.
     assert len(train.make_loader(samples[:5], model, args, train=True)) == 1
 
