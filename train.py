@@ -285,9 +285,10 @@ def build_parser(args=None):
             group.add_argument("--seeds", type=int, metavar="N",
                                help="Seeds of --claims. (default: 5)")
             group.add_argument("--rates", type=float, nargs="+", metavar="X",
-                               help="For --claims: what a row's learning rates are multiplied by. If "
-                               "several are given, each row tries all of them, with a seed that the "
-                               "table does not use, and takes the best one on val. (default: 1)")
+                               help="For --claims: what a row's learning rates are multiplied by. "
+                               "Each row tries all of them, with three seeds that the table does not "
+                               "use, and takes the best one on val. With 1 alone all rows have the "
+                               "rates of their recipes, and no rate is tried. (default: 0.5 1 2)")
             group.add_argument("-h", "--help", action="store_true",
                                help="Show this help with the defaults of this command line.")
     return parser
@@ -1659,8 +1660,8 @@ def print_rows():
 
 # ---------------------------------------------------------------------------------------------
 # Claims: what the papers say of their rows, tried on `shapes` over several seeds. A claim compares
-# two rows. They have equally many epochs, and the rates of their recipes or, with --rates, the best of
-# equally many tries. The two runs of a pair have one seed: they see the same samples in the same order.
+# two rows. They have equally many epochs, and each has the best of equally many learning rates. The two
+# runs of a pair have one seed: they see the same samples in the same order.
 
 class Claim(NamedTuple):
     """A paper's claim that one row of its tables is better than another one, or no worse."""
@@ -1718,8 +1719,10 @@ CLAIMS = [
 # Student's t: 95% of the values lie within so many standard errors, by the number of seeds.
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
-# The seed with which --rates are tried: none of the table's.
-SEED_OF_TRIES = 100
+# What the learning rates of a row are multiplied by in its tries, without --rates. The seeds of the
+# tries are none of the table's, and they are several, because a rate can be lucky with one seed.
+FACTORS_TO_TRY = [0.5, 1.0, 2.0]
+SEEDS_OF_TRIES = [100, 101, 102]
 
 
 class Finding(NamedTuple):
@@ -1736,7 +1739,7 @@ def try_claims(given):
     of the command line; those but --claims, --seeds, --rates and --out go to every run."""
     names = given.pop("claims")
     seeds = given.pop("seeds", 5)
-    factors = given.pop("rates", [1.0])
+    factors = given.pop("rates", FACTORS_TO_TRY)
     picture = given.pop("out", "runs/claims.png")
     given.setdefault("device", "cpu")    # where many runs at a time are faster than one on a GPU
     for name in ("row", "method", "dataset", "size", "root", "seed", "resume", "test"):
@@ -1750,10 +1753,14 @@ def try_claims(given):
         raise InputError(f"--rates has {min(factors):g}; a factor of a learning rate is above 0")
     claims = chosen_claims(names)
     rows = rows_of(claims, given)
+    every_seed = [*range(seeds), *SEEDS_OF_TRIES]
+    for factor in factors:    # here, and not when the tries have taken hours
+        for flags in runs_of(rows, dict.fromkeys(rows, factor), every_seed).values():
+            check_is_run_of(flags)
     factor_of = dict.fromkeys(rows, factors[0])
     if len(factors) > 1:
         factor_of = best_factors(rows, factors)
-    runs = runs_of(rows, factor_of, seeds)
+    runs = runs_of(rows, factor_of, range(seeds))
     run_missing(runs.values())
 
     findings = []
@@ -1806,7 +1813,7 @@ def runs_of(rows, factor_of, seeds):
     """The flags of every run of a table: {(row, seed): flags}. rows: {row: flags}. factor_of: {row:
     what its learning rates are multiplied by}"""
     runs = {}
-    for seed in range(seeds):    # seed after seed, so that rows are even where the runs are stopped
+    for seed in seeds:    # seed after seed, so that rows are even where the runs are stopped
         for row, flags in rows.items():
             runs[row, seed] = {**flags, **scaled_rates(flags, factor_of[row]), "seed": seed}
     return runs
@@ -1832,20 +1839,25 @@ def scaled_rates(flags, factor):
 
 
 def best_factors(rows, factors):
-    """Train each row once with its learning rates times each factor -> {row: the factor that is best
-    on val}; the first of equally good ones. The table uses neither val nor the seed of these runs."""
-    tries = {}
+    """Train each row with its learning rates times each factor -> {row: the best factor}. The best one
+    has the highest accuracy on val, as a mean over the seeds of the tries; it is the first of
+    equally good ones. The table uses neither val nor these seeds."""
+    tries = {}    # by row, seed and factor
     for factor in factors:
-        for row, flags in rows.items():
-            tries[row, factor] = {**flags, **scaled_rates(flags, factor), "seed": SEED_OF_TRIES}
+        runs = runs_of(rows, dict.fromkeys(rows, factor), SEEDS_OF_TRIES)
+        for (row, seed), flags in runs.items():
+            tries[row, seed, factor] = flags
     run_missing(tries.values())
 
     best = {}
     columns = " | ".join(f"x {factor:g}" for factor in factors)
-    print(f"Accuracy on val by rates, seed {SEED_OF_TRIES}:\n\n| row | {columns} |")
+    print(f"Accuracy on val by rates, the mean over seeds {SEEDS_OF_TRIES}:\n\n| row | {columns} |")
     print("|---" * (len(factors) + 1) + "|")
     for row in rows:
-        reached = {factor: val_accuracy(tries[row, factor]) for factor in factors}
+        reached = {}
+        for factor in factors:
+            accuracies = [val_accuracy(tries[row, seed, factor]) for seed in SEEDS_OF_TRIES]
+            reached[factor] = sum(accuracies) / len(accuracies)
         best[row] = max(reached, key=reached.get)
         columns = " | ".join(f"{accuracy:.1f}" for accuracy in reached.values())
         print(f"| {row} | {columns} |")
@@ -1894,9 +1906,7 @@ def check_is_run_of(flags):
 
 
 def run_missing(runs):
-    """Train the runs that are not there, after a look at those that are."""
-    for flags in unique(runs):
-        check_is_run_of(flags)
+    """Train the runs that are not there."""
     run_side_by_side([flags for flags in unique(runs) if not is_tested(flags)])
 
 
