@@ -1046,10 +1046,19 @@ class Signals:
         sys.exit(128 + number)
 
 
-def ignore_signals(worker):
-    """Workers of a DataLoader leave Ctrl-C and SIGTERM to the process that they work for."""
+def begin_worker(worker):
+    """Workers of a DataLoader leave Ctrl-C and SIGTERM to the process that they work for, and say
+    nothing when it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.excepthook = tell_unless_disconnected
+
+
+def tell_unless_disconnected(kind, error, trace):
+    """Print an error that nobody caught, but not that the other end of a connection is gone. A worker
+    sees this where its process is stopped while it fetches a batch."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1233,7 +1242,7 @@ def make_loader(samples, model, args, train=False, batch_size=None):
         batches = data.evaluation_batches(samples, batch_size, rank(), processes())
     return DataLoader(dataset, batch_sampler=batches, num_workers=args.workers,
                       collate_fn=functools.partial(data.collate, pad=tokenizer.pad),
-                      pin_memory="cuda" in args.device, worker_init_fn=ignore_signals,
+                      pin_memory="cuda" in args.device, worker_init_fn=begin_worker,
                       persistent_workers=train and args.workers > 0)
 
 

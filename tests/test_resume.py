@@ -241,6 +241,19 @@ def test_a_signal_ends_a_run_with_one_line(tmp_path, number, workers):
     assert torch.load(out / "last.pt", weights_only=True)["progress"]["step"] > 0
 
 
+def test_a_worker_is_silent_when_its_process_is_gone_and_no_other_time(capfd):
+    """A signal can come while the process fetches a batch. The thread of the worker that sends the
+    batch then sees a connection that is reset, and hands the error to sys.excepthook."""
+    for error in (ConnectionResetError(104, "reset by peer"), EOFError(), ValueError("of the worker")):
+        train.tell_unless_disconnected(type(error), error, None)
+    assert capfd.readouterr().err == "ValueError: of the worker\n"
+
+    samples = train.load_splits(train.parse_args([*FAST, "--workers", "1"]))[0]
+    loader = torch.utils.data.DataLoader(samples, collate_fn=lambda batch: sys.excepthook.__name__,
+                                         num_workers=1, worker_init_fn=train.begin_worker)
+    assert next(iter(loader)) == "tell_unless_disconnected"
+
+
 def test_a_signal_within_a_step_waits_for_its_end():
     """Weights and optimizer change together, or not at all."""
     class UnderWay:
