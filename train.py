@@ -1047,16 +1047,16 @@ class Signals:
 
 
 def begin_worker(worker):
-    """Workers of a DataLoader leave Ctrl-C and SIGTERM to the process that they work for, and say
-    nothing when it ends."""
+    """Workers of a DataLoader leave Ctrl-C and SIGTERM to the training process, and print nothing
+    when that process ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.excepthook = tell_unless_disconnected
 
 
 def tell_unless_disconnected(kind, error, trace):
-    """Print an error that nobody caught, but not that the other end of a connection is gone. A worker
-    sees this where its process is stopped while it fetches a batch."""
+    """Print an error that nobody caught, except where the other end of a connection is gone. A worker
+    meets this error when the training process is stopped while it fetches a batch."""
     if not issubclass(kind, (ConnectionError, EOFError)):
         sys.__excepthook__(kind, error, trace)
 
@@ -1669,8 +1669,8 @@ def print_rows():
 
 # ---------------------------------------------------------------------------------------------
 # Claims: what the papers say of their rows, tried on `shapes` over several seeds. A claim compares
-# two rows. They have equally many epochs, and each has the best of equally many learning rates. The two
-# runs of a pair have one seed: they see the same samples in the same order.
+# two rows. They have equally many epochs, and each takes the best of equally many learning rates. The
+# two runs of a pair have one seed: they see the same samples in the same order.
 
 class Claim(NamedTuple):
     """A paper's claim that one row of its tables is better than another one, or no worse."""
@@ -1763,7 +1763,7 @@ def try_claims(given):
     claims = chosen_claims(names)
     rows = rows_of(claims, given)
     every_seed = [*range(seeds), *SEEDS_OF_TRIES]
-    for factor in factors:    # here, and not when the tries have taken hours
+    for factor in factors:    # after the tries, a refusal would come hours too late
         for flags in runs_of(rows, dict.fromkeys(rows, factor), every_seed).values():
             check_is_run_of(flags)
     factor_of = dict.fromkeys(rows, factors[0])
@@ -1819,8 +1819,8 @@ def rows_of(claims, given):
 
 
 def runs_of(rows, factor_of, seeds):
-    """The flags of every run of a table: {(row, seed): flags}. rows: {row: flags}. factor_of: {row:
-    what its learning rates are multiplied by}"""
+    """The flags of every row with every seed: {(row, seed): flags}. rows: {row: flags}. factor_of:
+    {row: what its learning rates are multiplied by}. seeds: numbers"""
     runs = {}
     for seed in seeds:    # seed after seed, so that rows are even where the runs are stopped
         for row, flags in rows.items():
@@ -1849,9 +1849,9 @@ def scaled_rates(flags, factor):
 
 def best_factors(rows, factors):
     """Train each row with its learning rates times each factor -> {row: the best factor}. The best one
-    has the highest accuracy on val, as a mean over the seeds of the tries; it is the first of
-    equally good ones. The table uses neither val nor these seeds."""
-    tries = {}    # by row, seed and factor
+    has the highest accuracy on val, as a mean over the seeds of the tries; of equally good ones
+    the first is taken. The table uses neither val nor these seeds."""
+    tries = {}    # {(row, seed, factor): flags}
     for factor in factors:
         runs = runs_of(rows, dict.fromkeys(rows, factor), SEEDS_OF_TRIES)
         for (row, seed), flags in runs.items():
@@ -1985,7 +1985,7 @@ def run_alone(flags, stopping):
 
 
 def words_of(flags):
-    """Flags as the words of a command line."""
+    """The words that give flags, {name: value}, on a command line."""
     words = []
     for name, value in flags.items():
         words.append(f"--{name.replace('_', '-')}")

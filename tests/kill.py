@@ -31,7 +31,7 @@ from short_runs import FAST, HIVG, computed, last_weights, same    # noqa: E402
 
 # Twelve steps an epoch, each followed by a last.pt and a log.jsonl, so that many kills fall into a
 # write.
-OFTEN = ["--limit", "200", "--save-minutes", "0", "--log-every", "1"]
+OFTEN = ["--limit", "100", "--save-minutes", "0", "--log-every", "1"]
 FLAGS = {"m2ist": [*FAST, *OFTEN], "hivg": [*FAST, *HIVG, *OFTEN]}
 LONGEST = 4.0    # seconds that pass at most before a kill
 

@@ -8,8 +8,8 @@ import model as m
 import train
 from test_data import as_refer, pictures
 
-# 28 expressions in batches of 8 are three steps an epoch: the last four, which fill no batch, wait for
-# another epoch's order.
+# 28 expressions in batches of 8 are three steps an epoch. Four expressions are left over, because a
+# batch that is not full is dropped.
 FAST = ["--size", "tiny", "--weights", "random", "--limit", "28", "--batch-size", "8",
         "--epochs", "3", "--warmup", "0", "--device", "cpu"]
 

@@ -205,8 +205,8 @@ def test_the_command_runs_what_is_missing_and_prints_a_table(one_claim, made, ca
 
 
 def test_each_row_takes_the_best_of_the_rates_that_were_tried(one_claim, made, capsys):
-    """Half, once and twice its rates, with seeds that the table does not use; the best is that of
-    val, over the seeds."""
+    """Each row tries half, once and twice its rates, with seeds that the table does not use. The best
+    one has the highest mean on val over these seeds."""
     with pytest.raises(SystemExit):
         train.main(["--claims", "--seeds", "2"])
     assert not set(train.SEEDS_OF_TRIES) & set(range(max(train.T95)))
@@ -306,8 +306,8 @@ def test_stopping_the_command_stops_its_runs(one_claim):
 
 
 def test_a_folder_of_another_recipe_is_refused_before_any_run(one_claim, monkeypatch):
-    """Its accuracy would be compared with those of runs that were made otherwise. The tries of the
-    rates would take hours before it is looked for."""
+    """Its accuracy would be compared with those of runs that were made otherwise. The refusal comes
+    before the tries of the rates, which take hours."""
     monkeypatch.setattr(train, "run_side_by_side", None)
     flags = {"row": "m2ist/V/b", "seed": 0, "limit": 8, "epochs": 1}
     args = train.resolve(flags)
