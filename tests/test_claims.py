@@ -159,7 +159,8 @@ def one_claim(monkeypatch, tmp_path):
 def made(one_claim, monkeypatch):
     """What the command runs, [(row, seed, lr)]. No run is trained; only its results are written. The
     accuracy on testA and testB grows with the seed, and is ten points higher for m2ist/V/b. On val
-    m2ist/V/b is best with half of its rate and m2ist/V/a with its own, both before the last epoch."""
+    both rows are best with half of their rates, m2ist/V/b by 1 point and m2ist/V/a by 0.5, before
+    the last epoch."""
     made = []
 
     def fake_run(flags, stopping):
@@ -173,10 +174,9 @@ def made(one_claim, monkeypatch):
             base += 0.1
         splits = {"testA": {"acc@0.5": base + 0.1}, "testB": {"acc@0.5": base - 0.1}}
         (folder / "test.json").write_text(json.dumps(splits))
-        best_lr = 0.5e-3 if args.row == "m2ist/V/b" else 1e-3
-        val = 0.9
-        if args.lr != best_lr:
-            val = 0.91 if args.seed == train.SEEDS_OF_TRIES[0] else 0.8    # a seed can mislead
+        val = {0.5e-3: 0.9, 1e-3: 0.895, 2e-3: 0.8}[args.lr]
+        if args.row == "m2ist/V/b" and args.lr == 1e-3:
+            val = 0.89
         records = [{"epoch": 1, "step": 100, "train_acc@0.5": 0.99},
                    {"epoch": 1, "val_acc@0.5": val}, {"epoch": 2, "val_acc@0.5": 0.7}]
         (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -205,22 +205,35 @@ def test_the_command_runs_what_is_missing_and_prints_a_table(one_claim, made, ca
 
 
 def test_each_row_takes_the_best_of_the_rates_that_were_tried(one_claim, made, capsys):
-    """Each row tries half, once and twice its rates, with seeds that the table does not use. The best
-    one has the highest mean on val over these seeds."""
+    """Each row tries half, once and twice its rates, with a seed that the table does not use. It leaves
+    its recipe for other rates only if these are better by more than one standard error."""
     with pytest.raises(SystemExit):
         train.main(["--claims", "--seeds", "2"])
-    assert not set(train.SEEDS_OF_TRIES) & set(range(max(train.T95)))
-    tries = [(row, seed, lr) for row, seed, lr in made if seed in train.SEEDS_OF_TRIES]
-    assert sorted(tries) == [(row, seed, lr) for row in ("m2ist/I/frozen", "m2ist/V/b")
-                             for seed in (100, 101, 102) for lr in (0.5e-3, 1e-3, 2e-3)]
-    in_table = sorted(run for run in made if run[1] not in train.SEEDS_OF_TRIES)
+    assert train.SEED_OF_TRIES not in range(max(train.T95))
+    tries = [(row, seed, lr) for row, seed, lr in made if seed == train.SEED_OF_TRIES]
+    assert sorted(tries) == [(row, 100, lr) for row in ("m2ist/I/frozen", "m2ist/V/b")
+                             for lr in (0.5e-3, 1e-3, 2e-3)]
+    in_table = sorted(run for run in made if run[1] != train.SEED_OF_TRIES)
     assert in_table == [("m2ist/I/frozen", 0, 1e-3), ("m2ist/I/frozen", 1, 1e-3),
                         ("m2ist/V/b", 0, 0.5e-3), ("m2ist/V/b", 1, 0.5e-3)]
     printed = capsys.readouterr().out
-    assert "| row | x 0.5 | x 1 | x 2 |\n|---|---|---|---|\n" in printed
-    assert "| m2ist/V/b | 90.0 | 83.7 | 83.7 |" in printed
+    assert "| row | x 0.5 | x 1 | x 2 | taken |\n|---|---|---|---|---|\n" in printed
+    assert "| m2ist/V/b | 90.0 | 89.0 | 80.0 | x 0.5 |" in printed
+    assert "| m2ist/V/a | 90.0 | 89.5 | 80.0 | x 1 |" in printed
     assert "| m2ist/V/b | x 0.5 | 79.5 | 80.5 | 80.0 ± 0.7 |" in printed
     assert "| m2ist/V/a | x 1 | 69.5 | 70.5 | 70.0 ± 0.7 |" in printed
+
+
+@pytest.mark.parametrize("reached, taken", [
+    ({0.5: 80.0, 1.0: 90.0, 2.0: 89.9}, 1.0),
+    ({0.5: 80.0, 1.0: 89.2, 2.0: 90.0}, 1.0),    # the standard error is 0.87
+    ({0.5: 80.0, 1.0: 89.1, 2.0: 90.0}, 2.0),
+    ({0.25: 90.0, 0.5: 89.5, 1.0: 80.0}, 0.5),
+    ({2.0: 89.5, 4.0: 90.0}, 2.0)])              # --rates without 1
+def test_a_difference_within_one_standard_error_does_not_count(reached, taken):
+    """That of a share p of n samples is (p (1 - p) / n) ** 0.5; val has 1,200 expressions."""
+    assert train.val_size({"row": "m2ist/V/b"}) == 1200
+    assert train.within_one_standard_error(reached, 1200) == taken
 
 
 @pytest.mark.parametrize("row, scaled", [
