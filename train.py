@@ -280,17 +280,17 @@ def build_parser(args=None):
             # These make a command of their own, so that they are not options of a run.
             group.add_argument("--claims", nargs="*", metavar="NAME",
                                help="Try what the papers claim of their rows, on shapes: run what is "
-                               "missing, and print a table. NAME is m2ist, hivg or a table, such as "
-                               "m2ist/V; without a name all claims are tried.")
+                               "missing, and print a table. NAME is m2ist, hivg, a table, such as "
+                               "m2ist/V, or a row; without a name all claims are tried.")
             group.add_argument("--seeds", type=int, metavar="N",
                                help="Seeds of --claims. (default: 5)")
+            tried = " ".join(f"{factor:g}" for factor in FACTORS_TO_TRY)
             group.add_argument("--rates", type=float, nargs="+", metavar="X",
                                help="For --claims: what a row's learning rates are multiplied by. "
                                "Each row tries all of them, with a seed that the table does not "
-                               "use, and takes, of those within one standard error of the best "
-                               "one on val, the nearest to its recipe. With 1 alone all rows have "
-                               "the rates of their recipes, and no rate is tried. (default: 0.5 1 "
-                               "2)")
+                               "use. Of those within one standard error of the best one on val, "
+                               "the row takes the nearest to its recipe. With 1 alone all rows have "
+                               f"the rates of their recipes, and no rate is tried. (default: {tried})")
             group.add_argument("-h", "--help", action="store_true",
                                help="Show this help with the defaults of this command line.")
     return parser
@@ -1671,8 +1671,8 @@ def print_rows():
 
 # ---------------------------------------------------------------------------------------------
 # Claims: what the papers say of their rows, tried on `shapes` over several seeds. A claim compares
-# two rows. They have equally many epochs, and each takes the best of equally many learning rates. The
-# two runs of a pair have one seed: they see the same samples in the same order.
+# two rows. They have equally many epochs, and their learning rates are chosen in the same way, from
+# equally many. The two runs of a pair have one seed: they see the same samples in the same order.
 
 class Claim(NamedTuple):
     """A paper's claim that one row of its tables is better than another one, or no worse."""
@@ -1730,9 +1730,9 @@ CLAIMS = [
 # Student's t: 95% of the values lie within so many standard errors, by the number of seeds.
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
-# What the learning rates of a row are multiplied by in its tries, without --rates, and the seed of
-# the tries, which is none of the table's.
+# Each row tries its learning rates times these factors, unless --rates gives others.
 FACTORS_TO_TRY = [0.5, 1.0, 2.0]
+# The tries have this seed, which the table never uses.
 SEED_OF_TRIES = 100
 
 
@@ -1750,18 +1750,19 @@ def try_claims(given):
     of the command line; those but --claims, --seeds, --rates and --out go to every run."""
     names = given.pop("claims")
     seeds = given.pop("seeds", 5)
-    factors = given.pop("rates", FACTORS_TO_TRY)
+    factors = unique(given.pop("rates", FACTORS_TO_TRY))
     picture = given.pop("out", "runs/claims.png")
     given.setdefault("device", "cpu")    # where many runs at a time are faster than one on a GPU
     for name in ("row", "method", "dataset", "size", "root", "seed", "resume", "test"):
         if name in given:
-            raise InputError(f"--{name} is not for --claims, which sets it for each run")
+            raise InputError(f"--{name} is not for --claims, which chooses the runs itself")
     if seeds not in T95:
         raise InputError(f"--seeds is {seeds}; it must be 2 to 10")
     if Path(picture).suffix.lower() not in (".png", ".jpg"):
         raise InputError(f"--out {picture}: with --claims it is the picture of the table, a .png")
-    if min(factors) <= 0:
-        raise InputError(f"--rates has {min(factors):g}; a factor of a learning rate is above 0")
+    for factor in factors:
+        if not 0 < factor < math.inf:    # nor is nan
+            raise InputError(f"--rates has {factor:g}; a factor of a learning rate is a number above 0")
     claims = chosen_claims(names)
     rows = rows_of(claims, given)
     every_seed = [*range(seeds), SEED_OF_TRIES]
@@ -1851,7 +1852,7 @@ def scaled_rates(flags, factor):
 
 def best_factors(rows, factors):
     """Train each row with its learning rates times each factor -> {row: the factor it takes}. The
-    tries are compared on val. The table uses neither val nor the seed of the tries."""
+    tries are compared on val. The table has the accuracies on the test splits, and other seeds."""
     tries = {}    # {factor: {(row, seed): flags}}
     for factor in factors:
         tries[factor] = runs_of(rows, dict.fromkeys(rows, factor), [SEED_OF_TRIES])
@@ -1873,13 +1874,13 @@ def best_factors(rows, factors):
 
 
 def within_one_standard_error(reached, samples):
-    """Of the factors whose accuracy is within one standard error of the highest accuracy, the one
-    nearest to 1: a smaller difference is easily luck, and the recipe is not left for it. reached:
+    """Choose the factor of a row: the one nearest to 1, and so to the recipe, among those whose accuracy
+    is within one standard error of the highest one. A smaller difference may be luck. reached:
     {factor: accuracy in %}, each measured on so many samples."""
     highest = max(reached.values())
     error = (highest * (100 - highest) / samples) ** 0.5    # of a percentage
     good = [factor for factor, accuracy in reached.items() if accuracy >= highest - error]
-    return min(good, key=lambda factor: max(factor, 1 / factor))
+    return min(good, key=lambda factor: (max(factor, 1 / factor), -reached[factor]))
 
 
 def val_size(flags):
@@ -1965,7 +1966,7 @@ def run_side_by_side(runs):
                 done.result()
         except BaseException:
             stopping.set()
-            print("the runs under way are stopped; the same command goes on with what is missing")
+            print("stopping the runs under way; the same command goes on with what is missing")
             raise
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -1994,8 +1995,7 @@ def run_alone(flags, stopping):
             return
     if process.returncode != 0:
         stopping.set()
-        raise InputError(f"the run {out} has stopped; {log} says why. The same command goes on with "
-                         f"what is missing")
+        raise InputError(f"the run {out} has stopped; {log} says why")
 
 
 def words_of(flags):

@@ -334,7 +334,7 @@ MUTANTS = [
     Mutant("train.py", "a lucky try decides on the rates of a row",
            "highest - error]", "highest]", "test_claims.py"),
     Mutant("train.py", "the rates farthest from the recipe are taken",
-           "key=lambda factor: max(factor, 1 / factor)", "key=lambda factor: -factor",
+           "(max(factor, 1 / factor), -reached[factor])", "-factor",
            "test_claims.py"),
     Mutant("train.py", "folders of another recipe are looked for after the tries",
            "            check_is_run_of(flags)\n", "            pass\n", "test_claims.py"),
