@@ -283,7 +283,7 @@ def build_parser(args=None):
                                "missing, and print a table. NAME is m2ist, hivg, a table, such as "
                                "m2ist/V, or a row; without a name all claims are tried.")
             group.add_argument("--seeds", type=int, metavar="N",
-                               help="Seeds of --claims. (default: 5)")
+                               help="For --claims: how many seeds a row is trained with. (default: 5)")
             tried = " ".join(f"{factor:g}" for factor in FACTORS_TO_TRY)
             group.add_argument("--rates", type=float, nargs="+", metavar="X",
                                help="For --claims: what a row's learning rates are multiplied by. "
@@ -1761,7 +1761,7 @@ def try_claims(given):
     if Path(picture).suffix.lower() not in (".png", ".jpg"):
         raise InputError(f"--out {picture}: with --claims it is the picture of the table, a .png")
     for factor in factors:
-        if not 0 < factor < math.inf:    # nor is nan
+        if not 0 < factor < math.inf:    # nan is refused too: it is neither above nor below a number
             raise InputError(f"--rates has {factor:g}; a factor of a learning rate is a number above 0")
     claims = chosen_claims(names)
     rows = rows_of(claims, given)
@@ -1771,7 +1771,7 @@ def try_claims(given):
             check_is_run_of(flags)
     factor_of = dict.fromkeys(rows, factors[0])
     if len(factors) > 1:
-        factor_of = best_factors(rows, factors)
+        factor_of = choose_factors(rows, factors)
     runs = runs_of(rows, factor_of, range(seeds))
     run_missing(runs.values())
 
@@ -1850,7 +1850,7 @@ def scaled_rates(flags, factor):
     return scaled
 
 
-def best_factors(rows, factors):
+def choose_factors(rows, factors):
     """Train each row with its learning rates times each factor -> {row: the factor it takes}. The
     tries are compared on val. The table has the accuracies on the test splits, and other seeds."""
     tries = {}    # {factor: {(row, seed): flags}}
@@ -1858,7 +1858,7 @@ def best_factors(rows, factors):
         tries[factor] = runs_of(rows, dict.fromkeys(rows, factor), [SEED_OF_TRIES])
     run_missing([flags for runs in tries.values() for flags in runs.values()])
 
-    best = {}
+    taken = {}
     columns = " | ".join(f"x {factor:g}" for factor in factors)
     print(f"Accuracy on val by rates, with seed {SEED_OF_TRIES}:\n\n| row | {columns} | taken |")
     print("|---" * (len(factors) + 2) + "|")
@@ -1866,11 +1866,11 @@ def best_factors(rows, factors):
         reached = {}
         for factor in factors:
             reached[factor] = val_accuracy(tries[factor][row, SEED_OF_TRIES])
-        best[row] = within_one_standard_error(reached, val_size(flags))
+        taken[row] = within_one_standard_error(reached, val_size(flags))
         columns = " | ".join(f"{accuracy:.1f}" for accuracy in reached.values())
-        print(f"| {row} | {columns} | x {best[row]:g} |")
+        print(f"| {row} | {columns} | x {taken[row]:g} |")
     print()
-    return best
+    return taken
 
 
 def within_one_standard_error(reached, samples):
