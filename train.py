@@ -1714,6 +1714,7 @@ CLAIMS = [
     Claim("weights of n x L x H beat none", "hivg/4/6", "hivg/4/1"),
     Claim("weights of n x L x H beat 1 x 1 x H", "hivg/4/6", "hivg/4/3"),
     Claim("weights of n x L x H beat n x 1 x H", "hivg/4/6", "hivg/4/4"),
+    Claim("weights of n x L x H beat n x L x 1", "hivg/4/6", "hivg/4/5"),
     Claim("the bridge's cross-attention helps", "hivg/4/6", "hivg/4/2"),
     Claim("the second stage helps", "hivg/5/2", "hivg/5/1"),
     Claim("the third stage helps", "hivg/5/3", "hivg/5/2"),
