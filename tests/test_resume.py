@@ -25,7 +25,8 @@ pytestmark = pytest.mark.usefixtures("cpu_with_dropout")
 class Dying:
     """A stand-in for write_atomically that stops the run in place of one of its writes.
 
-    write: the number of the write, from 1. file: count the writes of this file alone.
+    write: the number of the write, from 1; None counts the writes and stops none. file: count the
+    writes of this file alone.
     """
 
     def __init__(self, write, file=None):
@@ -61,11 +62,25 @@ def assert_same_run(a, b):
 # --- Interruptions --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("write", range(1, 13))
+def writes_of(out):
+    """How many files a run has written, by its log: args.json, then in each epoch last.pt,
+    best.safetensors if no epoch before was better, log.jsonl, and last.pt again."""
+    writes = 1
+    best = 0.0
+    for line in read_log(out):
+        writes += 3
+        if line["val_acc@0.5"] >= best:
+            writes += 1
+            best = line["val_acc@0.5"]
+    return writes
+
+
+@pytest.mark.parametrize("write", range(1, 14))
 def test_a_run_that_dies_at_any_write_resumes_to_the_same_weights(tmp_path, monkeypatch, m2ist_run,
                                                                  write):
-    """The writes are args.json, then in each epoch last.pt, best.safetensors if no epoch before was
-    better, log.jsonl, and last.pt again."""
+    """Three epochs write 11 to 13 files; how many epochs are better than those before is luck."""
+    if write > writes_of(m2ist_run):
+        pytest.skip("this run writes fewer files")
     dead = tmp_path / "dead"
     die(monkeypatch, Dying(write), dead)
 
@@ -79,13 +94,13 @@ def test_a_run_that_dies_at_any_write_resumes_to_the_same_weights(tmp_path, monk
     assert same(resumed.state_dict(), whole.state_dict())
 
 
-def test_a_run_makes_twelve_writes(tmp_path, monkeypatch):
-    """Three epochs, of which the second is better than the first and the third is not, write twelve
-    files, so the test above meets every write."""
-    dying = Dying(write=13)
-    monkeypatch.setattr(train, "write_atomically", dying)
-    run(tmp_path / "a")
-    assert dying.writes == 12
+def test_a_run_makes_the_writes_that_its_log_tells_of(tmp_path, monkeypatch):
+    """So the test above meets every write."""
+    counting = Dying(write=None)
+    monkeypatch.setattr(train, "write_atomically", counting)
+    out = run(tmp_path / "a")
+    assert counting.writes == writes_of(out)
+    assert 11 <= counting.writes <= 13
 
 
 @pytest.mark.parametrize("write, file", [
