@@ -115,7 +115,6 @@ Where this file differs from a paper or its released code ("code"):
             first
     why     this is the least that still lets the text in; the MLP starts as the weights of [D13] do
 """
-import math
 
 import torch
 import torch.nn as nn
@@ -152,29 +151,12 @@ class ExpertAdapter(nn.Module):
 
     def forward(self, x):
         """x: (B, N, C). Returns (B, N, C)."""
-        z = F.relu(self.normed_down(x))    # (B, N, C_d)
+        z = F.relu(self.down(self.norm(x)))    # (B, N, C_d)
         out = self.scale * self.up(z)      # M²IST Eq. (1), the term after the plus sign
         # [D4] Eq. (1) adds x as well; the released code does not.
         if self.residual:
             out = x + out
         return out
-
-    def normed_down(self, x):
-        """down(norm(x)): (B, N, C) -> (B, N, C_d).
-
-        The norm is γ ⊙ n + β, where n is x with mean 0 and variance 1 in each token. Here γ and β
-        move into the linear, so that the backward pass needs n alone, and not γ ⊙ n + β, too:
-
-            W (γ ⊙ n + β) + b  =  (W diag(γ)) n + (W β + b)
-
-        Where x needs a gradient, W diag(γ) would be kept as well, and nothing would be gained.
-        """
-        if x.requires_grad:    # an adapter inside a layer, not in a side network
-            return self.down(self.norm(x))
-        n = F.layer_norm(x, x.shape[-1:], eps=self.norm.eps)
-        weight = self.down.weight * self.norm.weight
-        bias = self.down.bias + self.down.weight @ self.norm.bias
-        return F.linear(n, weight, bias)
 
 
 class PairAdapter(nn.Module):
@@ -557,26 +539,10 @@ def record_ports(layers, attention, ffn):
 # --- Attention ------------------------------------------------------------------------------------
 
 
-class QuickGELU(torch.autograd.Function):
-    """x σ(1.702 x). With u = 1.702 x this is SiLU(u) / 1.702, whose derivative by x is that of SiLU
-    at u. PyTorch computes SiLU and its derivative in one pass each. The backward pass keeps x alone;
-    autograd would keep x and σ(1.702 x)."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return F.silu(1.702 * x, inplace=True).div_(1.702)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        x, = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(gradient, 1.702 * x)
-
-
 def quick_gelu(x):
-    """The activation of CLIP, a cheap approximation of GELU."""
-    return QuickGELU.apply(x)
+    """x σ(1.702 x), the activation of CLIP, a cheap approximation of GELU. As SiLU(u) / 1.702 with
+    u = 1.702 x it keeps one tensor for the backward pass in place of two."""
+    return F.silu(1.702 * x) / 1.702
 
 
 def attend(q, k, v, heads, padding, dropout=0.0, causal=False):
@@ -593,136 +559,8 @@ def attend(q, k, v, heads, padding, dropout=0.0, causal=False):
     if padding is not None:
         mask = ~padding[:, None, None, :]    # (B, 1, 1, M), True where a key may be attended to
 
-    out = scaled_dot_product(q, k, v, mask, dropout, causal)
+    out = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
     return out.transpose(1, 2).flatten(2)    # (B, heads, N, C / heads) -> (B, N, C)
-
-
-def scaled_dot_product(q, k, v, mask, dropout, causal):
-    """softmax(q kᵀ / √d) v, (B, heads, N, d), which never keeps the attention map (B, heads, N, M)
-    for the backward pass.
-
-    The fused kernels of PyTorch keep no map, but on a CPU none of them has dropout on the map.
-    """
-    if dropout > 0 and not causal and is_cpu(q):
-        return DroppedAttention.apply(q, k, v, mask, dropout)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
-
-
-class DroppedAttention(torch.autograd.Function):
-    """dropout(P) v with P = softmax(q kᵀ / √d). The backward pass computes P and D = dropout(P)
-    again, with the same random numbers, in place of keeping them. For a gradient do of the output,
-    and ⊙ the product of elements:
-
-        dv = Dᵀ do
-        dS = D ⊙ (do vᵀ) - P ⊙ sum of D ⊙ (do vᵀ) over the keys, the gradient of q kᵀ / √d
-        dq = dS k / √d
-        dk = dSᵀ q / √d
-
-    q: (B, heads, N, d). k, v: (B, heads, M, d). mask: as in `attend`, or None.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v, mask, dropout):
-        ctx.dropout = dropout
-        ctx.random_state = torch.get_rng_state()
-        ctx.save_for_backward(q, k, v, mask)
-        _, D = DroppedAttention.maps(q, k, mask, dropout)
-        return D @ v
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, do):
-        q, k, v, mask = ctx.saved_tensors
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(ctx.random_state)
-            P, D = DroppedAttention.maps(q, k, mask, ctx.dropout)
-        dv = D.mT @ do
-        dS = (do @ v.mT).mul_(D)
-        dS -= P.mul_(dS.sum(-1, keepdim=True))
-        scale = q.shape[-1] ** -0.5
-        return dS @ k * scale, dS.mT @ q * scale, dv, None, None
-
-    @staticmethod
-    def maps(q, k, mask, dropout):
-        """P and D, both (B, heads, N, M)."""
-        P = (q * q.shape[-1] ** -0.5) @ k.mT
-        if mask is not None:
-            P.masked_fill_(~mask, torch.finfo(P.dtype).min)
-        torch.softmax(P, -1, out=P)    # in place: a map of its own for the scores costs time
-        return P, drop(P, dropout)
-
-
-class DroppedReLU(torch.autograd.Function):
-    """dropout(relu(x)), which keeps its output y alone for the backward pass: y is 0 wherever ReLU or
-    dropout stops the gradient. Autograd would keep the mask of dropout, too."""
-
-    @staticmethod
-    def forward(ctx, x, dropout):
-        y = drop(x.relu(), dropout)
-        ctx.dropout = dropout
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        y, = ctx.saved_tensors
-        through = torch.ops.aten.threshold_backward(dy, y, 0)    # dy where y > 0, else 0
-        return through / (1 - ctx.dropout), None
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout. On a CPU the backward pass of nn.Dropout needs a float for each element; that of
-    this one needs a byte, as on a GPU."""
-
-    def forward(self, x):
-        """x: of any shape. Returns a tensor of the same shape."""
-        if self.training and self.p > 0 and is_cpu(x):
-            return Dropped.apply(x, self.p)
-        return super().forward(x)
-
-
-class Dropped(torch.autograd.Function):
-    """dropout(x), which keeps a byte for each element for the backward pass."""
-
-    @staticmethod
-    def forward(ctx, x, dropout):
-        keep = random_keep(x, dropout)
-        ctx.dropout = dropout
-        ctx.save_for_backward(keep.to(torch.bool))
-        return (x * keep).div_(1 - dropout)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        keep, = ctx.saved_tensors
-        return (dy * keep).div_(1 - ctx.dropout), None
-
-
-def drop(x, dropout):
-    """Dropout without autograd: each element becomes 0 with the probability `dropout`, and is divided
-    by 1 - dropout otherwise."""
-    if is_cpu(x):
-        return (x * random_keep(x, dropout)).div_(1 - dropout)
-    return F.dropout(x, dropout)
-
-
-def random_keep(x, dropout):
-    """1 for each element of x that dropout keeps and 0 for the others, as int16.
-
-    On a CPU most of the time of F.dropout goes into random numbers. Here 16 random bits decide over
-    an element, so one draw of 64 bits serves four elements; `dropout` is rounded to 1/65,536.
-    """
-    fours = math.ceil(x.numel() / 4)
-    draws = torch.empty(fours, dtype=torch.int64, device=x.device)
-    draws.random_(-2 ** 63, None)                                  # any 64 bits
-    numbers = draws.view(torch.int16)[:x.numel()].view(x.shape)    # -32,768 to 32,767
-    return numbers.ge_(round((dropout - 0.5) * 65_536))
-
-
-def is_cpu(x):
-    """On the meta device, where costs are counted, everything is done as on a CPU."""
-    return x.device.type in ("cpu", "meta")
 
 
 # --- The bridge: HiVG Section 3.2 -----------------------------------------------------------------

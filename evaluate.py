@@ -998,7 +998,6 @@ def evaluate_checkpoint(asked):
 def main(argv=None):
     asked = parse_args(argv)
     make_folders(asked)
-    train.keep_freed_memory()
     smaller = train.half_of("--batch-size", asked.batch_size or DEFAULT_BATCH_SIZE)
     with train.memory_explained(asked.device, smaller):
         if asked.cost:

@@ -106,17 +106,11 @@ class LoRALinear(nn.Module):
         self.A = nn.Parameter(A)    # (r, k)
         self.B = nn.Parameter(B)    # (d, r)
 
-        # A pair whose rank is half of the width or more is not low-rank; models of size tiny have such
-        # pairs. To add BA to W first then takes fewer products for each token.
-        self.is_wide = 2 * rank >= min(linear.in_features, linear.out_features)
-
     def forward(self, x):
         """x: (..., k). Returns (..., d)."""
         # W is W_0 plus the merged pairs of the stages before j. So W x is W_0 x plus the terms
         # k < j of the sum in Eqs. (6) and (8), and the pair A, B is its term k = j. Eq. (8) is the
         # same with an x that a bridge may have changed [D44].
-        if self.is_wide:
-            return F.linear(x, self.weight + self.scale * self.B @ self.A, self.bias)
         h = F.linear(x, self.weight, self.bias)
         delta = F.linear(F.linear(x, self.A), self.B)
         return h + self.scale * delta    # HiVG Eq. (5); HiVG Eqs. (6), (8), the case l <= j L / G

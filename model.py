@@ -159,8 +159,8 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import hilora
-from adapters import (ADAPTERS, BRIDGE_WEIGHTS, AdapterNetworks, CrossModalBridge, DroppedReLU,
-                      Dropout, attend, quick_gelu)
+from adapters import (ADAPTERS, BRIDGE_WEIGHTS, AdapterNetworks, CrossModalBridge, attend,
+                      quick_gelu)
 from data import InputError, may_ask_hub, one_of
 from losses import RegionText
 
@@ -204,8 +204,8 @@ class TransformerLayer(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
         self.norm1 = nn.LayerNorm(dim, eps)
         self.norm2 = nn.LayerNorm(dim, eps)
-        self.dropout = Dropout(dropout)
-        self.ffn_dropout = Dropout(ffn_dropout)
+        self.dropout = nn.Dropout(dropout)
+        self.ffn_dropout = nn.Dropout(ffn_dropout)
         self.plugs = nn.ModuleDict()
         self.init_weights(packed_start)
 
@@ -249,11 +249,9 @@ class TransformerLayer(nn.Module):
 
     def hidden(self, h):
         """The hidden features of the feed-forward network: (B, N, C) -> (B, N, hidden)."""
-        x = self.fc1(h)
-        dropout = self.ffn_dropout.p if self.training else 0.0
-        if self.activation is F.relu and dropout > 0:
-            return DroppedReLU.apply(x, dropout)
-        return self.ffn_dropout(self.activation(x))
+        # Dropout before ReLU gives the numbers of dropout after it, and ReLU then keeps what fc2
+        # keeps anyway. Layers with another activation have no dropout here.
+        return self.activation(self.ffn_dropout(self.fc1(h)))
 
     def port(self, name, output, x, context):
         """The output of a sublayer, rewritten by the module at this port if there is one."""
@@ -376,39 +374,12 @@ def convolve(conv, norm, x, residual=None, relu=False):
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()               # (C',)
         shift = norm.bias - norm.running_mean * scale
         weight = conv.weight * scale[:, None, None, None]
-        if fuses_convolutions(x):
-            return fused_convolution(x, weight, shift, conv, residual, relu)
         y = F.conv2d(x, weight, shift, conv.stride, conv.padding)
     if residual is not None:
         y = y.add_(residual)
     if relu:
         y = F.relu(y, inplace=True)
     return y
-
-
-def fuses_convolutions(x):
-    """Whether `fused_convolution` can be used: for float32 without autograd, on CPUs of Intel and
-    AMD. PyTorch has it for its compiler under no public name, so a version may lack it."""
-    return (x.device.type == "cpu" and x.dtype == torch.float32
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
-            and torch.backends.mkldnn.enabled
-            and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-            and hasattr(torch.ops.mkldnn, "_convolution_pointwise_"))
-
-
-def fused_convolution(x, weight, shift, conv, residual, relu):
-    """`convolve` by oneDNN, the CPU's library. It adds the residual and applies ReLU to an output
-    that is still in the cache; as steps of their own they take a fifth of a ResNet's time. The
-    output is written over the residual, where there is one."""
-    options = (conv.padding, conv.stride, conv.dilation, conv.groups)
-    if residual is None:
-        last = "relu" if relu else "none"
-        return torch.ops.mkldnn._convolution_pointwise(x, weight, shift, *options, last, [], "")
-    last = "relu" if relu else None
-    return torch.ops.mkldnn._convolution_pointwise_.binary(residual, x, weight, shift, *options,
-                                                           "add", 1.0, last, [], "")
 
 
 class SmallStem(nn.Module):
@@ -480,7 +451,7 @@ class TextEncoder(nn.Module):
         self.position = nn.Embedding(positions, dim)
         self.token_type = nn.Embedding(2, dim)
         self.norm = nn.LayerNorm(dim, eps=1e-12)
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.layers = stack(layers, dim, heads, hidden, "gelu", dropout=dropout, eps=1e-12)
 
     def forward(self, tokens, padding):

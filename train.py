@@ -84,7 +84,6 @@ Where this file differs from a paper or its released code ("code"):
 """
 import argparse
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -861,19 +860,6 @@ def half_of(flag, batch):
 def set_precision(args):
     """Let matrix products of float32 use a GPU's TF32 with --amp tf32, and only then."""
     torch.set_float32_matmul_precision("high" if args.amp == "tf32" else "highest")
-
-
-def keep_freed_memory():
-    """Let glibc keep the memory of freed tensors for the next ones. By default it gives blocks of
-    megabytes back to the system, which clears them before it hands them out again; on a CPU that is
-    a twentieth of a step. With another C library nothing is changed."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):    # macOS and Windows, say
-        return
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3     # from glibc's malloc.h
-    mallopt(M_TRIM_THRESHOLD, -1)                   # never shrink the heap
-    mallopt(M_MMAP_THRESHOLD, 32 * 2 ** 20)         # the greatest that glibc takes
 
 
 def autocast(args):
@@ -2062,7 +2048,6 @@ def main(argv=None):
     args = parse_args(argv)
     join_processes(args)
     set_precision(args)
-    keep_freed_memory()
     with contextlib.ExitStack() as held:
         if rank() == 0:
             held.enter_context(hold_folder(args))

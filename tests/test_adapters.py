@@ -79,26 +79,6 @@ def test_expert_adapter_is_m2ist_eq_1(residual):
     assert_tokens(ea(x), expected)
 
 
-def test_the_norm_of_an_expert_keeps_its_tokens_once():
-    """Down-projection and its gradients are those of the LayerNorm and the linear one after the
-    other. Beside the frozen tokens, which the encoder holds, they would keep two tensors; one is
-    enough."""
-    torch.manual_seed(0)
-    ea = disturb(ExpertAdapter(6, bottleneck=3)).double()
-    x = torch.randn(5, 4, 6, dtype=torch.float64)
-    weights = [*ea.norm.parameters(), *ea.down.parameters()]
-    results = []
-    for down in (lambda x: ea.down(ea.norm(x)), ea.normed_down):
-        kept = kept_for_backward(lambda: down(x))
-        tokens = {tensor.data_ptr() for tensor in kept if tensor.numel() == x.numel()}
-        out = down(x)
-        results.append((len(tokens), [out, *torch.autograd.grad(out.square().sum(), weights)]))
-    (before, expected), (after, found) = results
-    assert (before, after) == (2, 1)
-    for one, other in zip(expected, found, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize("residual", [False, True])
 def test_interaction_adapter_is_m2ist_eqs_2_to_5(residual):
     """IEA(x) = [x +] s · Concat[z W_up, z W_shared] with z = ReLU(x W_down), for each modality."""
@@ -554,26 +534,6 @@ def kept_for_backward(step):
     return kept
 
 
-def test_quick_gelu_is_x_times_a_sigmoid_and_keeps_x_alone():
-    """Outputs and gradients are those of the formula up to rounding, for large values, too."""
-    torch.manual_seed(0)
-    x = (4 * torch.randn(100, 37)).requires_grad_()
-    gradient = torch.randn(100, 37)
-    expected = x * torch.sigmoid(1.702 * x)
-    expected.backward(gradient)
-    expected_gradient = x.grad.clone()
-    x.grad = None
-
-    y = adapters.quick_gelu(x)
-    y.backward(gradient)
-    torch.testing.assert_close(y, expected, rtol=2e-6, atol=1e-6)
-    torch.testing.assert_close(x.grad, expected_gradient, rtol=2e-6, atol=2e-6)
-    kept, = kept_for_backward(lambda: adapters.quick_gelu(x))
-    assert kept is x
-    double = x.detach().double()[:3, :3].requires_grad_()
-    assert torch.autograd.gradcheck(adapters.quick_gelu, double)
-
-
 def plain_attention(q, k, v, heads, padding, dropout):
     """adapters.attend with dropout, as autograd would have it: with maps that are kept."""
     q, k, v = [t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v)]
@@ -594,32 +554,6 @@ def random_attention(dtype, padded=True):
     padding = torch.zeros(2, 50, dtype=torch.bool)
     padding[1, 30:] = True
     return (q, k, v), padding if padded else None
-
-
-@pytest.mark.parametrize("padded", [True, False])
-def test_attention_with_dropout_has_the_gradients_of_autograd(padded):
-    """With dropout on a CPU, the map is computed again in the backward pass with the same random
-    numbers. Outputs, gradients and the random numbers that follow are the same."""
-    tensors, padding = random_attention(torch.float64, padded)
-    results = []
-    for attention in (plain_attention, adapters.attend):
-        torch.manual_seed(7)
-        out = attention(*tensors, 4, padding, 0.3)
-        gradients = torch.autograd.grad(out.square().sum(), tensors)
-        results.append([out, *gradients, torch.rand(5)])
-    for expected, found in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-
-
-def test_attention_with_dropout_keeps_no_map():
-    """Neither P nor dropout(P) is kept for the backward pass."""
-    tensors, padding = random_attention(torch.float32)
-
-    def has_map(kept):
-        return any(tensor.shape[-2:] == (40, 50) for tensor in kept if tensor.dim() == 4)
-
-    assert has_map(kept_for_backward(lambda: plain_attention(*tensors, 4, padding, 0.3)))
-    assert not has_map(kept_for_backward(lambda: adapters.attend(*tensors, 4, padding, 0.3)))
 
 
 def test_attention_drops_as_many_weights_as_it_is_told():
@@ -647,86 +581,6 @@ def test_attention_with_dropout_runs_in_bf16():
         results.append([out.float(), *gradients])
     for exact, found in zip(*results, strict=True):
         assert (found - exact).abs().max() < 0.03 * exact.abs().max()
-
-
-@pytest.mark.parametrize("dropout", [0.1, 0.5, 0.9])
-def test_drop_keeps_the_share_that_it_is_told(dropout):
-    """Each element is 0 or x / (1 - p), neighbours are independent of each other, and the seed
-    decides. The number of elements is no multiple of four."""
-    x = torch.full((601, 333), 3.0)
-    torch.manual_seed(0)
-    dropped = adapters.drop(x, dropout)
-    assert (x == 3).all()
-    assert dropped.unique().tolist() == pytest.approx([0, 3 / (1 - dropout)])
-    kept = dropped.flatten() > 0
-    deviation = math.sqrt(dropout * (1 - dropout) / kept.numel())
-    assert kept.float().mean().item() == pytest.approx(1 - dropout, abs=4 * deviation)
-    for step in range(1, 9):    # one draw serves four elements
-        both = (kept[step:] & kept[:-step]).float().mean().item()
-        assert both == pytest.approx((1 - dropout) ** 2, abs=0.005)
-    assert not torch.equal(dropped, adapters.drop(x, dropout))
-    torch.manual_seed(0)
-    assert torch.equal(dropped, adapters.drop(x, dropout))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_dropped_relu_is_dropout_of_relu(dtype):
-    """Its output and gradient are those of autograd with the same random numbers."""
-    torch.manual_seed(0)
-    x = torch.randn(3, 50, 20, dtype=dtype, requires_grad=True)
-    gradient = torch.randn(3, 50, 20, dtype=dtype)
-    torch.manual_seed(1)
-    mask = adapters.drop(torch.ones_like(x), 0.3)
-    expected = torch.relu(x) * mask
-    [expected_gradient] = torch.autograd.grad(expected, x, gradient)
-
-    torch.manual_seed(1)
-    found = adapters.DroppedReLU.apply(x, 0.3)
-    [found_gradient] = torch.autograd.grad(found, x, gradient)
-    tolerance = 0.02 if dtype == torch.bfloat16 else 1e-6
-    assert torch.allclose(found, expected, rtol=tolerance)
-    assert torch.allclose(found_gradient, expected_gradient, rtol=tolerance)
-    assert 0.6 < (found_gradient == 0).float().mean() < 0.7    # half by ReLU, 0.3 of the rest
-
-
-def test_dropped_relu_keeps_one_tensor():
-    """The next linear keeps the same tensor, so the feed-forward network keeps one of that width."""
-    x = torch.randn(3, 20, requires_grad=True)
-    linear = nn.Linear(20, 4)
-    kept = kept_for_backward(lambda: linear(adapters.DroppedReLU.apply(x, 0.3)))
-    wide = {tensor.data_ptr() for tensor in kept if tensor.numel() == 60}
-    assert len(wide) == 1
-    plain = kept_for_backward(lambda: linear(torch.dropout(x.relu(), 0.3, True)))
-    assert len({tensor.data_ptr() for tensor in plain if tensor.numel() == 60}) > 1
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_dropout_is_that_of_autograd(dtype):
-    """Output and gradient are those of autograd with the same random numbers. In eval mode and at a
-    rate of 0, x itself comes back."""
-    torch.manual_seed(0)
-    x = torch.randn(3, 50, 20, dtype=dtype, requires_grad=True)
-    gradient = torch.randn(3, 50, 20, dtype=dtype)
-    torch.manual_seed(1)
-    expected = x * adapters.drop(torch.ones_like(x), 0.3)
-    [expected_gradient] = torch.autograd.grad(expected, x, gradient)
-
-    module = adapters.Dropout(0.3)
-    torch.manual_seed(1)
-    found = module(x)
-    [found_gradient] = torch.autograd.grad(found, x, gradient)
-    tolerance = 0.02 if dtype == torch.bfloat16 else 1e-6
-    assert torch.allclose(found, expected, rtol=tolerance)
-    assert torch.allclose(found_gradient, expected_gradient, rtol=tolerance)
-    assert module.eval()(x) is x
-    assert torch.equal(adapters.Dropout(0.0)(x), x)
-
-
-def test_dropout_keeps_a_byte_for_each_element():
-    x = torch.randn(3, 20, requires_grad=True)
-    module = adapters.Dropout(0.3)
-    [kept] = kept_for_backward(lambda: module(x))
-    assert kept.dtype == torch.bool and kept.shape == x.shape
 
 
 # --- HiVG's bridge --------------------------------------------------------------------------------

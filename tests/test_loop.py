@@ -393,17 +393,3 @@ def told_by_glibc(keep):
     return int(own), int(shrunk)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
-def test_freed_memory_is_kept_for_the_next_step():
-    """The heap holds the tensors, and stays as large as it was when they are freed."""
-    assert told_by_glibc("") == (4, 0)
-    assert told_by_glibc("train.keep_freed_memory()") == (0, 0)
-
-
-@pytest.mark.parametrize("error", [AttributeError, OSError, TypeError])
-def test_without_glibc_memory_is_left_as_it_is(monkeypatch, error):
-    def no_library(name):
-        raise error
-
-    monkeypatch.setattr(train.ctypes, "CDLL", no_library)
-    train.keep_freed_memory()

@@ -140,24 +140,6 @@ def test_a_layer_is_attention_and_a_feed_forward_network(pre_norm, activation):
     assert torch.allclose(found_x[0], x, atol=1e-6)
 
 
-def test_dropout_on_the_hidden_features():
-    """In training it follows the activation, with ReLU and with GELU; in evaluation there is none."""
-    torch.manual_seed(0)
-    layer = m.TransformerLayer(8, 2, 64, ffn_dropout=0.3).train()
-    h = torch.randn(3, 5, 8)
-    for activation in (torch.relu, torch.nn.functional.gelu):
-        if activation is not torch.relu:
-            layer.activation = activation
-        active = activation(layer.fc1(h))
-        hidden = layer.hidden(h)
-        kept = hidden != 0
-        assert 0.2 < (active[~kept] != 0).float().sum() / (active != 0).float().sum() < 0.4
-        assert torch.allclose(hidden[kept], active[kept] / 0.7)
-        layer.eval()
-        assert torch.equal(layer.hidden(h), active)
-        layer.train()
-
-
 def test_checkpointing_changes_no_bit_of_hivg():
     """Each vision layer, with its bridge, is computed again in the backward pass."""
     losses_and_gradients = []

@@ -198,9 +198,6 @@ class DropoutRecord:
 
         monkeypatch.setattr(F, "dropout", dropout)
         monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
-        self.notice(monkeypatch, adapters.DroppedAttention, "attention", real_dropout)
-        self.notice(monkeypatch, adapters.DroppedReLU, "tokens", real_dropout)
-        self.notice(monkeypatch, adapters.Dropped, "tokens", real_dropout)
 
     def notice(self, monkeypatch, function, kind, real_dropout):
         """Note each call of one of our autograd functions, whose last argument is the rate. The

@@ -59,7 +59,7 @@ def assert_same_gradients(ours, theirs, ours_in, theirs_in, real):
 # --- ResNet-50 ------------------------------------------------------------------------------------
 
 
-def test_resnet_body_is_torchvisions(monkeypatch):
+def test_resnet_body_is_torchvisions():
     """Our body, the mean over the places, and torchvision's last linear are torchvision's net, in
     one pass and in slices, with fused convolutions and without; its folded batch norms have the
     statistics of a loaded file."""
@@ -91,36 +91,6 @@ def test_resnet_body_is_torchvisions(monkeypatch):
     assert torch.allclose(classes(body(x)), expected, atol=1e-5)
     with torch.no_grad():
         assert torch.allclose(classes(body(x)), expected, atol=1e-5)    # slices of 8 and 1 pictures
-        monkeypatch.setattr(m, "fuses_convolutions", lambda x: False)
-        assert torch.allclose(classes(body(x)), expected, atol=1e-5)
-
-
-@pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"),
-                    reason="convolutions are fused on CPUs of Intel and AMD alone")
-def test_a_frozen_resnet_on_a_cpu_runs_its_convolutions_fused(monkeypatch):
-    """Without autograd each of the 53 convolutions is a call of oneDNN that has ReLU and the residual
-    in it, and the picture is left as it was. With autograd, with autocast and on other devices the
-    convolutions are PyTorch's own."""
-    calls = []
-    fused_convolution = m.fused_convolution
-
-    def counted(*arguments):
-        calls.append(arguments)
-        return fused_convolution(*arguments)
-
-    monkeypatch.setattr(m, "fused_convolution", counted)
-    body = m.ResNetBody().requires_grad_(False)
-    x = torch.randn(1, 3, 64, 64)
-    before = x.clone()
-    with torch.no_grad():
-        body(x)
-        assert len(calls) == 53
-        assert torch.equal(x, before)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert body(x).dtype == torch.bfloat16
-        body.to("meta")(x.to("meta"))
-    m.ResNetBody().requires_grad_(False)(x)
-    assert len(calls) == 53
 
 
 def test_the_gradients_of_the_resnet_are_torchvisions():
