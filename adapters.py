@@ -2,7 +2,7 @@
 
     ExpertAdapter, InteractionAdapter, M3ISA, AdapterNetworks    M²IST Section III-B
     CrossModalBridge                                             HiVG Section 3.2
-    record_ports                                                 for encoders of other projects
+    record_ports                                                 for third-party encoders
 
 A frozen encoder layer has two ports: `a` is the output of its attention and `g` is the output of
 its feed-forward network, both before they are added to the residual stream. A bridge and an
@@ -25,9 +25,10 @@ Symbols (paper = here), HiVG:
     W_proj = projection                 *f_l^ml = text             f_v^sa = output of `semantic`
 
 Shapes: B batch, N tokens of one modality, C its width, M tokens of the text. Layers count from 1.
-EA stands for both VEA and LEA.
+EA stands for both VEA and LEA. Tags such as [D4] mark where a line differs from a paper or from its
+released code; assets/deviations.md says how.
 
-M²IST's side networks beside other people's encoders. This example needs
+M²IST's side networks beside third-party encoders. This example needs
 `from torchvision.models import vit_b_16` and `from transformers import BertModel`. You bring
 images (B, 3, 224, 224), tokens (B, M) and your_loss. In a loop, make the optimizer once.
 
@@ -41,90 +42,16 @@ images (B, 3, 224, 224), tokens (B, M) and your_loss. In a loop, make the optimi
     f_l = t.x_out + networks.side("text", t.x0, t.ports)     # x0: the output of BERT's embeddings
     your_loss(f_v, f_l).backward()
     torch.optim.AdamW(networks.parameters(), lr=1e-3).step()
-
-Where this file differs from a paper or its released code ("code"):
-
-[D3] the initial weights of the adapters
-    paper   Kaiming normal, M²IST Section IV-B a
-    code    it ends up with N(0, 0.02), Xavier and U(0, 1) biases, depending on the layer
-    here    Kaiming normal weights and zero biases
-    why     the paper first
-
-[D4] the residual of an adapter
-    paper   an adapter adds its own input, M²IST Eqs. (1), (4), (5)
-    code    it does not
-    here    it does not, unless `residual` is set
-    why     in a side network this residual would add a_l and g_l themselves, which the encoder has
-            already added to its own stream
-
-[D5] the factor s of IEA
-    paper   s = 0.1 for all adapters
-    code    s is commented out in IEA, and undone by a LayerNorm in LEA
-    here    s for all adapters
-    why     the paper first
-
-[D6] the text layers that are paired with vision layers 1-6, and where their side network starts
-    paper   7-12 are best, M²IST Table VIII c; adapters' outputs are added "along with the original
-            vision/language tokens"
-    code    1-6; starts from the output of BERT's embeddings, which is the input of layer 1
-    here    the caller chooses the layers and gives x0; model.py has 7-12, and starts from the
-            embeddings, or by --side-start paired from x_6, the input of the first paired layer
-    why     the paper first; with layers 7-12 x_6 is as good a reading of "original" tokens
-
-[D9] the tokens that an adapter of a side network reads
-    paper   the processed tokens from the attention and from the feed-forward network
-    code    vision: before the residual; text: after the residual and its LayerNorm, and the output
-            of the adapters then passes BERT's own LayerNorms
-    here    before the residual, for both modalities; the output of the adapters is added as it is
-    why     one rule for both modalities, and a LayerNorm would undo s
-
-[D13] the initial weights w_l of HiVG Eq. (3)
-    paper   not given
-    code    N(0, 1)
-    here    0
-    why     Eq. (3) then starts as the identity on CLIP's text; noise would hide the text features,
-            for good at the positions that few texts reach
-
-[D14] the cross-attention of the bridge
-    paper   the image attends to its text, HiVG Section 3.2
-    code    it views the text as (batch, heads, ...) in the wrong order, so a sample attends to
-            other samples' texts
-    here    each sample attends to its own text
-    why     a box must not depend on the rest of the batch. At the code's batch of 60, with texts of
-            10 tokens padded to 77, a sample's 77 keys hold 1.3 rows of its own text on average, and
-            52 of the 60 samples see no real token of their own
-
-[D15] padded text in the bridge
-    paper   texts are padded to 77 tokens
-    code    padding is not masked in the bridge
-    here    padding is masked, but for released checkpoints (D47 in model.py)
-    why     a text gives the same box whether it is padded or trimmed
-
-[D38] the initial weights of inserted adapters
-    paper   Kaiming normal for M³ISA; inserted adapters are not mentioned
-    code    no inserted adapters
-    here    Kaiming normal in a side network; inside an encoder the last linear starts at 0
-    why     AdaptFormer and MRS-Adapter start so in their own code; noise would disturb the frozen
-            encoder
-
-[D40] the bridges that HiVG's ablations compare
-    paper   "w/o cross-attention module" (Table 4) and "a MLP structure" (Table 10)
-    code    neither
-    here    the mean of the text tokens *f_l^ml goes through the feed-forward network in place of
-            what the image tokens attended to; w = MLP(f), of hidden width H_l / 4, which is 0 at
-            first
-    why     this is the least that still lets the text in; the MLP starts as the weights of [D13] do
 """
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 
 def init_adapter(module):
-    """Initialise a linear as M²IST Section IV-B a says. Any other module is left as it is."""
+    """Initialise a linear layer as M²IST Section IV-B a says. Any other module is left as it is."""
     if isinstance(module, nn.Linear):
-        # [D3] The released code ends up with three other initialisations.
+        # [D3] As the paper says; the released code ends up with three other initialisations.
         nn.init.kaiming_normal_(module.weight)
         nn.init.zeros_(module.bias)
 
@@ -152,37 +79,19 @@ class ExpertAdapter(nn.Module):
     def forward(self, x):
         """x: (B, N, C). Returns (B, N, C)."""
         z = F.relu(self.down(self.norm(x)))    # (B, N, C_d)
-        out = self.scale * self.up(z)      # M²IST Eq. (1), the term after the plus sign
-        # [D4] Eq. (1) adds x as well; the released code does not.
+        out = self.scale * self.up(z)          # M²IST Eq. (1), the term after the plus sign
+        # [D4] Eq. (1) adds x as well. As released we do not: in a side network that would add a_l
+        # and g_l, which the encoder has added to its own stream already.
         if self.residual:
             out = x + out
         return out
 
-
-class PairAdapter(nn.Module):
-    """The base class of adapters for a port that a vision layer and a text layer have in common.
-
-    A subclass defines `vision` and `text`. Each of the two takes tokens (B, N, C) and returns what
-    is added to the stream of this modality, (B, N, C). `modalities` names the modalities that the
-    adapter adapts.
-    """
-
-    modalities = ("vision", "text")
-
-    def vision(self, x):
-        raise NotImplementedError
-
-    def text(self, x):
-        raise NotImplementedError
-
-    def method_for(self, modality):
-        """Return the method `vision` or the method `text`."""
-        if modality == "vision":
-            return self.vision
-        return self.text
+    def start_at_zero(self):
+        """Let the output be 0 at first."""
+        nn.init.zeros_(self.up.weight)
 
 
-class InteractionAdapter(PairAdapter):
+class InteractionAdapter(nn.Module):
     """IEA, M²IST Eqs. (2)-(5): a down-projection for each modality, and a shared up-projection.
 
     The shared weights are the whole interaction ("channel-level alignment"): both modalities train
@@ -192,6 +101,8 @@ class InteractionAdapter(PairAdapter):
     vision_dim, text_dim: C_v, C_l. bottleneck: C_d. interaction_dim: C_i <= min(C_v, C_l).
     scale: s. residual: add the input too, as Eqs. (4) and (5) do.
     """
+
+    modalities = ("vision", "text")
 
     def __init__(self, vision_dim, text_dim, bottleneck=128, interaction_dim=256, scale=0.1,
                  residual=False):
@@ -234,7 +145,7 @@ class InteractionAdapter(PairAdapter):
         return torch.cat([own_up(z), shared], dim=-1)    # (B, N, C)
 
     def _scaled(self, x, f):
-        out = self.scale * f    # [D5] The released code leaves s out here.
+        out = self.scale * f    # [D5] The paper has s for all adapters; the released code not here.
         # Eqs. (4) and (5) add x as well; as in ExpertAdapter this is an option.
         if self.residual:
             out = x + out
@@ -244,15 +155,21 @@ class InteractionAdapter(PairAdapter):
         """x_v: (B, N_v, C_v), x_l: (B, N_l, C_l). Returns both, adapted."""
         return self.vision(x_v), self.text(x_l)
 
+    def start_at_zero(self):
+        """Let the outputs be 0 at first."""
+        for up in (self.shared_up, self.vision_up, self.text_up):
+            if up is not None:
+                nn.init.zeros_(up.weight)
 
-class ExpertPair(PairAdapter):
-    """VEA for vision and LEA for text. An ablation may leave either of the two out (Table V b, c).
 
-    modalities: those that get an expert. The other arguments are those of ExpertAdapter.
+class ExpertPair(nn.Module):
+    """VEA for vision and LEA for text, at a port that a vision layer and a text layer share.
+
+    modalities: those that get an expert; Table V (b) and (c) leave one out. The other arguments are
+    those of ExpertAdapter.
     """
 
-    def __init__(self, vision_dim, text_dim, bottleneck=128, scale=0.1, residual=False,
-                 modalities=("vision", "text")):
+    def __init__(self, vision_dim, text_dim, modalities, bottleneck=128, scale=0.1, residual=False):
         super().__init__()
         self.modalities = modalities
         self.vea = None
@@ -270,88 +187,50 @@ class ExpertPair(PairAdapter):
         """x_l: (B, N, C_l). Returns (B, N, C_l)."""
         return self.lea(x)
 
-
-# --- The adapters by name -------------------------------------------------------------------------
-# To add an adapter, write a subclass of PairAdapter, and add it to ADAPTERS under a name, which
-# --attention-port and --ffn-port then accept. The class is called as Class(vision_dim, text_dim,
-# options); a function like make_iea will do as well. `options` holds bottleneck, interaction_dim,
-# interaction_bottleneck, scale, residual, and modalities: those that have a layer here.
-# AdapterNetworks.insert sets to 0 every weight whose name ends in "up.weight". So let the names of
-# the last linears end in "up", and no other name ("group" would be zeroed, too).
-
-
-def make_iea(vision_dim, text_dim, options):
-    return InteractionAdapter(vision_dim, text_dim, options["interaction_bottleneck"],
-                              options["interaction_dim"], options["scale"], options["residual"])
-
-
-def make_experts(vision_dim, text_dim, options, wanted):
-    """The experts of the wanted modalities, but for a modality that has no layer here."""
-    modalities = [modality for modality in wanted if modality in options["modalities"]]
-    return ExpertPair(vision_dim, text_dim, options["bottleneck"], options["scale"],
-                      options["residual"], modalities)
-
-
-def make_ea(vision_dim, text_dim, options):
-    return make_experts(vision_dim, text_dim, options, ("vision", "text"))
-
-
-def make_vea(vision_dim, text_dim, options):
-    """The vision expert alone, Table V (c)."""
-    return make_experts(vision_dim, text_dim, options, ("vision",))
-
-
-def make_lea(vision_dim, text_dim, options):
-    """The language expert alone, Table V (b)."""
-    return make_experts(vision_dim, text_dim, options, ("text",))
-
-
-ADAPTERS = {
-    "none": None,    # nothing at this port
-    "iea": make_iea,
-    "ea": make_ea,
-    "vea": make_vea,
-    "lea": make_lea,
-}
+    def start_at_zero(self):
+        """Let the outputs be 0 at first."""
+        for expert in (self.vea, self.lea):
+            if expert is not None:
+                expert.start_at_zero()
 
 
 # --- Stacks of adapters: M²IST Section III-B b ----------------------------------------------------
 
+# What may stand at a port. To add an adapter, write a class with `vision`, `text`, `modalities` and
+# `start_at_zero`, add its name here, and build it in M3ISA.
+ADAPTERS = ("none", "iea", "ea", "vea", "lea")
+
 
 class M3ISA(nn.ModuleDict):
-    """M³ISA: the adapters of one vision layer and of the text layer paired with it (Fig. 2, right).
+    """M³ISA: the adapters of one vision layer and of the text layer paired with it (Fig. 2, right),
+    as a dictionary {port: adapter}. The paper's M³ISA has IEA at the attention port, and VEA and LEA
+    at the feed-forward port (Table VI d).
 
-    This is a dictionary {port: PairAdapter}. The paper's M³ISA has IEA at the attention port, and
-    VEA and LEA at the feed-forward port (Table VI d).
-
-    attention_port, ffn_port: a name from ADAPTERS. interaction_bottleneck: the C_d of
-    IEA. modalities: those that have a layer here; a text layer without a vision layer has
-    ("text",). The other options are those of the adapters.
+    attention_port, ffn_port: a name from ADAPTERS. bottleneck: the C_d of VEA and LEA.
+    interaction_bottleneck: the C_d of IEA. modalities: those that have a layer here; a text layer
+    without a vision layer has ("text",).
     """
 
     def __init__(self, vision_dim, text_dim, attention_port="iea", ffn_port="ea", bottleneck=128,
                  interaction_dim=256, interaction_bottleneck=128, scale=0.1, residual=False,
                  modalities=("vision", "text")):
         super().__init__()
-        options = {
-            "bottleneck": bottleneck,
-            "interaction_dim": interaction_dim,
-            "interaction_bottleneck": interaction_bottleneck,
-            "scale": scale,
-            "residual": residual,
-            "modalities": modalities,
-        }
         for port, name in (("attention", attention_port), ("ffn", ffn_port)):
             if name not in ADAPTERS:
                 raise ValueError(f"there is no adapter {name!r} for the {port} port: "
                                  f"choose one of {', '.join(ADAPTERS)}")
-            make = ADAPTERS[name]
-            if make is None:
+            if name == "none":
                 continue
-            self[port] = make(vision_dim, text_dim, options)
-            if not set(self[port].modalities) <= set(modalities):
-                raise ValueError(f"the adapter {name!r} joins a vision layer and a text layer: "
-                                 f"give as many text layers as vision layers")
+            if name == "iea":
+                if "vision" not in modalities:
+                    raise ValueError("the adapter 'iea' joins a vision layer and a text layer: "
+                                     "give as many text layers as vision layers")
+                self[port] = InteractionAdapter(vision_dim, text_dim, interaction_bottleneck,
+                                                interaction_dim, scale, residual)
+                continue
+            wanted = {"ea": ("vision", "text"), "vea": ("vision",), "lea": ("text",)}[name]
+            present = [modality for modality in wanted if modality in modalities]
+            self[port] = ExpertPair(vision_dim, text_dim, present, bottleneck, scale, residual)
 
 
 class Inserted(nn.Module):
@@ -381,7 +260,7 @@ class Inserted(nn.Module):
 
 
 class AdapterNetworks(nn.Module):
-    """A stack of M³ISAs on a pair of encoders, used in one of three forms (Fig. 3, Table VII).
+    """The M³ISAs of all layers of two encoders, used in one of three forms (Fig. 3, Table VII).
 
     `side` is M²IST's form: two side networks, one for each modality,
 
@@ -406,18 +285,13 @@ class AdapterNetworks(nn.Module):
         }
         self.blocks = nn.ModuleList()
         for number in range(len(text_layers)):
-            modalities = ("vision", "text")
-            if number >= layers:
-                modalities = ("text",)
+            modalities = ("vision", "text") if number < layers else ("text",)
             self.blocks.append(M3ISA(vision_dim, text_dim, modalities=modalities, **options))
 
     def adapts(self, modality):
         """Say whether any adapter adapts this modality. If none does, it has no side network."""
-        for block in self.blocks:
-            for adapter in block.values():
-                if modality in adapter.modalities:
-                    return True
-        return False
+        return any(modality in adapter.modalities
+                   for block in self.blocks for adapter in block.values())
 
     def side(self, modality, x0, ports):
         """Run the side network of one modality.
@@ -428,17 +302,15 @@ class AdapterNetworks(nn.Module):
         """
         s = x0    # s_0 = x_0
         for layer, block in zip(self.layers[modality], self.blocks):
-            # [D9] Both modalities read a_l and g_l before the residual and its LayerNorm.
+            # [D9] Both modalities read a_l and g_l before the residual. As released, IEA reads the
+            # text after the residual and its LayerNorm.
             read = ports[layer - 1]    # {"attention": a_l, "ffn": g_l}
-
-            # The terms of a layer are summed before they are added to s. The order matters: a float
-            # sum depends on it, and the figures in README.md were computed in this one.
-            terms = 0
+            terms = []                 # IEA_l(a_l), EA_l(g_l)
             for port, adapter in block.items():
                 if modality in adapter.modalities:
-                    adapt = adapter.method_for(modality)
-                    terms = terms + adapt(read[port])    # IEA_l(a_l), then EA_l(g_l)
-            s = s + terms    # s_l = s_{l-1} + IEA_l(a_l) + EA_l(g_l)
+                    adapt = getattr(adapter, modality)
+                    terms.append(adapt(read[port]))
+            s = s + sum(terms)         # s_l = s_{l-1} + IEA_l(a_l) + EA_l(g_l)
         return s
 
     def insert(self, modality, layers, insertion):
@@ -450,47 +322,24 @@ class AdapterNetworks(nn.Module):
         for layer, block in zip(self.layers[modality], self.blocks):
             for port, adapter in block.items():
                 if modality in adapter.modalities:
-                    adapt = adapter.method_for(modality)
+                    adapt = getattr(adapter, modality)    # its method `vision` or `text`
                     layers[layer - 1].plugs[port] = Inserted(adapt, insertion)
-
-        # [D38] An inserted adapter starts as the identity: the weights of its last linears are 0.
-        for name, parameter in self.named_parameters():
-            if name.endswith("up.weight"):
-                nn.init.zeros_(parameter)
+                    # [D38] Inside an encoder an adapter starts as the identity, as in AdaptFormer's
+                    # own code: noise would disturb the frozen encoder.
+                    adapter.start_at_zero()
 
 
-# --- The ports of other people's encoders ---------------------------------------------------------
+# --- The ports of third-party encoders ------------------------------------------------------------
 
 
 class PortRecord:
     """What a side network needs from a forward pass of an encoder. Each pass fills it anew."""
 
     def __init__(self, layers):
-        self.x0 = None       # (B, N, C)  input of layer 1; s_0 of a side network
-        self.ports = []      # one dictionary for each layer: {"attention": a_l, "ffn": g_l}
-        self.x_out = None    # (B, N, C)  output of the last layer; a final LayerNorm comes later
-        self.hooks = []      # handles of the hooks that fill this record
-        for _ in range(layers):
-            self.ports.append({})
-
-    def begin(self, first_layer, inputs):
-        """A forward pre-hook of layer 1: forget the last pass and note x_0."""
-        for port in self.ports:
-            port.clear()
-        self.x_out = None
-        self.x0 = inputs[0]
-
-    def end(self, last_layer, inputs, output):
-        """A forward hook of the last layer."""
-        self.x_out = first_of(output)
-
-    def saver(self, number, port):
-        """Make a forward hook that notes the output of a submodule as a_l or g_l."""
-
-        def save(submodule, inputs, output):
-            self.ports[number - 1][port] = first_of(output)
-
-        return save
+        self.x0 = None                              # (B, N, C)  input of layer 1
+        self.ports = [{} for _ in range(layers)]    # by layer: {"attention": a_l, "ffn": g_l}
+        self.x_out = None                           # (B, N, C)  output of the last layer
+        self.hooks = []
 
     def remove(self):
         """Remove the hooks from the encoder. What the record holds stays."""
@@ -499,21 +348,14 @@ class PortRecord:
         self.hooks.clear()
 
 
-def first_of(output):
-    """A module may return a tuple, say tokens and attention weights. The tokens come first."""
-    if isinstance(output, tuple):
-        return output[0]
-    return output
-
-
 def record_ports(layers, attention, ffn):
     """Let the layers of any encoder report their ports, by forward hooks. Returns a PortRecord.
 
     layers: a list of modules, shallow first; the first argument of each is its tokens (B, N, C),
     batch first. attention, ffn: the dotted name, within each layer, of the submodule whose output
     is a_l or g_l. Choose the module whose output is added to the residual stream: in BERT this is
-    the linear before the LayerNorm. Raises ValueError if a layer lacks one of the two. The method
-    `remove` of the record removes the hooks.
+    the linear layer before the LayerNorm. Raises ValueError if a layer lacks one of the two. The
+    method `remove` of the record removes the hooks.
     """
     layers = list(layers)
     if not layers:
@@ -529,19 +371,39 @@ def record_ports(layers, attention, ffn):
                 raise ValueError(f"layer {number} has no {name!r}") from None
 
     record = PortRecord(len(layers))
-    record.hooks.append(layers[0].register_forward_pre_hook(record.begin))
+
+    def begin(layer, inputs):
+        for port in record.ports:
+            port.clear()
+        record.x_out = None
+        record.x0 = inputs[0]
+
+    def save(number, port):
+        def hook(submodule, inputs, output):
+            record.ports[number - 1][port] = tokens_of(output)
+        return hook
+
+    def end(layer, inputs, output):
+        record.x_out = tokens_of(output)    # a final LayerNorm comes later
+
+    record.hooks.append(layers[0].register_forward_pre_hook(begin))
     for number, port, submodule in submodules:
-        record.hooks.append(submodule.register_forward_hook(record.saver(number, port)))
-    record.hooks.append(layers[-1].register_forward_hook(record.end))
+        record.hooks.append(submodule.register_forward_hook(save(number, port)))
+    record.hooks.append(layers[-1].register_forward_hook(end))
     return record
+
+
+def tokens_of(output):
+    """A module may return a tuple, say tokens and attention weights. The tokens come first."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 # --- Attention ------------------------------------------------------------------------------------
 
 
 def quick_gelu(x):
-    """x σ(1.702 x), the activation of CLIP, a cheap approximation of GELU. As SiLU(u) / 1.702 with
-    u = 1.702 x it keeps one tensor for the backward pass in place of two."""
+    """x σ(1.702 x), the activation of CLIP. Written with SiLU, it saves one activation for the
+    backward pass in place of two."""
     return F.silu(1.702 * x) / 1.702
 
 
@@ -593,8 +455,8 @@ class CrossModalBridge(nn.Module):
         self.only = only
 
         # [D13] Weights of 0 leave the text as CLIP has it: the residual of Eq. (3) starts as the
-        # identity. They do not depend on the sample ("sample-agnostic"). An axis of size 1 is
-        # shared.
+        # identity, where the released code starts with noise. They do not depend on the sample
+        # ("sample-agnostic"). An axis of size 1 is shared.
         self.weights = None
         if weights not in ("none", "aware"):
             sizes = {"n": text_layers, "L": max_tokens, "H": text_dim, "1": 1}
@@ -658,7 +520,8 @@ class CrossModalBridge(nn.Module):
         text = self.select(texts)    # (B, L_l, H_v)
         if self.heads:
             # [D14] Each sample attends to its own text; in the released code to those of other
-            # samples, too. [D15] Padded text tokens are masked; in the released code they are not.
+            # samples, too. [D15] Padded text tokens are masked, so that trimming a text changes
+            # nothing; in the released code they are not.
             q = self.q(self.norm(vision))    # (B, N, H_v)
             attended = attend(q, self.k(text), self.v(text), self.heads, padding)
             attended = self.out(attended)    # (B, N, H_v)
@@ -677,6 +540,6 @@ class CrossModalBridge(nn.Module):
         texts, padding = context
         if self.only is not None:
             texts = [texts[self.only]]
-        # The query is the residual stream after the self-attention, x + out. The result returns
-        # "back to the block as residuals" (Section 3.2).
+        # The query is the residual stream after the self-attention, x + out, as released. The result
+        # returns "back to the block as residuals" (Section 3.2).
         return out + self.semantic(x + out, texts, padding)

@@ -1,25 +1,24 @@
-"""Datasets: from names and files to pictures, expressions and boxes, and from these to batches.
+"""Datasets: from names and files to images, expressions and boxes, and from these to batches.
 
-M²IST Section IV-A and HiVG Section 4.1 with Table 6 list the datasets that this file reads. It
-also generates a small dataset, `shapes`, which needs no files. This file imports nothing of the
-project, so that it can be copied alone.
+M²IST Section IV-A and HiVG Section 4.1 with Table 6 list the datasets that this file reads. This
+file imports nothing of the project, so that it can be copied alone.
 
     "refcoco" --load_samples--> [Sample, ...] --GroundingDataset--> [Item, ...] --collate--> batch
 
 Conventions
 
-    box      in a Sample: (x1, y1, x2, y2) in pixels of the stored picture
-             in a batch:  (cx, cy, w, h) in [0, 1] of the padded square picture
+    box      in a Sample: (x1, y1, x2, y2) in pixels of the stored image
+             in a batch:  (cx, cy, w, h) in [0, 1] of the padded square image
     padding  a mask of bools, in which True means padding
     B        number of samples in a batch
+    P        number of images in a batch: B, or fewer where samples share an image
     S        side of the padded square, in pixels: 640 for M²IST, 224 for HiVG, 64 for `shapes`
     T        number of tokens of the longest text in a batch
-    N_v      number of vision tokens of a picture (HiVG: L_v)
+    Nv       number of vision tokens of an image (HiVG: L_v)
 
     paper symbol               variable
-    M²IST z_0, HiVG I          images   (B, 3, S, S)
+    M²IST z_0, HiVG I          images   (P, 3, S, S), uint8; the model normalises them
     HiVG T (script letter)     tokens   (B, T)
-    HiVG L_t                   T
 
 Formats of annotations
 
@@ -41,13 +40,13 @@ lie in one of three published formats. The files that exist tell which one.
              those of referit and flickr are x1, y1, x2, y2.
     MDETR    The files are finetune_refcoco_train.json and so on.
              Boxes are x, y, w, h.
-    JSONL    This is the format for your own pictures: FILE.jsonl, with one JSON
+    JSONL    This is the format for your own images: FILE.jsonl, with one JSON
              object per line. Boxes are x1, y1, x2, y2 in pixels of the stored
-             picture. Picture paths are relative to the folder of the file:
+             image. Image paths are relative to the folder of the file:
              {"image": "1.jpg", "text": "the red cup", "box": [12, 40, 96, 170],
               "split": "train"}
 
-The pictures of each dataset are looked for in these folders:
+The images of each dataset are looked for in these folders:
 
     RefCOCO, RefCOCO+, RefCOCOg    images/train2014
                                    train2014
@@ -73,82 +72,48 @@ written. An address that is too long for a line continues on the next line.
     RefCOCOg in REFER's format, with both of its splits
         https://web.archive.org/web/20220413012904/
         https://bvisionweb1.cs.unc.edu/licheng/referit/data/refcocog.zip
-    pictures of COCO train2014, 13.5 GB
+    images of COCO train2014, 13.5 GB
         http://images.cocodataset.org/zips/train2014.zip
     MDETR's JSON files
         https://zenodo.org/record/4729015/files/
         mdetr_annotations.tar.gz?download=1
-    TransVG's .pth files and DETR weights, ReferItGame's pictures (saiapr_tc-12)
+    TransVG's .pth files and DETR weights, ReferItGame's images (saiapr_tc-12)
         The READMEs of TransVG and CLIP-VG link shared drives.
-    Flickr30k's pictures
+    Flickr30k's images
         Their authors give them out after a form has been filled in.
 
 The server of REFER's authors is gone, so these are copies in the Web Archive.
 --download fetches what is missing of the four RefCOCO datasets: the annotations
-in REFER's format, and the pictures that the annotations name. It continues a
+in REFER's format, and the images that the annotations name. It continues a
 download that was interrupted, overwrites no file, and keeps the archives, which
 you may delete after the last dataset. --mirror ADDRESS takes the same archives
 from another address.
 
 Leaks
 
-All pictures of the RefCOCO datasets belong to COCO train2014. The public DETR
-weights were trained on all of train2014, and so have seen the pictures of val
-and test. TransVG publishes weights that have not seen them: detr-r50-unc.pth
-for RefCOCO and RefCOCO+, and detr-r50-gref.pth for RefCOCOg. Pass one of these
+All images of the RefCOCO datasets belong to COCO train2014. The public DETR
+weights were trained on all of train2014, and so have seen the images of val and
+test. TransVG publishes weights that have not seen them: detr-r50-unc.pth for
+RefCOCO and RefCOCO+, and detr-r50-gref.pth for RefCOCOg. Pass one of these
 files to train.py by --vision-weights. Training and evaluation print and record
 `leaky_pretraining` for each run: true, false, or null if it is not known. There
-is no public list of the pictures that CLIP was pretrained on, so it is null for
+is no public list of the images that CLIP was pretrained on, so it is null for
 CLIP.
 
-The training split of refcocog-google holds pictures that are in the test splits
-of other RefCOCO datasets. If several datasets are joined by commas, a picture
+The training split of refcocog-google holds images that are in the test splits
+of other RefCOCO datasets. If several datasets are joined by commas, an image
 in val or test of one of them is left out of the joint training split.
 
-Where this file differs from a paper or its released code ("code"):
-
-[D22] the mean and standard deviation that normalise pixels for CLIP
-    paper   says nothing
-    code    ImageNet's values
-    here    CLIP's own values
-    why     a frozen encoder should see pixels as in its pretraining
-
-[D32] random scales and places in training
-    paper   HiVG Appendix B: "other data augmentation techniques remain consistent with previous
-            approaches"
-    code    TransVG's augmentation; HiVG's scales go down to 32 of 224 pixels
-    here    TransVG's augmentation, with its scales in proportion: 0.7 to 1 of the square;
-            on `shapes` only a random place in the square
-    why     a picture of 32 pixels shows nothing, and the words of `shapes` are about places
-
-[D36] crops, mirror images and fractions of pixels
-    paper   says nothing
-    code    a crop is accepted if the box centre's x is greater than the crop's top (a y), and its
-            y greater than the crop's left edge (an x), so objects get lost; "left" and "right" are
-            exchanged inside "bright" too; boxes are cut to integers
-    here    the centre lies inside the crop on all four sides; "left" and "right" are exchanged
-            where they begin a word, as in "lefty"; there is no crop for words about places, and no
-            mirror image for digits, ordinals and other names of sides, such as "lft", "northwest"
-            and "o'clock"; boxes stay floats
-    why     the object must be in the picture, and the words must stay true
-
-[D46] texts that are not plain ASCII, and texts that spell a special token
-    paper   says nothing
-    code    BERT gets a text as it is; HiVG's tokenizer, by CLIP's authors, mends it with ftfy and
-            html.unescape first, and ends a text where it spells "<|endoftext|>"
-    here    BERT gets a text as it is; for CLIP the standard library mends HTML entities, curly
-            quotes, ligatures and full-width characters, but no text that was read in a wrong
-            encoding (mojibake); no text makes a special token
-    why     an encoder should read what it read in its pretraining: CLIP read mended texts, and
-            BERT's vocabulary has curly quotes; only ftfy, which we do not require, mends mojibake
+Tags such as [D36] mark where a line differs from a paper or from its released code;
+assets/deviations.md says how.
 """
 import argparse
 import functools
+import gzip
 import html
 import itertools
 import json
 import math
-import operator
 import os
 import pickle
 import random
@@ -159,19 +124,22 @@ import textwrap
 import unicodedata
 import urllib.request
 import zipfile
-import zlib
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
 import torch
-from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as transforms
+from torchvision.utils import draw_bounding_boxes, make_grid
 from tqdm import tqdm
 
+ASSETS = Path(__file__).parent / "assets"
 
-# -------------------------------------------------------------------------------------------------
-# Errors and files: what all command lines share
+
+# --- Errors and files -----------------------------------------------------------------------------
 
 class InputError(ValueError):
     """The user's input is wrong. The message names the file, line or flag, and the way out."""
@@ -193,11 +161,13 @@ def run_command(main):
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
-    except (InputError, OSError) as error:
-        # An error inside a worker of a DataLoader arrives as a whole traceback. Its last line
-        # begins with "data.InputError: " and holds our message.
-        message = str(error).rsplit("InputError: ", 1)[-1].strip()
-        print(f"error: {message}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        # An error inside a worker of a DataLoader arrives as a whole traceback, whose last line has
+        # the name of the error and its message.
+        parts = re.split(r"\b(?:InputError|ModelError): ", f"{type(error).__name__}: {error}")
+        if len(parts) == 1 and not isinstance(error, OSError):
+            raise    # not ours: a bug, which needs its traceback
+        print(f"error: {parts[-1].strip()}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -206,433 +176,94 @@ def write_atomically(path, write):
     was at `path` before stays there until the new file is whole. Raises InputError if the file
     cannot be written, for example because the disk is full."""
     path = Path(path)
+    partial = Path(f"{path.resolve()}.{os.getpid()}.partial")
     try:
         if path.exists() and not path.is_file():
             write(path)   # a device such as /dev/stdout, which a rename would replace
-        else:
-            write_and_rename(path.resolve(), write)
-    except Exception as error:   # torch and safetensors have errors of their own for a full disk
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise InputError(f"cannot write {path} ({reason}): is there room on the disk, and may you "
-                         f"write into that folder? What was there before is still there") from error
-
-
-def write_and_rename(path, write):
-    partial = Path(f"{path}.{os.getpid()}.partial")
-    try:
+            return
         partial.touch()
         mode = partial.stat().st_mode
         write(partial)
         partial.chmod(mode)   # safetensors makes a file that nobody else may read
-        partial.replace(path)
+        partial.replace(path.resolve())
+    except Exception as error:   # torch and safetensors have errors of their own for a full disk
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise InputError(f"cannot write {path} ({reason}): is there room on the disk, and may you "
+                         f"write into that folder? What was there before is still there") from error
     finally:
-        if partial.exists():
-            partial.unlink()
+        partial.unlink(missing_ok=True)
 
 
 def write_text(path, text):
     """Write a text file by write_atomically."""
-    def write(partial):
-        # A path may hold bytes that are no text, which Python keeps as lone surrogates. They become
-        # escapes, which a reader of JSON turns back into the same path.
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-    write_atomically(path, write)
+    # A path may hold bytes that are no text, which Python keeps as lone surrogates. They become
+    # escapes, which a reader of JSON turns back into the same path.
+    content = text.encode("utf-8", errors="backslashreplace")
+    write_atomically(path, lambda partial: partial.write_bytes(content))
 
 
-# -------------------------------------------------------------------------------------------------
-# Samples and pixel statistics
+# --- Samples --------------------------------------------------------------------------------------
 
 class Sample(NamedTuple):
     """One expression about one object."""
-    image: Path | int     # path of the picture, or the scene's number in `shapes`
+    image: Path | int     # path of the image, or the scene's number in `shapes`
     text: str             # the expression
-    box: tuple            # (x1, y1, x2, y2) of the object, in pixels of the stored picture
-    image_id: str | int   # the picture's name within its dataset, or the scene's number
+    box: tuple            # (x1, y1, x2, y2) of the object, in pixels of the stored image
+    image_id: str | int   # the image's name within its dataset, or the scene's number
 
 
-class Pixels(NamedTuple):
-    """How an encoder's pretraining normalised its pixels, in the order red, green, blue."""
-    mean: tuple
-    std: tuple
+# --- shapes, the generated default. Its file was made by assets/make_shapes.py --------------------
 
-
-PIXELS = {
-    # DETR was pretrained with ImageNet's statistics.
-    "detr": Pixels(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
-    # [D22] CLIP has statistics of its own, which HiVG's released code does not use.
-    "clip": Pixels(mean=(0.48145466, 0.4578275, 0.40821073),
-                   std=(0.26862954, 0.26130258, 0.27577711)),
-}
-
-
-# -------------------------------------------------------------------------------------------------
-# shapes, the generated default: scenes. A scene is a function of its number; nothing is stored.
-
+SHAPES_FILE = ASSETS / "shapes.jsonl.gz"
 COLOURS = {"red": (208, 52, 44), "green": (58, 156, 70), "blue": (48, 92, 200),
            "yellow": (232, 196, 50)}
-SHAPES = ("circle", "square", "triangle")
-RADII = {"small": (11, 14), "large": (19, 24)}   # least and greatest half side of a box, in pixels
-WIDTH = 128                                      # of every picture, in pixels
-HEIGHTS = (96, 128)                              # least and greatest height of a picture
-
-# Two objects must differ by so many pixels before an expression may rest on which of them is
-# further left, right, up or down.
-CLEAR = 10
-
-
-class ShapesSplit(NamedTuple):
-    """The scenes that belong to one split of `shapes`."""
-    first: int        # number of the split's first scene
-    scenes: int       # number of scenes
-    objects: tuple    # least and greatest number of objects in a scene
-    residues: tuple   # checksums of the split's scenes, modulo 8
-
-
-# The checksum covers the whole content of a scene. Each residue belongs to one split alone, so no
-# scene can appear in two splits.
-SHAPES_SPLITS = {
-    # A few scenes have one object. Where it is can be learnt without knowing which one is meant.
-    "train": ShapesSplit(first=5_000_000, scenes=8000, objects=(1, 5), residues=(3, 4, 5, 6, 7)),
-    "val": ShapesSplit(first=10_000_000, scenes=400, objects=(2, 5), residues=(0,)),
-    # Like RefCOCO's, the two test splits differ: testA has few distractors, testB has many.
-    "testA": ShapesSplit(first=20_000_000, scenes=400, objects=(2, 3), residues=(1,)),
-    "testB": ShapesSplit(first=30_000_000, scenes=400, objects=(5, 7), residues=(2,)),
-}
-
-# assets/pretrain_tiny.py pretrains the tiny encoders on these scenes, which are in no split.
-PRETEXT = ShapesSplit(first=0, scenes=8000, objects=(2, 5), residues=(3, 4, 5, 6, 7))
-
-
-class Thing(NamedTuple):
-    """One object of a scene. The checksum of a scene covers the name of this class and of its
-    fields. If one of them changed, so would all pictures."""
-    colour: str   # one of COLOURS
-    shape: str    # one of SHAPES
-    size: str     # "small" or "large"
-    x: int        # centre, in pixels from the left
-    y: int        # centre, in pixels from the top
-    r: int        # half the side of the box, in pixels
-
-    @property
-    def box(self):
-        return (self.x - self.r, self.y - self.r, self.x + self.r, self.y + self.r)
-
-
-class Expression(NamedTuple):
-    """An expression that fits exactly one object of a scene."""
-    text: str
-    target: int   # index of that object in the scene's list
-
-
-class Scene(NamedTuple):
-    """The content of one picture of `shapes`, and what is asked about it."""
-    height: int         # of the picture, in pixels
-    things: list        # of Thing
-    expressions: list   # three of Expression
-
-
-@functools.lru_cache(maxsize=50_000)
-def scene(number):
-    """Return the scene that has this number, always the same one."""
-    split = split_of_scene(number)
-    rng = random.Random(number)
-
-    while True:   # until a scene belongs to the split and can be described
-        height = rng.randint(*HEIGHTS)
-        things = random_things(rng, height, rng.randint(*split.objects))
-        if len(things) < split.objects[0]:
-            continue
-        if checksum(height, things) % 8 not in split.residues:
-            continue
-        expressions = [describe(rng, things) for _ in range(3)]
-        if None not in expressions:
-            return Scene(height, things, expressions)
-
-
-def split_of_scene(number):
-    """Return the split of `shapes` that a scene belongs to: the last one that has started."""
-    splits = [PRETEXT, *SHAPES_SPLITS.values()]
-    started = [split for split in splits if split.first <= number]
-    return max(started, key=operator.attrgetter("first"))
-
-
-def checksum(height, things):
-    """Return a number that depends on the whole content of a scene."""
-    return zlib.crc32(repr((height, things)).encode())
-
-
-def random_things(rng, height, count):
-    """Return at most `count` objects that do not touch each other, in at most three colours."""
-    colours = rng.sample(sorted(COLOURS), 3)
-    things = []
-    for _ in range(count):
-        for _ in range(20):   # tries to find a free place for one more object
-            size = "large" if rng.random() < 0.35 else "small"
-            r = rng.randint(*RADII[size])
-            x = rng.randint(r + 1, WIDTH - r - 2)
-            y = rng.randint(r + 1, height - r - 2)
-            if is_free(x, y, r, things):
-                colour = rng.choice(colours)
-                shape = rng.choice(SHAPES)
-                things.append(Thing(colour, shape, size, x, y, r))
-                break
-    return things
-
-
-def is_free(x, y, r, things):
-    """Return whether a box of half side r around (x, y) keeps clear of all objects."""
-    for thing in things:
-        distance = max(abs(x - thing.x), abs(y - thing.y))
-        if distance <= r + thing.r + 2:
-            return False
-    return True
-
-
-# -------------------------------------------------------------------------------------------------
-# shapes: expressions. An expression names attributes of its object and, if several objects have
-# these attributes (the candidates), adds what tells the object apart from the other candidates.
-
-class Description(NamedTuple):
-    """The attributes that an expression names. None means that it does not name this one."""
-    colour: str | None
-    shape: str | None
-    size: str | None
-
-
-class Chances(NamedTuple):
-    """The probability with which an expression names each attribute."""
-    colour: float
-    shape: float
-    size: float
-
-
-def from_left(thing):
-    return thing.x
-
-
-def from_right(thing):
-    return -thing.x
-
-
-def from_top(thing):
-    return thing.y
-
-
-def from_bottom(thing):
-    return -thing.y
-
-
-class Side(NamedTuple):
-    """How objects are compared by their position towards one side of the picture."""
-    key: Callable         # sort key of an object; the object nearest to this side comes first
-    superlatives: tuple   # phrases about the object nearest to this side
-    comparatives: tuple   # phrases about an object that is nearer to this side than another one
-
-
-SIDES = {
-    "left": Side(
-        from_left,
-        ("the leftmost {}", "the {} furthest to the left", "the {} on the left"),
-        ("the {} to the left of the {}", "the {} left of the {}")),
-    "right": Side(
-        from_right,
-        ("the rightmost {}", "the {} furthest to the right", "the {} on the right"),
-        ("the {} to the right of the {}", "the {} right of the {}")),
-    "top": Side(
-        from_top,
-        ("the topmost {}", "the highest {}", "the {} at the top"),
-        ("the {} above the {}", "the {} higher than the {}")),
-    "bottom": Side(
-        from_bottom,
-        ("the lowest {}", "the bottom {}", "the {} at the bottom"),
-        ("the {} below the {}", "the {} under the {}")),
-}
-ORDINALS = ("second", "third", "fourth")
-NOUNS = ("shape", "object")                      # used where an expression names no shape
-SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
-
-
-def random_description(rng, thing, chances):
-    """Return some of an object's attributes, each with its chance."""
-    colour = thing.colour if rng.random() < chances.colour else None
-    shape = thing.shape if rng.random() < chances.shape else None
-    size = thing.size if rng.random() < chances.size else None
-    return Description(colour, shape, size)
-
-
-def fits(thing, description):
-    """Return whether an object has all the attributes that a description names."""
-    if description.colour is not None and description.colour != thing.colour:
-        return False
-    if description.shape is not None and description.shape != thing.shape:
-        return False
-    if description.size is not None and description.size != thing.size:
-        return False
-    return True
-
-
-def words(rng, description):
-    """Put a description into words, for example "little red circle" or "blue object"."""
-    noun = description.shape
-    if noun is None:
-        noun = rng.choice(NOUNS)
-
-    parts = []
-    if description.size is not None:
-        parts.append(rng.choice(SIZE_WORDS[description.size]))
-    if description.colour is not None:
-        parts.append(description.colour)
-    parts.append(noun)
-    return " ".join(parts)
-
-
-# Each of the four functions below returns an expression that fits `target` and no other object, or
-# None if its random choices do not lead to such an expression.
-#     things       all objects of the scene
-#     target       the object that the expression must single out
-#     named        a description of the target
-#     candidates   all objects that fit this description, the target among them
-
-def by_attributes(rng, things, target, named, candidates):
-    """Single the target out by its attributes alone: "the small red circle"."""
-    if not any(named) or candidates != [target]:
-        return None
-    return "the " + words(rng, named)
-
-
-def by_side(rng, things, target, named, candidates):
-    """Single the target out as the candidate nearest to a side: "the leftmost circle"."""
-    side = SIDES[rng.choice(list(SIDES))]
-    if not is_clearly_at_rank(0, target, candidates, side):
-        return None
-    phrase = rng.choice(side.superlatives)
-    return phrase.format(words(rng, named))
-
-
-def by_ordinal(rng, things, target, named, candidates):
-    """Single the target out by counting from a side: "the second circle from the left"."""
-    name = rng.choice(list(SIDES))
-    rank = rng.randint(1, len(ORDINALS))   # 0 would be the nearest one, which by_side describes
-    if not is_clearly_at_rank(rank, target, candidates, SIDES[name]):
-        return None
-    return f"the {ORDINALS[rank - 1]} {words(rng, named)} from the {name}"
-
-
-def is_clearly_at_rank(rank, target, candidates, side):
-    """Return whether the target has this rank among the candidates, counted from a side, and nobody
-    can doubt it: from the first candidate to the one behind the target, each lies at least CLEAR
-    pixels further from the side than the one before it."""
-    if len(candidates) < 2 or len(candidates) <= rank:
-        return False
-    ordered = sorted(candidates, key=side.key)
-    if ordered[rank] is not target:
-        return False
-    last = min(rank + 1, len(ordered) - 1)   # there may be no candidate behind the target
-    for i in range(last):
-        if side.key(ordered[i + 1]) - side.key(ordered[i]) < CLEAR:
-            return False
-    return True
-
-
-def by_relation(rng, things, target, named, candidates):
-    """Single the target out by its position to an anchor: "the circle above the red square"."""
-    if len(things) == 1:
-        return None
-    anchor = rng.choice([thing for thing in things if thing is not target])
-    anchor_named = random_description(rng, anchor, Chances(colour=0.8, shape=0.9, size=0.4))
-    side = SIDES[rng.choice(list(SIDES))]
-
-    # The description of the anchor must fit the anchor alone.
-    if not any(anchor_named):
-        return None
-    if [thing for thing in things if fits(thing, anchor_named)] != [anchor]:
-        return None
-
-    # Of at least two candidates other than the anchor, the target alone must lie on that side.
-    others = [thing for thing in candidates if thing is not anchor]
-    if len(others) < 2:
-        return None
-    if [thing for thing in others if side.key(thing) < side.key(anchor)] != [target]:
-        return None
-    if side.key(anchor) - side.key(target) < CLEAR:
-        return None
-
-    phrase = rng.choice(side.comparatives)
-    return phrase.format(words(rng, named), words(rng, anchor_named))
-
-
-class Pattern(NamedTuple):
-    """One kind of expression."""
-    write: Callable    # one of the four functions above
-    chances: Chances   # with which it names the attributes of its target
-
-
-BY_ATTRIBUTES = Pattern(by_attributes, Chances(colour=0.7, shape=0.8, size=0.4))
-BY_SIDE = Pattern(by_side, Chances(colour=0.5, shape=0.5, size=0.2))
-BY_RELATION = Pattern(by_relation, Chances(colour=0.5, shape=0.5, size=0.2))
-BY_ORDINAL = Pattern(by_ordinal, Chances(colour=0.5, shape=0.4, size=0.1))
-
-# A pattern is drawn as often as it is repeated in this list.
-PATTERNS = 8 * [BY_ATTRIBUTES] + 5 * [BY_SIDE] + 4 * [BY_RELATION] + [BY_ORDINAL]
-
-
-def describe(rng, things):
-    """Return an Expression about one of the objects, or None if 100 tries lead to none."""
-    pattern = rng.choice(PATTERNS)
-    for _ in range(100):
-        index = rng.randrange(len(things))
-        target = things[index]
-        named = random_description(rng, target, pattern.chances)
-        candidates = [thing for thing in things if fits(thing, named)]
-        text = pattern.write(rng, things, target, named, candidates)
-        if text is not None:
-            return Expression(text, index)
-    return None
-
-
-# -------------------------------------------------------------------------------------------------
-# shapes: pictures and samples
-
-def render(number):
-    """Draw the picture of a scene, with small random changes to its colours."""
-    height, things, _ = scene(number)
+WIDTH = 128   # of every scene, in pixels
+
+
+@functools.cache
+def read_shapes():
+    """Read the file of `shapes` -> {split: list of Sample}, {number: (height, objects)}."""
+    splits = {}
+    scenes = {}
+    with gzip.open(SHAPES_FILE, "rt") as file:
+        for line in file:
+            scene = json.loads(line)
+            number = scene["scene"]
+            scenes[number] = (scene["height"], scene["objects"])
+            for text, target in scene["expressions"]:
+                _, _, x, y, r = scene["objects"][target]
+                box = (float(x - r), float(y - r), float(x + r), float(y + r))
+                splits.setdefault(scene["split"], []).append(Sample(number, text, box, number))
+    return splits, scenes
+
+
+def draw_scene(number, height, objects):
+    """Draw a scene as a PIL image, with small random changes to its colours that depend on its number
+    alone. objects: [(colour, shape, x, y, r), ...], where r is half the side of the box."""
     rng = seeded("paint", number)
-
     grey = rng.randint(215, 245)
     background = tuple(grey + rng.randint(-8, 8) for _ in range(3))
-    picture = Image.new("RGB", (WIDTH, height), background)
-    pen = ImageDraw.Draw(picture)
-
-    for thing in things:
-        colour = tuple(value + rng.randint(-14, 14) for value in COLOURS[thing.colour])
-        x1, y1, x2, y2 = thing.box
-        if thing.shape == "circle":
-            pen.ellipse(thing.box, fill=colour)
-        elif thing.shape == "square":
-            pen.rectangle(thing.box, fill=colour)
+    image = Image.new("RGB", (WIDTH, height), background)
+    pen = ImageDraw.Draw(image)
+    for name, shape, x, y, r in objects:
+        colour = tuple(value + rng.randint(-14, 14) for value in COLOURS[name])
+        box = (x - r, y - r, x + r, y + r)
+        if shape == "circle":
+            pen.ellipse(box, fill=colour)
+        elif shape == "square":
+            pen.rectangle(box, fill=colour)
         else:
-            pen.polygon([(thing.x, y1), (x2, y2), (x1, y2)], fill=colour)
-    return picture
+            pen.polygon([(x, y - r), (x + r, y + r), (x - r, y + r)], fill=colour)
+    return image
 
 
-def shapes_samples(split, limit=None):
-    """Return the list of Sample of the scenes of a ShapesSplit, or the first `limit` of them. No
-    other scenes are made up, as all those of `train` take seconds."""
-    first, scenes, _, _ = split
-    samples = []
-    for number in range(first, first + scenes):
-        if limit is not None and len(samples) >= limit:
-            break
-        _, things, expressions = scene(number)
-        for text, target in expressions:
-            box = tuple(float(v) for v in things[target].box)
-            samples.append(Sample(number, text, box, number))
-    return samples[:limit]
+def seeded(*key):
+    """Return a random generator of its own for each key. What is drawn for a sample then depends on
+    nothing that was drawn before."""
+    return random.Random(" ".join(str(part) for part in key))
 
 
-# -------------------------------------------------------------------------------------------------
-# Datasets by name
+# --- Datasets by name -----------------------------------------------------------------------------
 
 COCO_FOLDERS = ("images/train2014", "train2014", "other/images/mscoco/images/train2014",
                 "other/images/train2014")
@@ -643,7 +274,7 @@ class DatasetInfo(NamedTuple):
     refer: str | None     # REFER's file
     transvg: str          # TransVG's folder, which begins the names of the files in it
     mdetr: str | None     # name in MDETR's files
-    pictures: tuple       # folders in which the pictures may lie
+    images: tuple         # folders in which the images may lie
     expressions: dict     # split: number of expressions
 
 
@@ -651,36 +282,29 @@ class DatasetInfo(NamedTuple):
 # split of RefCOCOg the papers give only the sum.
 DATASETS = {
     "refcoco": DatasetInfo(
-        refer="refcoco/refs(unc).p", transvg="unc", mdetr="refcoco", pictures=COCO_FOLDERS,
+        refer="refcoco/refs(unc).p", transvg="unc", mdetr="refcoco", images=COCO_FOLDERS,
         expressions={"train": 120_624, "val": 10_834, "testA": 5_657, "testB": 5_095}),
     "refcoco+": DatasetInfo(
-        refer="refcoco+/refs(unc).p", transvg="unc+", mdetr="refcoco+", pictures=COCO_FOLDERS,
+        refer="refcoco+/refs(unc).p", transvg="unc+", mdetr="refcoco+", images=COCO_FOLDERS,
+        # Table 6 prints 10,768 for val; its own sum supports 10,758.
         expressions={"train": 120_191, "val": 10_758, "testA": 5_726, "testB": 4_889}),
     "refcocog-umd": DatasetInfo(
-        refer="refcocog/refs(umd).p", transvg="gref_umd", mdetr="refcocog", pictures=COCO_FOLDERS,
+        refer="refcocog/refs(umd).p", transvg="gref_umd", mdetr="refcocog", images=COCO_FOLDERS,
         expressions={"train": 80_512, "val": 4_896, "test": 9_602}),
     "refcocog-google": DatasetInfo(
-        refer="refcocog/refs(google).p", transvg="gref", mdetr=None, pictures=COCO_FOLDERS,
+        refer="refcocog/refs(google).p", transvg="gref", mdetr=None, images=COCO_FOLDERS,
         expressions={"train": 85_474, "val": 9_536}),
     "referit": DatasetInfo(
-        refer=None, transvg="referit", mdetr=None, pictures=("referit/images",),
+        refer=None, transvg="referit", mdetr=None, images=("referit/images",),
         expressions={"train": 54_127, "val": 5_842, "test": 60_103}),
     "flickr30k": DatasetInfo(
         refer=None, transvg="flickr", mdetr=None,
-        pictures=("Flickr30k/flickr30k-images", "Flickr30k/flickr30k_images"),
+        images=("Flickr30k/flickr30k-images", "Flickr30k/flickr30k_images"),
         expressions={"train": 427_193, "val": 14_433, "test": 14_481}),
 }
 
-
-def file_patterns(info):
-    """Return the patterns of a dataset's annotation files, one for each format."""
-    patterns = []
-    if info.refer:
-        patterns.append(info.refer)
-    patterns.append(f"{info.transvg}/{info.transvg}_*.pth")
-    if info.mdetr:
-        patterns.append(f"finetune_{info.mdetr}_*.json")
-    return patterns
+EXAMPLE_LINE = ('{"image": "a.jpg", "text": "the red cup", "box": [x1, y1, x2, y2], '
+                '"split": "train"}')
 
 
 def names_in(dataset):
@@ -690,20 +314,11 @@ def names_in(dataset):
     return str(dataset).split(",")
 
 
-EXAMPLE_LINE = ('{"image": "a.jpg", "text": "the red cup", "box": [x1, y1, x2, y2], '
-                '"split": "train"}')
-
-
-def folders_below(base):
-    return sorted(base.glob("*/"))
-
-
 def find_files(dataset, root):
-    """Return the annotation files of a dataset, which share one format, and its picture folder."""
+    """Return the annotation files of a dataset, which share one format, and its image folder."""
     base = Path(root or "data")
     path = Path(dataset)
     is_own_file = path.suffix == ".jsonl" and path.is_file()
-
     if dataset not in DATASETS and not is_own_file:
         raise InputError(
             f"{dataset}: no such dataset (choose shapes, {', '.join(DATASETS)}, or several joined "
@@ -711,37 +326,31 @@ def find_files(dataset, root):
             f"line: {EXAMPLE_LINE}")
     if root and not base.is_dir():
         raise InputError(f"--root {root}: there is no such folder; it should hold the annotations "
-                         f"and pictures of {dataset}")
+                         f"and images of {dataset}")
+    if is_own_file:
+        return [path], base if root else path.parent
 
-    if dataset in DATASETS:
-        files, place = find_annotations(dataset, base)
-        return files, find_pictures(dataset, base, place)
-    if root:
-        return [path], base
-    return [path], path.parent
-
-
-def find_annotations(dataset, base):
-    """Return a dataset's annotation files and the folder, `base` or one below, that holds them."""
     info = DATASETS[dataset]
-    patterns = file_patterns(info)
-    for place in [base, *folders_below(base)]:
+    patterns = [f"{info.transvg}/{info.transvg}_*.pth"]
+    if info.refer:
+        patterns.insert(0, info.refer)
+    if info.mdetr:
+        patterns.append(f"finetune_{info.mdetr}_*.json")
+    for place in [base, *sorted(base.glob("*/"))]:
         for pattern in patterns:
             files = [file for file in sorted(place.glob(pattern)) if has_known_split(file, info)]
             if files:
-                return files, place
+                return files, find_images(info, base, place)
     raise InputError(
         f"--root {base}: the annotations of {dataset} are neither there nor in a folder directly "
-        f"below; they would match {' or '.join(patterns)}, with the pictures in "
-        f"{' or '.join(info.pictures)}. `python data.py --help` says where the files come from")
+        f"below; they would match {' or '.join(patterns)}, with the images in "
+        f"{' or '.join(info.images)}. `python data.py --help` says where the files come from")
 
 
 def has_known_split(file, info):
     """Return whether an annotation file belongs to a split of the dataset. TransVG has files of
     other splits, such as trainval, that would repeat samples. REFER has one file for all splits."""
-    if file.suffix == ".p":
-        return True
-    return split_in_name(file) in info.expressions
+    return file.suffix == ".p" or split_in_name(file) in info.expressions
 
 
 def split_in_name(file):
@@ -749,26 +358,24 @@ def split_in_name(file):
     return file.stem.rpartition("_")[2]
 
 
-def find_pictures(dataset, base, place):
-    """Return the folder that holds a dataset's pictures, or the one that should hold them.
+def find_images(info, base, place):
+    """Return the folder that holds a dataset's images, or the one that should hold them.
     place: the folder that holds the annotations."""
-    names = DATASETS[dataset].pictures
-    for folder in [base, place, *folders_below(base)]:
-        for name in names:
+    for folder in [base, place, *sorted(base.glob("*/"))]:
+        for name in info.images:
             if (folder / name).is_dir():
                 return folder / name
-    return base / names[0]
+    return base / info.images[0]
 
 
-# -------------------------------------------------------------------------------------------------
-# Readers, one for each format. A reader takes a file and yields annotations.
+# --- Readers, one for each format. A reader takes a file and yields annotations -------------------
 
 class Annotation(NamedTuple):
     """What a reader yields for one expression, before it is checked."""
     where: str   # the place in the file, for error messages
-    image: str   # name of the picture
+    image: str   # name of the image
     text: str    # the expression
-    box: list    # [x1, y1, x2, y2] in pixels of the stored picture
+    box: list    # [x1, y1, x2, y2] in pixels of the stored image
     split: str
 
 
@@ -794,24 +401,22 @@ def read_refer(path):
         refs = PlainUnpickler(file, encoding="utf-8", errors="replace").load()
     instances = json.loads((path.parent / "instances.json").read_bytes())
 
-    # A ref has a field file_name, but that is not the name of the picture file.
+    # A ref has a field file_name, but that is not the name of the image file.
     names = {image["id"]: image["file_name"] for image in instances["images"]}
     boxes = {instance["id"]: instance["bbox"] for instance in instances["annotations"]}
-
     for ref in refs:
         for sentence in ref["sentences"]:
-            image = names[ref["image_id"]]
             box = corners(boxes[ref["ann_id"]])
-            yield Annotation(f"ref {ref['ref_id']}", image, sentence["sent"], box, ref["split"])
+            yield Annotation(f"ref {ref['ref_id']}", names[ref["image_id"]], sentence["sent"], box,
+                             ref["split"])
 
 
 def read_transvg(path):
-    """Read TransVG's DATASET_SPLIT.pth: a list of (picture, size, box, text, ...), or of
-    (picture, box, text) for Flickr30k."""
+    """Read TransVG's DATASET_SPLIT.pth: a list of (image, size, box, text, ...), or of
+    (image, box, text) for Flickr30k."""
     dataset = path.stem.rpartition("_")[0]
     with torch.serialization.safe_globals(numpy_globals()):   # boxes may be NumPy arrays
         rows = torch.load(path, map_location="cpu", weights_only=True)
-
     for number, row in enumerate(rows):
         if len(row) == 3:
             image, box, text = row
@@ -841,33 +446,26 @@ def read_mdetr(path):
     content = json.loads(path.read_bytes())
     boxes = {instance["image_id"]: instance["bbox"] for instance in content["annotations"]}
     for image in content["images"]:
-        box = corners(boxes[image["id"]])
-        yield Annotation(f"image {image['id']}", image["file_name"], image["caption"], box,
-                         split_in_name(path))
+        yield Annotation(f"image {image['id']}", image["file_name"], image["caption"],
+                         corners(boxes[image["id"]]), split_in_name(path))
 
 
 def read_jsonl(path):
     """Read FILE.jsonl: in each line one JSON object with the keys image, text, box and split."""
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")   # some editors write this mark first
     for number, line in enumerate(content.split(b"\n"), start=1):
-        if line.strip():
-            item = parse_line(line, f"{path}, line {number}")
-            yield Annotation(f"line {number}", item["image"], item["text"], item["box"],
-                             item["split"])
-
-
-def parse_line(line, where):
-    """Return the JSON object in one line of a .jsonl file. where: the line's file and number."""
-    try:
-        item = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: the line is not JSON in UTF-8 ({error})") from None
-
-    keys = item if isinstance(item, dict) else {}
-    missing = [key for key in ("image", "text", "box", "split") if key not in keys]
-    if missing:
-        raise InputError(f"{where}: the line lacks {', '.join(missing)}")
-    return item
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}, line {number}: the line is not JSON in UTF-8 "
+                             f"({error})") from None
+        keys = item if isinstance(item, dict) else {}
+        missing = [key for key in ("image", "text", "box", "split") if key not in keys]
+        if missing:
+            raise InputError(f"{path}, line {number}: the line lacks {', '.join(missing)}")
+        yield Annotation(f"line {number}", item["image"], item["text"], item["box"], item["split"])
 
 
 READERS = {".p": read_refer, ".pth": read_transvg, ".json": read_mdetr, ".jsonl": read_jsonl}
@@ -880,13 +478,11 @@ def check(annotation, where, needs_area):
     box = annotation.box
     if not isinstance(box, list) or len(box) != 4 or not all(is_coordinate(v) for v in box):
         raise InputError(f"{where}: box is {box}, not four numbers [x1, y1, x2, y2]")
-
     x1, y1, x2, y2 = box
     if needs_area and (x2 <= x1 or y2 <= y1):
         raise InputError(f"{where}: box {box} has no area; a box is [x1, y1, x2, y2] in pixels, "
                          f"with x2 > x1 and y2 > y1. Is this one x, y, w, h? Then write "
                          f"[x, y, x + w, y + h]")
-
     for value in (annotation.image, annotation.text, annotation.split):
         if not is_text(value):
             raise InputError(f"{where}: image, text and split must be strings that are not empty "
@@ -905,85 +501,54 @@ def is_text(value):
     return value.encode(errors="ignore").decode() == value
 
 
-# -------------------------------------------------------------------------------------------------
-# Samples of a dataset, or of several
+# --- Samples of a dataset, or of several ----------------------------------------------------------
 
 def split_names(dataset, root=None):
     """Return the names of a dataset's splits, in the dataset's own order."""
-    if str(dataset) == "shapes":
-        return list(SHAPES_SPLITS)
-    return list(samples_by_split(dataset, root))
+    return list(samples_by_split(str(dataset), root and str(root)))
 
 
 def load_samples(dataset, split, root=None, limit=None):
     """Return the list of Sample of one split.
 
     dataset: "shapes", a name in DATASETS, the path of a FILE.jsonl, or several joined by commas
-    root: the folder with annotations and pictures; for a FILE.jsonl, the folder that its picture
-        paths start from (default: the folder of the file)
+    root: the folder with annotations and images; for a FILE.jsonl, the folder that its image paths
+        start from (default: the folder of the file)
     limit: the first so many samples alone; None for all
 
     Raises InputError for an unknown dataset or split, a missing file or folder, and a bad line.
     """
     one_of(f"split of {dataset}", split, split_names(dataset, root))
-    if str(dataset) == "shapes":
-        return shapes_samples(SHAPES_SPLITS[split], limit)
-    return samples_by_split(dataset, root)[split][:limit]
-
-
-def samples_by_split(dataset, root):
-    """Return {split: list of Sample} of all datasets but `shapes`."""
-    if root is not None:
-        root = str(root)
-    return read_splits(str(dataset), root)
+    return samples_by_split(str(dataset), root and str(root))[split][:limit]
 
 
 @functools.lru_cache(maxsize=8)
-def read_splits(dataset, root):
-    """Read what samples_by_split returns. Strings as arguments make repeated calls cheap."""
+def samples_by_split(dataset, root):
+    """Return {split: list of Sample}. Strings as arguments make repeated calls cheap."""
+    if dataset == "shapes":
+        return read_shapes()[0]
     names = names_in(dataset)
     if len(names) > 1:
         return mixed(names, root)
 
+    files, folder = find_files(dataset, root)
     splits = {}
-    for _, split, sample in read_places(dataset, root):
-        splits.setdefault(split, []).append(sample)
+    for file in files:
+        for annotation in read_checked(file):
+            box = tuple(float(v) for v in annotation.box)
+            sample = Sample(folder / annotation.image, annotation.text, box, annotation.image)
+            splits.setdefault(annotation.split, []).append(sample)
     if not splits:
         raise InputError(f"{dataset}: the file holds no line")
     return splits
 
 
-def read_places(dataset, root):
-    """Yield for each expression of one dataset its place ("FILE, line 12"), split and Sample."""
-    files, folder = find_files(dataset, root)
-    for file in files:
-        for annotation in read_checked(file):
-            box = tuple(float(v) for v in annotation.box)
-            image = annotation.image
-            sample = Sample(folder / image, annotation.text, box, image)
-            yield f"{file}, {annotation.where}", annotation.split, sample
-
-
-def where_is(dataset, root, sample):
-    """Return the place at which a sample is written: "FILE, line 12" or "FILE, ref 7".
-
-    A Sample does not know its place, which only a message about a fault needs. So the annotations
-    are read again. If they have changed and hold the sample no more, its picture is the place.
-    """
-    for name in names_in(dataset):
-        for place, _, found in read_places(name, root):
-            if found == sample:
-                return place
-    return str(sample.image)
-
-
 def read_checked(file):
     """Yield the annotations of one file, each of them checked."""
     reader = READERS[file.suffix]
-    is_own_file = file.suffix == ".jsonl"
     try:
         for annotation in reader(file):
-            check(annotation, f"{file}, {annotation.where}", needs_area=is_own_file)
+            check(annotation, f"{file}, {annotation.where}", needs_area=file.suffix == ".jsonl")
             yield annotation
     except InputError:
         raise
@@ -993,217 +558,240 @@ def read_checked(file):
 
 
 def mixed(datasets, root):
-    """Join several datasets, as in the papers' mixed training. A picture that is in val or test of
+    """Join several datasets, as in the papers' mixed training. An image that is in val or test of
     any of them is in train of none.
 
     The joint splits are train and val, and each dataset's own splits as DATASET/SPLIT.
     """
     if "shapes" in datasets:
         raise InputError("shapes is generated and cannot be joined with other datasets")
-    splits = {dataset: samples_by_split(dataset, root) for dataset in datasets}
-
-    # 1. What is held out: the names of all pictures outside of the training splits.
-    held_out = set()
-    for dataset in datasets:
-        for split, samples in splits[dataset].items():
-            if split == "train":
-                continue
-            for sample in samples:
-                held_out.update(picture_names(dataset, sample))
-
-    # 2. The joint training split is what remains.
     joint = {"train": [], "val": []}
-    total = 0
+    held_out = set()   # the names of all images outside of the training splits
     for dataset in datasets:
-        for sample in splits[dataset].get("train", []):
-            total += 1
-            if held_out.isdisjoint(picture_names(dataset, sample)):
-                joint["train"].append(sample)
-    left_out = total - len(joint["train"])
-    print(f"{','.join(datasets)}: {left_out:,} of {total:,} expressions left out of train, because "
-          f"their pictures are in val or test of one of the datasets")
-
-    # 3. The joint val, which training needs, and each dataset's own splits, which evaluation needs.
-    for dataset in datasets:
-        for split, samples in splits[dataset].items():
+        for split, samples in samples_by_split(dataset, root).items():
             if split == "val":
                 joint["val"].extend(samples)
             if split != "train":
                 joint[f"{dataset}/{split}"] = samples
+                for sample in samples:
+                    held_out.update(image_names(dataset, sample))
+
+    total = 0
+    for dataset in datasets:
+        for sample in samples_by_split(dataset, root).get("train", []):
+            total += 1
+            if held_out.isdisjoint(image_names(dataset, sample)):
+                joint["train"].append(sample)
+    left_out = total - len(joint["train"])
+    print(f"{','.join(datasets)}: {left_out:,} of {total:,} expressions left out of train, because "
+          f"their images are in val or test of one of the datasets")
     return {split: samples for split, samples in joint.items() if samples}
 
 
-def picture_names(dataset, sample):
-    """Return what identifies a sample's picture in all datasets: its path and, in the published
-    datasets, its file name, since COCO's pictures may be stored in several folders."""
+def image_names(dataset, sample):
+    """Return what identifies a sample's image in all datasets: its path and, in the published
+    datasets, its file name, since COCO's images may be stored in several folders."""
     names = {os.path.abspath(sample.image)}
     if dataset in DATASETS:
         names.add(sample.image_id)
     return names
 
 
-# -------------------------------------------------------------------------------------------------
-# Leaks
-
-# The pictures of these two datasets do not come from COCO, so no DETR has seen them.
+# The images of these two datasets do not come from COCO, so no DETR has seen them.
 OUTSIDE_COCO = ("referit", "flickr30k")
 
-# TransVG's DETR files, and the datasets whose val and test pictures each one has not seen.
-# All other public DETR files have seen all of them.
-UNSEEN = {
-    "detr-r50-unc": ("refcoco", "refcoco+"),
-    "detr-r50-gref": ("refcocog-umd", "refcocog-google"),
-}
+# TransVG's DETR files, and the datasets whose val and test images each one has not seen. All other
+# public DETR files have seen all of them.
+UNSEEN = {"detr-r50-unc": ("refcoco", "refcoco+"),
+          "detr-r50-gref": ("refcocog-umd", "refcocog-google")}
 
 
 def leaky_pretraining(dataset, detr_file):
-    """Return whether a pretrained DETR has seen the val and test pictures of a dataset.
-
-    dataset: one name, or several joined by commas
-    detr_file: path, address or hub name of the weights; only the file name is looked at
-
-    Returns True, False, or None if that is not known.
-    """
+    """Return whether a pretrained DETR has seen the val and test images of a dataset, or of several
+    joined by commas: True, False, or None if that is not known. detr_file: path, address or hub name
+    of the weights; only the file name is looked at."""
     name = Path(detr_file).stem
     if not name.startswith("detr-r"):
         return None
-
     clean = OUTSIDE_COCO + UNSEEN.get(name, ())
-    known = True
-    for part in names_in(dataset):
-        if part in clean:
-            continue
-        if part in DATASETS:
-            return True
-        known = False   # a file of one's own may hold any pictures
-    return False if known else None
+    others = [part for part in names_in(dataset) if part not in clean]
+    if any(part in DATASETS for part in others):
+        return True
+    return None if others else False   # a file of one's own may hold any images
 
 
-# -------------------------------------------------------------------------------------------------
-# From a Sample to a batch: the picture
+# --- What is wrong with samples, said before hours of training have passed ------------------------
 
-# What PIL may raise for a file that is not a picture, or not a whole one.
-PICTURE_ERRORS = (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError)
+MAX_BAD_SHARE = 0.1   # of odd boxes; more say that the unit or the order of all of them is wrong
 
 
-def undecodable(image, error):
-    return InputError(f"{image}: the file cannot be decoded as a picture ({error})")
+def load_for_training(dataset, root=None, limit=None):
+    """Return the samples to train on, without those that can teach nothing, which are counted, and
+    those to validate on (empty where the dataset has no val), of which nothing is left out."""
+    train = load_samples(dataset, "train", root, limit)
+    val = []
+    if "val" in split_names(dataset, root):
+        val = load_samples(dataset, "val", root, limit)
+    else:
+        print(f"{dataset} has no split 'val': the last epoch is kept as the best")
+
+    check_images_exist([*train, *val])
+    for split, samples in (("train", train), ("val", val)):
+        doubt = doubt_about_boxes(samples)
+        if doubt:
+            raise InputError(f"{dataset}, {split}: {doubt} Boxes of a .jsonl file are x1, y1, x2, y2 "
+                             f"in pixels of the stored image; `python data.py {dataset} --draw 16` "
+                             f"draws them")
+
+    with_area = [s for s in train if s.box[0] < s.box[2] and s.box[1] < s.box[3]]
+    if len(with_area) < len(train):
+        print(f"{len(train) - len(with_area)} boxes of train have no area and are left out")
+    outside = set(boxes_outside(with_area))
+    warn_outside("train", outside, "left out")
+    warn_outside("val", boxes_outside(val), "misses")
+
+    # All images of val are decoded once: about 10 seconds for the 1,500 of RefCOCO's val.
+    broken = open_images({sample.image for sample in val}, {})
+    if broken:
+        raise InputError(f"{broken[0]}. Of the images to validate on, {len(broken):,} cannot be "
+                         f"decoded: fetch them again, or take their expressions out of val")
+    return [sample for sample in with_area if sample not in outside], val
 
 
-def load_picture(image, upright=False, at_least=None):
-    """Return an RGB picture, with transparent parts in white.
-
-    image: path of a file, number of a scene of `shapes`, or a PIL picture
-    upright: whether to turn the picture as its EXIF data say; for pictures from a camera, but not
-        for datasets, whose boxes refer to the stored pixels
-    at_least: the longer side, in pixels, that the caller needs. A JPEG is decoded at the smallest of
-        1/2, 1/4 and 1/8 of its size that still has it, which takes less time; None: at full size
-    """
-    if isinstance(image, int):
-        return render(image)
-    if isinstance(image, Image.Image):
-        return image
-    try:
-        picture = Image.open(image)
-        if at_least is not None:
-            longer = max(picture.size)
-            # Pillow takes the smallest of these sizes that has as many pixels. For files other than
-            # JPEG this does nothing. The mode None keeps that of the file.
-            picture.draft(None, [max(1, side * at_least // longer) for side in picture.size])
-        if upright:
-            picture = ImageOps.exif_transpose(picture)
-        return to_rgb(picture)
-    except PICTURE_ERRORS as error:
-        raise undecodable(image, error) from None
-
-
-def load_draft(image, boxes, side):
-    """Load a picture smaller than it is stored, where its longer side still has `side` pixels
-    -> picture, boxes in its pixels. boxes: [(x1, y1, x2, y2), ...] in stored pixels"""
-    picture = load_picture(image, at_least=side)
-    width, height = header_size(image)
-    x = picture.width / width
-    y = picture.height / height
-    return picture, [(x * x1, y * y1, x * x2, y * y2) for x1, y1, x2, y2 in boxes]
-
-
-def to_rgb(picture):
-    """Turn a PIL picture of any mode into RGB."""
-    if picture.mode.startswith("I"):
-        # 16 bits per pixel are scaled to 8. PIL would cut them off at 255.
-        values = np.asarray(picture).clip(0, 65535) // 256
-        picture = Image.fromarray(np.uint8(values))
-    if picture.mode == "F" and picture.getextrema()[1] <= 1:
-        # Floats from 0 to 1 are scaled to 255. PIL would make all of them black.
-        values = np.asarray(picture).clip(0, 1) * 255
-        picture = Image.fromarray(np.uint8(values.round()))
-    if picture.has_transparency_data:
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture.convert("RGBA"))
-    return picture.convert("RGB")
-
-
-def header_size(image):
-    """Return (width, height) of a picture from the header of its file, without decoding it.
-    image: path of a file, or number of a scene of `shapes`"""
-    if isinstance(image, int):
-        return WIDTH, scene(image).height
-    try:
-        with Image.open(image) as picture:
-            return picture.size
-    except PICTURE_ERRORS as error:
-        raise undecodable(image, error) from None
-
-
-def picture_sizes(samples):
-    """Return {image: (width, height)} of all pictures of a list of Sample."""
-    images = sorted({sample.image for sample in samples})
-    sizes = {}
-    for image in tqdm(images, "reading each picture's size", leave=False, disable=None):
-        sizes[image] = header_size(image)
-    return sizes
-
-
-def is_outside(box, size):
-    """Return whether no part of a box lies in its picture, of size (width, height)."""
-    x1, y1, x2, y2 = box
-    width, height = size
-    return x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0
-
-
-MANY = 0.1   # this share of odd boxes says that the unit or the order of all of them is wrong
+def warn_outside(split, samples, action):
+    """Say how many boxes of a split lie outside of their images, and show one of them."""
+    if samples:
+        first = min(samples, key=str)
+        print(f"{len(samples)} boxes of {split} lie outside of their images and are {action}; one is "
+              f"{list(first.box)} of {first.text!r} in {first.image}")
 
 
 def doubt_about_boxes(samples):
     """Return what shows that boxes are not x1, y1, x2, y2 in pixels, or None if nothing does."""
-    near_corner = 0
-    inverted = 0
-    for sample in samples:
-        x1, y1, x2, y2 = sample.box
-        if max(sample.box) <= 1:
-            near_corner += 1
-        if x2 < x1 or y2 < y1:
-            inverted += 1
-
-    if near_corner > MANY * len(samples):
+    near_corner = sum(max(sample.box) <= 1 for sample in samples)
+    inverted = sum(x2 < x1 or y2 < y1 for x1, y1, x2, y2 in (sample.box for sample in samples))
+    if near_corner > MAX_BAD_SHARE * len(samples):
         return (f"{near_corner:,} of {len(samples):,} boxes lie within one pixel of the corner: "
                 f"are they in pixels?")
-    if inverted > MANY * len(samples):
+    if inverted > MAX_BAD_SHARE * len(samples):
         return (f"x2 < x1 or y2 < y1 in {inverted:,} of {len(samples):,} boxes: "
                 f"are they x, y, w, h?")
     return None
 
 
 def boxes_outside(samples):
-    """Return the samples whose box has no part in its picture. Training can learn nothing from
-    them. In evaluation each of them is a miss."""
-    sizes = picture_sizes(samples)
+    """Return the samples whose box has no part in its image. Training can learn nothing from them.
+    In evaluation each of them is a miss."""
+    sizes = image_sizes(samples)
     return [sample for sample in samples if is_outside(sample.box, sizes[sample.image])]
 
 
-# Words that a crop or a mirror image may make false.
+def is_outside(box, size):
+    """Return whether no part of a box lies in its image, of size (width, height)."""
+    x1, y1, x2, y2 = box
+    width, height = size
+    return x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0
+
+
+def check_images_exist(samples):
+    """Raise InputError if the file of an image is missing."""
+    paths = {sample.image for sample in samples if isinstance(sample.image, Path)}
+    missing = sorted(path for path in paths if not os.path.isfile(path))
+    if missing:
+        raise InputError(f"{missing[0]}: no such image ({len(missing):,} are missing in all); "
+                         f"image paths start from the folder of the .jsonl file or from --root; "
+                         f"`python data.py DATASET --root DIR` reports what is there")
+
+
+def open_images(images, sizes):
+    """Decode each image that is not in `sizes` yet, and note its size there. Returns the InputErrors
+    of those that are missing or broken."""
+    broken = []
+    for image in tqdm(sorted(images - set(sizes)), "opening each image", leave=False, disable=None):
+        try:
+            sizes[image] = load_image(image).size
+        except InputError as error:
+            broken.append(error)
+    return broken
+
+
+def cut_samples(samples, length, max_tokens):
+    """Return the samples whose texts lose words, because they have more than max_tokens tokens.
+    length: a function that counts the tokens of a text, such as Tokenizer.length."""
+    texts = {sample.text for sample in samples}   # 120,000 texts take about 5 seconds
+    cut = {text for text in texts if length(text) > max_tokens}
+    return [sample for sample in samples if sample.text in cut]
+
+
+# --- From a Sample to a batch: the image ----------------------------------------------------------
+
+# What PIL may raise for a file that is not an image, or not a whole one.
+IMAGE_ERRORS = (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError)
+
+
+def load_image(image, upright=False, at_least=None):
+    """Return an RGB image, with transparent parts in white.
+
+    image: path of a file, number of a scene of `shapes`, or a PIL image
+    upright: whether to turn the image as its EXIF data say; for images from a camera, but not for
+        datasets, whose boxes refer to the stored pixels
+    at_least: the longer side, in pixels, that the caller needs. A JPEG is decoded at the smallest of
+        1/2, 1/4 and 1/8 of its size that still has it, which takes less time; None: at full size
+    """
+    if isinstance(image, int):
+        return draw_scene(image, *read_shapes()[1][image])
+    try:
+        opened = image if isinstance(image, Image.Image) else Image.open(image)
+        if at_least is not None:
+            # Pillow takes the smallest of these sizes that has as many pixels. For files other than
+            # JPEG this does nothing. The mode None keeps that of the file.
+            longer = max(opened.size)
+            opened.draft(None, [max(1, side * at_least // longer) for side in opened.size])
+        if upright:
+            opened = ImageOps.exif_transpose(opened)
+        return to_rgb(opened)
+    except IMAGE_ERRORS as error:
+        raise InputError(f"{image}: the file cannot be decoded as an image ({error})") from None
+
+
+def to_rgb(image):
+    """Turn a PIL image of any mode into RGB."""
+    if image.mode.startswith("I"):
+        # 16 bits per pixel are scaled to 8. PIL would cut them off at 255.
+        image = Image.fromarray(np.uint8(np.asarray(image).clip(0, 65535) // 256))
+    if image.mode == "F" and image.getextrema()[1] <= 1:
+        # Floats from 0 to 1 are scaled to 255. PIL would make all of them black.
+        image = Image.fromarray(np.uint8((np.asarray(image).clip(0, 1) * 255).round()))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def image_size(image):
+    """Return (width, height) of an image from the header of its file, without decoding it.
+    image: path of a file, number of a scene of `shapes`, or a PIL image"""
+    if isinstance(image, int):
+        return WIDTH, read_shapes()[1][image][0]
+    if isinstance(image, Image.Image):
+        return image.size
+    try:
+        with Image.open(image) as opened:
+            return opened.size
+    except IMAGE_ERRORS as error:
+        raise InputError(f"{image}: the file cannot be decoded as an image ({error})") from None
+
+
+def image_sizes(samples):
+    """Return {image: (width, height)} of all images of a list of Sample."""
+    images = sorted({sample.image for sample in samples})
+    progress = tqdm(images, "reading each image's size", leave=False, disable=None)
+    return {image: image_size(image) for image in progress}
+
+
+# Words that a crop or a horizontal flip may make false.
 #
-# [D36] In a mirror image left and right change places wherever they begin a word: "lefty",
+# [D36] In a horizontal flip left and right change places wherever they begin a word: "lefty",
 # "rightmost", "left_side". Inside a word they name no side: "bright", "Wright", "cleft". "Right" is
 # exchanged in "right behind him" and in "all right", too, as TransVG does, since one cannot tell
 # from the letters whether a side is meant. But "leftover" never means one.
@@ -1225,7 +813,7 @@ OTHER_SIDES = whole_words(
     r"|o\W*clock"                                            # "o'clock", "oclock"
     r"|starboard|port\W?side")
 
-# Words that count, for example from left to right, and figures, which a mirror image turns round.
+# Words that count, for example from left to right, and figures, which a flip turns round.
 ORDER_WORDS = whole_words(
     "first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh|twelfth"
     "|[a-z]+teenth|[a-z]+tieth|last|final|penultimate|numbers?|(counter|anti)?clockwise")
@@ -1234,33 +822,41 @@ PLACE_WORD = re.compile(
     SIDE_WORD.pattern + "|" + OTHER_SIDES + "|"
     + whole_words("(top|bottom|upper|lower)(most)?|middle|cent(er|re)|corner|edge"),
     re.IGNORECASE)
-UNMIRRORED_WORD = re.compile(r"\d|" + OTHER_SIDES + "|" + ORDER_WORDS, re.IGNORECASE)
+UNFLIPPED_WORD = re.compile(r"\d|" + OTHER_SIDES + "|" + ORDER_WORDS, re.IGNORECASE)
 
 
-def augment(picture, boxes, texts, rng, mirror):
-    """Change a training picture at random, with its boxes and texts, as TransVG does, which both
-    papers take over. There is one box and one text; more where expressions share their picture.
+def augment(image, boxes, texts, rng, flip):
+    """Change a training image at random, with its boxes and texts, as TransVG does, which both
+    papers take over. There is one box and one text; more where expressions share their image.
 
-    boxes: list of (x1, y1, x2, y2) in pixels of the picture
-    mirror: whether mirror images are allowed; HiVG Appendix B uses none
+    boxes: list of (x1, y1, x2, y2) in pixels of the image
+    flip: whether horizontal flips are allowed; HiVG Appendix B uses none
 
-    Returns the changed picture, boxes and texts.
+    Returns the changed image, boxes and texts.
     """
+    # Boxes that know the size of their image: the library changes both in the same way.
+    width, height = image.size
+    boxes = tv_tensors.BoundingBoxes(torch.tensor(boxes, dtype=torch.float64), format="XYXY",
+                                     canvas_size=(height, width))
+
     # [D36] A crop would make words about places false, and must keep the centre of each box.
     if rng.random() < 0.5 and not found_in(PLACE_WORD, texts):
-        picture, boxes = crop(picture, boxes, rng)
+        top_left_height_width = random_crop(image, boxes, rng)
+        image = transforms.crop(image, *top_left_height_width)
+        boxes = transforms.crop(boxes, *top_left_height_width)
 
     if rng.random() < 0.8:
-        enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-        for enhancer in rng.sample(enhancers, 3):   # in a random order
-            picture = enhancer(picture).enhance(rng.uniform(0.6, 1.4))
+        adjust = (transforms.adjust_brightness, transforms.adjust_contrast,
+                  transforms.adjust_saturation)
+        for change in rng.sample(adjust, 3):   # in a random order
+            image = change(image, rng.uniform(0.6, 1.4))
 
-    # [D36] A mirror image exchanges left and right, but other words would become false.
-    if mirror and rng.random() < 0.5 and not found_in(UNMIRRORED_WORD, texts):
-        boxes = [(picture.width - x2, y1, picture.width - x1, y2) for x1, y1, x2, y2 in boxes]
-        picture = ImageOps.mirror(picture)
+    # [D36] A horizontal flip exchanges left and right, but other words would become false.
+    if flip and rng.random() < 0.5 and not found_in(UNFLIPPED_WORD, texts):
+        image = transforms.horizontal_flip(image)
+        boxes = transforms.horizontal_flip(boxes)
         texts = [SIDE_WORD.sub(opposite_side, text) for text in texts]
-    return picture, boxes, texts
+    return image, boxes.tolist(), texts
 
 
 def found_in(pattern, texts):
@@ -1269,152 +865,137 @@ def found_in(pattern, texts):
 
 
 def opposite_side(match):
-    """Return the word that replaces a match of SIDE_WORD in a mirror image."""
-    if match[0].lower() == "left":
-        return "right"
-    return "left"
+    """Return the word that replaces a match of SIDE_WORD in a horizontal flip."""
+    return "right" if match[0].lower() == "left" else "left"
 
 
-def crop(picture, boxes, rng):
-    """Cut a random part out of the picture that keeps the centre of each box. If 20 tries lead to
-    none, the whole picture stays.
+def random_crop(image, boxes, rng):
+    """Return top, left, height and width of a random part of the image that keeps the centre of each
+    box; those of the whole image, if 20 tries lead to none.
 
-    TransVG scales the picture before it crops, so that its short side has 400, 500 or 600 pixels.
-    Here the crop has the same share of the picture, which keeps its own pixels until it is scaled
-    to a square of any size.
+    TransVG scales the image before it crops, so that its short side has 400, 500 or 600 pixels. Here
+    the crop has the same share of the image, which keeps its own pixels until it is scaled to a
+    square of any size.
     """
-    scale = min(picture.size) / rng.choice((400, 500, 600))   # pixels for one pixel of TransVG
-    centres = [((x1 + x2) / 2, (y1 + y2) / 2) for x1, y1, x2, y2 in boxes]
-
+    scale = min(image.size) / rng.choice((400, 500, 600))   # pixels for one pixel of TransVG
+    centres = ((boxes[:, :2] + boxes[:, 2:]) / 2).tolist()
     for _ in range(20):
-        w = crop_side(picture.width, scale, rng)
-        h = crop_side(picture.height, scale, rng)
-        x = rng.randint(0, picture.width - w)
-        y = rng.randint(0, picture.height - h)
-        # [D36] The centres must lie inside the crop on all four sides.
+        w = crop_side(image.width, scale, rng)
+        h = crop_side(image.height, scale, rng)
+        x = rng.randint(0, image.width - w)
+        y = rng.randint(0, image.height - h)
+        # [D36] The centres must lie inside the crop on all four sides. The released code compares
+        # x with the top and y with the left, so that objects get lost.
         if all(x < centre_x < x + w and y < centre_y < y + h for centre_x, centre_y in centres):
-            moved = [(x1 - x, y1 - y, x2 - x, y2 - y) for x1, y1, x2, y2 in boxes]
-            return picture.crop((x, y, x + w, y + h)), moved
-    return picture, boxes
+            return y, x, h, w
+    return 0, 0, image.height, image.width
 
 
 def crop_side(side, scale, rng):
-    """Return the random width or height of a crop. side: the whole picture's, in pixels
+    """Return the random width or height of a crop. side: the whole image's, in pixels
 
-    As in TransVG, no draw exceeds the scaled picture, whose sides have at least 400 pixels. To draw
+    As in TransVG, no draw exceeds the scaled image, whose sides have at least 400 pixels. To draw
     up to 600 and cut off afterwards would leave the whole height to half of the crops.
     """
     longest = min(round(side / scale), 600)
     return min(side, round(scale * rng.randint(384, longest)))
 
 
-# -------------------------------------------------------------------------------------------------
-# From a Sample to a batch: the padded square
+# --- From a Sample to a batch: the padded square --------------------------------------------------
 
 class Placement(NamedTuple):
-    """Where a scaled picture lies in its square, in pixels of the square."""
+    """Where a scaled image lies in its square, in pixels of the square."""
     width: int
     height: int
     left: int
     top: int
+    image_size: tuple   # (width, height) of the image before it was scaled
 
 
-def placement(width, height, size, rng=None, fill=1.0):
-    """Return the Placement of a picture of width x height pixels in a square of side `size`.
+def placement(image_size, size, rng=None, fill=1.0):
+    """Return the Placement of an image of (width, height) pixels in a square of side `size`.
 
-    The longer side is scaled to `fill` times the side of the square. The picture is centred or,
+    The longer side is scaled to `fill` times the side of the square. The image is centred or,
     if there is an `rng` (in training), put at a random place.
     """
+    width, height = image_size
     scale = fill * size / max(width, height)
     w = max(1, round(width * scale))
     h = max(1, round(height * scale))
     if rng is None:
-        left = (size - w) // 2
-        top = (size - h) // 2
-    else:
-        left = rng.randint(0, size - w)
-        top = rng.randint(0, size - h)
-    return Placement(w, h, left, top)
+        return Placement(w, h, (size - w) // 2, (size - h) // 2, image_size)
+    left = rng.randint(0, size - w)
+    top = rng.randint(0, size - h)
+    return Placement(w, h, left, top, image_size)
 
 
-def letterbox(picture, size, rng=None, pixels=PIXELS["detr"], fill=1.0):
-    """Scale a picture, keeping its proportions, and pad it to a square (HiVG Appendix B: "long edge
+def letterbox(image, size, rng=None, fill=1.0):
+    """Scale an image, keeping its proportions, and pad it to a square (HiVG Appendix B: "long edge
     alignment and short edge pad filling").
 
-    Returns
-        image      (3, S, S) normalised by `pixels`; padding is 0, which is the mean colour
-        padding    (S, S)    True where there is no picture
-        place      Placement of the picture in the square
+    image: a PIL image, or the number of a scene of `shapes`. Returns
+        square     (3, S, S) uint8, 0 where there is no image
+        padding    (S, S)    True where there is no image
+        place      Placement of the image in the square
     """
-    place = placement(*picture.size, size, rng, fill)
-    image, padding = pad(scale(picture, place.width, place.height), place, size, pixels)
-    return image, padding, place
+    place = placement(image_size(image), size, rng, fill)
+    if isinstance(image, int) and size <= WIDTH:
+        content = small_scene(image, place.width, place.height)
+    else:
+        content = resize(load_image(image), place.width, place.height)
+    rows = slice(place.top, place.top + place.height)
+    columns = slice(place.left, place.left + place.width)
+    square = torch.zeros(3, size, size, dtype=torch.uint8)
+    square[:, rows, columns] = content
+    padding = torch.ones(size, size, dtype=torch.bool)
+    padding[rows, columns] = False
+    return square, padding, place
 
 
-def scale(picture, width, height):
-    """Return a picture in another size, as a tensor (3, height, width) of values from 0 to 255."""
-    scaled = picture.resize((width, height), Image.Resampling.BILINEAR)
+def resize(image, width, height):
+    """Return a PIL image in another size, as a tensor (3, height, width) of values from 0 to 255."""
+    scaled = image.resize((width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(scaled)).permute(2, 0, 1)
 
 
-# Scenes do not change, so each is drawn in the first epoch alone. A scene that is 64 pixels wide has
-# 12 kB at most.
+# A scene is drawn in the first epoch alone. One that is 64 pixels wide has 12 kB at most.
 @functools.lru_cache(maxsize=10_000)
-def scaled_scene(number, width, height):
-    """Draw the picture of a scene and scale it, as `scale` does."""
-    return scale(render(number), width, height)
+def small_scene(number, width, height):
+    return resize(load_image(number), width, height)
 
 
-def pad(content, place, size, pixels):
-    """Put what `scale` returns into its place in a square -> image and padding of `letterbox`."""
-    mean = torch.tensor(pixels.mean)[:, None, None]                  # (3, 1, 1)
-    std = torch.tensor(pixels.std)[:, None, None]
-
-    rows = slice(place.top, place.top + place.height)
-    columns = slice(place.left, place.left + place.width)
-    image = torch.zeros(3, size, size)
-    image[:, rows, columns] = content
-    image[:, rows, columns].div_(255).sub_(mean).div_(std)    # in place, without megabytes of copies
-    padding = torch.ones(size, size, dtype=torch.bool)
-    padding[rows, columns] = False
-    return image, padding
-
-
-def clip(value, low, high):
+def clamp(value, low, high):
     return min(max(value, low), high)
 
 
-def to_square(box, picture_size, place, size):
-    """Turn (x1, y1, x2, y2) in pixels of the picture into [cx, cy, w, h] in [0, 1] of the square.
-    Parts of the box outside of the picture are cut off, so that a box wholly outside has no area.
-    place: from `placement`."""
-    width, height = picture_size
-    x1 = place.left + clip(box[0], 0, width) * place.width / width
-    y1 = place.top + clip(box[1], 0, height) * place.height / height
-    x2 = place.left + clip(box[2], 0, width) * place.width / width
-    y2 = place.top + clip(box[3], 0, height) * place.height / height
-
+def to_square(box, place, size):
+    """Turn (x1, y1, x2, y2) in pixels of the image into [cx, cy, w, h] in [0, 1] of the square.
+    Parts of the box outside of the image are cut off, so that a box wholly outside has no area.
+    place: from `letterbox`."""
+    width, height = place.image_size
+    x1 = place.left + clamp(box[0], 0, width) * place.width / width
+    y1 = place.top + clamp(box[1], 0, height) * place.height / height
+    x2 = place.left + clamp(box[2], 0, width) * place.width / width
+    y2 = place.top + clamp(box[3], 0, height) * place.height / height
     cx = (x1 + x2) / 2
     cy = (y1 + y2) / 2
     return [cx / size, cy / size, (x2 - x1) / size, (y2 - y1) / size]
 
 
-def from_square(box, picture_size, size):
-    """Turn (cx, cy, w, h) in [0, 1] of the square into (x1, y1, x2, y2) in pixels of the picture.
-    This is the inverse of to_square for a picture that is centred in its square."""
-    width, height = picture_size
+def from_square(box, image_size, size):
+    """Turn (cx, cy, w, h) in [0, 1] of the square into (x1, y1, x2, y2) in pixels of the image.
+    This is the inverse of to_square for an image that is centred in its square."""
+    width, height = image_size
     cx, cy, w, h = [float(v) * size for v in box]   # in pixels of the square
-    place = placement(width, height, size)
-
+    place = placement(image_size, size)
     x1 = (cx - w / 2 - place.left) * width / place.width
     y1 = (cy - h / 2 - place.top) * height / place.height
     x2 = (cx + w / 2 - place.left) * width / place.width
     y2 = (cy + h / 2 - place.top) * height / place.height
-    return clip(x1, 0, width), clip(y1, 0, height), clip(x2, 0, width), clip(y2, 0, height)
+    return clamp(x1, 0, width), clamp(y1, 0, height), clamp(x2, 0, width), clamp(y2, 0, height)
 
 
-# -------------------------------------------------------------------------------------------------
-# From a Sample to a batch: the text
+# --- From a Sample to a batch: the text -----------------------------------------------------------
 
 def mending_table():
     """Return for str.translate what CLIP's authors had ftfy replace in each text."""
@@ -1433,13 +1014,6 @@ def mending_table():
 MENDED = mending_table()
 
 
-def mend(text):
-    """Return a text as CLIP's pretraining has read it, but for mojibake [D46]. Its tokenizer itself
-    joins accents with their letters, joins white space and makes letters small."""
-    # CLIP's authors unescape twice: a web page may hold "&amp;amp;".
-    return html.unescape(html.unescape(text)).translate(MENDED)
-
-
 class Tokenizer:
     """Turns a text into a list of at most max_tokens token ids. A longer text loses words at its
     end, but keeps the token that marks the end.
@@ -1456,14 +1030,21 @@ class Tokenizer:
         self.max_tokens = max_tokens
         self.mends = False
         if name is None:
-            self.wordpiece = shapes_wordpiece()
-            self.pad = self.wordpiece.token_to_id("[PAD]")
-            self.mask = self.wordpiece.token_to_id("[MASK]")
+            # By the library `tokenizers` itself, as importing transformers takes seconds.
+            wordpiece = tokenizers.Tokenizer.from_file(str(ASSETS / "tiny-tokenizer.json"))
+            self.encode_plain = lambda text: wordpiece.encode(text).ids
+            self.pad = wordpiece.token_to_id("[PAD]")
+            self.mask = wordpiece.token_to_id("[MASK]")
         else:
-            self.wordpiece = pretrained_wordpiece(name, vocabulary, flag)
-            self.mends = is_clips(self.wordpiece)
-            self.pad = self.wordpiece.pad_token_id
-            self.mask = self.wordpiece.mask_token_id
+            from transformers import CLIPTokenizer
+            theirs = pretrained_tokenizer(name, vocabulary, flag)
+            # A text that spells "[SEP]" or "<|endoftext|>" is split like any other. verbose=False:
+            # otherwise a long text gives a warning.
+            self.encode_plain = lambda text: theirs(text, split_special_tokens=True,
+                                                    verbose=False)["input_ids"]
+            self.mends = isinstance(theirs, CLIPTokenizer)
+            self.pad = theirs.pad_token_id
+            self.mask = theirs.mask_token_id
 
     def __call__(self, text):
         ids = self.encode(text)
@@ -1477,153 +1058,76 @@ class Tokenizer:
 
     def encode(self, text):
         """Return all token ids of a text."""
-        # [D46] CLIP's pretraining mended each text, BERT's did not. A text that spells "[SEP]" or
-        # "<|endoftext|>" is split like any other, and makes no special token.
         if self.mends:
-            text = mend(text)
-        if isinstance(self.wordpiece, tokenizers.Tokenizer):
-            return self.wordpiece.encode(text).ids
-        # verbose=False: otherwise a long text gives a warning
-        return self.wordpiece(text, split_special_tokens=True, verbose=False)["input_ids"]
+            # [D46] CLIP's pretraining mended each text, twice for HTML: a web page may hold
+            # "&amp;amp;". BERT's did not.
+            text = html.unescape(html.unescape(text)).translate(MENDED)
+        return self.encode_plain(text)
 
 
-class WordCounter:
-    """Stands in for a Tokenizer whose files are not there: each word counts as one token."""
-
-    def __init__(self, max_tokens):
-        self.max_tokens = max_tokens
-
-    def length(self, text):
-        return len(text.split()) + 2   # one token marks the beginning of a text, and one its end
-
-
-def cut_samples(samples, tokenizer):
-    """Return the samples whose texts lose words, because they have more than max_tokens tokens."""
-    texts = {sample.text for sample in samples}   # 120,000 texts take about 5 seconds
-    cut = {text for text in texts if tokenizer.length(text) > tokenizer.max_tokens}
-    return [sample for sample in samples if sample.text in cut]
-
-
-def is_clips(wordpiece):
-    from transformers import CLIPTokenizer   # importing transformers takes seconds
-    return isinstance(wordpiece, CLIPTokenizer)
-
-
-def pretrained_wordpiece(name, vocabulary, flag):
+def pretrained_tokenizer(name, vocabulary, flag):
     """Return transformers' tokenizer by a hub name or folder."""
     from transformers import AutoTokenizer   # importing transformers takes seconds
     try:
-        wordpiece = AutoTokenizer.from_pretrained(name, local_files_only=not may_ask_hub(name))
+        tokenizer = AutoTokenizer.from_pretrained(name)
         # Where its files are missing, transformers makes an empty tokenizer without a warning.
-        if vocabulary and len(wordpiece) != vocabulary:
+        if vocabulary and len(tokenizer) != vocabulary:
             raise ValueError(
-                f"it has {len(wordpiece)} tokens, but the text encoder has {vocabulary}; is "
+                f"it has {len(tokenizer)} tokens, but the text encoder has {vocabulary}; is "
                 f"tokenizer.json missing there, or vocab.txt, or vocab.json with merges.txt?")
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"no tokenizer in {name} fits ({reason}): give a hub name or folder by "
                          f"{flag}, or take --weights random or --size tiny") from None
-    return wordpiece
+    return tokenizer
 
 
-def may_ask_hub(name):
-    """Return whether a folder is a hub name, and the hub answers. Without a network the hub's own
-    retries would take a minute, before its error comes."""
-    return not Path(name).exists() and hub_answers()
+# --- From a Sample to a batch: what the DataLoader uses -------------------------------------------
 
-
-@functools.lru_cache(maxsize=1)
-def hub_answers():
-    from huggingface_hub.constants import ENDPOINT
-    try:
-        urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=10).close()
-    except urllib.error.HTTPError:
-        return True   # an answer, too
-    except OSError:
-        return False
-    return True
-
-
-def shapes_wordpiece():
-    """Return BERT's WordPiece with the words of `shapes`, and letters. It needs no files, and comes
-    from the library `tokenizers`, because importing transformers takes seconds."""
-    phrases = ["to", "from", *COLOURS, *SHAPES, *NOUNS, *ORDINALS, *SIDES]
-    for synonyms in SIZE_WORDS.values():
-        phrases.extend(synonyms)
-    for side in SIDES.values():
-        phrases.extend(side.superlatives)
-        phrases.extend(side.comparatives)
-    known_words = set(" ".join(phrases).replace("{}", "").split())
-
-    characters = [chr(code) for code in range(33, 127)]   # what ASCII can print
-    letters = [c for c in characters if not c.isupper()]
-    inner_letters = ["##" + c for c in letters if c.isalnum()]
-
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    pieces += letters + inner_letters + sorted(known_words)
-    ids = {piece: number for number, piece in enumerate(pieces)}
-
-    wordpiece = tokenizers.Tokenizer(tokenizers.models.WordPiece(ids, unk_token="[UNK]"))
-    wordpiece.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
-    wordpiece.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    wordpiece.post_processor = tokenizers.processors.BertProcessing(
-        ("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))   # the end of a text, and its beginning
-    return wordpiece
-
-
-# -------------------------------------------------------------------------------------------------
-# From a Sample to a batch: what the DataLoader uses
-
-def seeded(*key):
-    """Return a random generator of its own for each key. What is drawn for a sample then depends on
-    nothing that was drawn before."""
-    return random.Random(" ".join(str(part) for part in key))
-
-
-# [D32] TransVG scales the long side to one of 640, 608, ... 448 of 640 pixels.
+# [D32] TransVG scales the long side to one of 640, 608, ... 448 of 640 pixels. HiVG's released code
+# goes down to 32 of 224, where nothing is seen.
 SCALES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 
 class Item(NamedTuple):
     """One sample as GroundingDataset gives it."""
-    image: torch.Tensor     # (3, S, S) normalised
-    padding: torch.Tensor   # (S, S)    True where there is no picture
+    image: torch.Tensor     # (3, S, S) uint8
+    padding: torch.Tensor   # (S, S)    True where there is no image
     tokens: list            # token ids of the text
     box: list               # [cx, cy, w, h] in [0, 1] of the square
     index: int              # of the sample in the dataset
 
 
 class GroundingDataset(torch.utils.data.Dataset):
-    """Samples as tensors. A picture is decoded when its sample is asked for.
+    """Samples as tensors. An image is decoded when its sample is asked for.
 
     size: side of the padded square, in pixels
-    train: whether a picture is put at a random place of its square, instead of the centre
+    train: whether an image is put at a random place of its square, instead of the centre
     seed: all random choices depend on the seed, on `epoch` and on the index of the sample alone, so
         that they are the same with any number of workers and after a resume
     augmented: whether, in training, `augment` and a random scale are applied, too
-    mirror: whether `augment` may use mirror images
-    shared: whether neighbours in a batch that have the same picture share it, in training with one
+    flip: whether `augment` may use horizontal flips
+    shared: whether neighbours in a batch that have the same image share it, in training with one
         choice of transforms; in evaluation, where nothing is random, they always do
     draft: whether a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that is large enough; its
         pixels are then slightly different ones
     """
 
-    def __init__(self, samples, size, tokenizer, pixels, train=False, seed=0, augmented=False,
-                 mirror=False, shared=False, draft=False):
+    def __init__(self, samples, size, tokenizer, train=False, seed=0, augmented=False, flip=False,
+                 shared=False, draft=False):
         self.samples = samples
         self.size = size
         self.tokenizer = tokenizer
-        self.pixels = pixels
         self.train = train
         self.seed = seed
         # Workers live from epoch to epoch with a copy of this object. They see the number of the
         # epoch because its memory is shared.
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.augmented = augmented
-        self.mirror = mirror
+        self.flip = flip
         self.shared = shared or not train
         self.draft = draft
-        check_pictures_exist(samples)
+        check_images_exist(samples)
 
     def __len__(self):
         return len(self.samples)
@@ -1632,60 +1136,57 @@ class GroundingDataset(torch.utils.data.Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices):
-        """Return the list of Item of a batch; the DataLoader calls this. Neighbours that share a
-        picture hold the same tensor, by which collate knows them."""
+        """Return the list of Item of a batch; the DataLoader calls this. Neighbours that share an
+        image hold the same tensor, by which collate knows them."""
         items = []
         if not self.shared:
             for index in indices:
                 items += self.load([index])
             return items
-        for _, neighbours in itertools.groupby(indices, self.picture_of):
+        for _, neighbours in itertools.groupby(indices, lambda index: self.samples[index].image):
             items += self.load(list(neighbours))
         return items
 
-    def picture_of(self, index):
-        return self.samples[index].image
-
     def load(self, indices):
-        """Return the list of Item of samples that share one picture."""
-        image = self.picture_of(indices[0])
+        """Return the list of Item of samples that share one image."""
+        image = self.samples[indices[0]].image
         boxes = [self.samples[index].box for index in indices]
         texts = [self.samples[index].text for index in indices]
-
         rng = None
         if self.train:
             rng = seeded(self.seed, self.epoch.item(), indices[0])
-        augmented = self.train and self.augmented
 
-        # Scaled scenes of `shapes` are kept. For larger squares they would fill the memory.
-        if isinstance(image, int) and not augmented and self.size <= WIDTH:
-            picture_size = header_size(image)
-            place = placement(*picture_size, self.size, rng)
-            content = scaled_scene(image, place.width, place.height)
-            square, padding = pad(content, place, self.size, self.pixels)
-        else:
-            if self.draft:
-                # A crop may keep a half of a side, and should not be made larger.
-                enough = 2 * self.size if augmented else self.size
-                picture, boxes = load_draft(image, boxes, enough)
-            else:
-                picture = load_picture(image)
-            fill = 1.0
-            if augmented:
-                picture, boxes, texts = augment(picture, boxes, texts, rng, self.mirror)
-                fill = rng.choice(SCALES)
-            picture_size = picture.size
-            square, padding, place = letterbox(picture, self.size, rng, self.pixels, fill)
+        fill = 1.0
+        augmented = self.train and self.augmented
+        if self.draft:
+            # A crop may keep a half of a side, and should not be made larger.
+            image, boxes = load_draft(image, boxes, 2 * self.size if augmented else self.size)
+        elif augmented or not isinstance(image, int):    # letterbox keeps the scenes of `shapes`
+            image = load_image(image)
+        if augmented:
+            image, boxes, texts = augment(image, boxes, texts, rng, self.flip)
+            fill = rng.choice(SCALES)
+        square, padding, place = letterbox(image, self.size, rng, fill)
 
         items = []
         for index, box, text in zip(indices, boxes, texts):
-            target = to_square(box, picture_size, place, self.size)
+            target = to_square(box, place, self.size)
             items.append(Item(square, padding, self.tokenizer(text), target, index))
         return items
 
 
-def by_picture(samples):
-    """Return the indices of a list of Sample as [[index, ...], ...], a list for each picture."""
+def load_draft(image, boxes, side):
+    """Load an image smaller than it is stored, where its longer side still has `side` pixels
+    -> image, boxes in its pixels. boxes: [(x1, y1, x2, y2), ...] in stored pixels"""
+    drafted = load_image(image, at_least=side)
+    width, height = image_size(image)
+    x = drafted.width / width
+    y = drafted.height / height
+    return drafted, [(x * x1, y * y1, x * x2, y * y2) for x1, y1, x2, y2 in boxes]
+
+
+def by_image(samples):
+    """Return the indices of a list of Sample as [[index, ...], ...], a list for each image."""
     indices = {}
     for index, sample in enumerate(samples):
         indices.setdefault(sample.image, []).append(index)
@@ -1696,14 +1197,14 @@ class TrainingBatches:
     """The batches of an epoch, each a list of indices: a batch_sampler for torch's DataLoader. The
     order depends on seed and `epoch` alone; samples that do not fill a last batch are left out.
 
-    together: K, how many samples of a picture follow each other; a picture may have fewer
+    together: K, how many samples of an image follow each other; an image may have fewer
     rank, processes: give this process its part of each batch, where several train together
 
     Set `epoch` before each pass, and `first` to begin at a later batch than the first, 0.
     """
 
     def __init__(self, samples, batch_size, seed, together=1, rank=0, processes=1):
-        self.pictures = by_picture(samples)
+        self.images = by_image(samples)
         self.batch_size = min(batch_size, len(samples))
         self.batches = len(samples) // self.batch_size
         self.seed = seed
@@ -1726,7 +1227,7 @@ class TrainingBatches:
         """Return all indices in the order of this epoch."""
         rng = seeded("order", self.seed, self.epoch)
         groups = []
-        for indices in self.pictures:
+        for indices in self.images:
             shuffled = rng.sample(indices, len(indices))
             for start in range(0, len(shuffled), self.together):
                 groups.append(shuffled[start:start + self.together])
@@ -1735,79 +1236,50 @@ class TrainingBatches:
 
 
 def evaluation_batches(samples, batch_size, rank=0, processes=1):
-    """Return batches of indices that hold each sample once, [[index, ...], ...]. The samples of a
-    picture follow each other, so that it is loaded and encoded once for all of them.
+    """Return batches of indices that hold each sample once, [[index, ...], ...]. The samples of an
+    image follow each other, so that it is loaded and encoded once for all of them.
     rank, processes: give this process its share of the batches, where several evaluate together"""
-    order = list(itertools.chain(*by_picture(samples)))
+    order = list(itertools.chain(*by_image(samples)))
     batches = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
     return batches[rank::processes]
-
-
-def check_pictures_exist(samples):
-    """Raise InputError if a picture's file is missing, before hours of training have passed."""
-    paths = {sample.image for sample in samples if isinstance(sample.image, Path)}
-    missing = sorted(path for path in paths if not os.path.isfile(path))
-    if missing:
-        raise InputError(f"{missing[0]}: no such picture ({len(missing):,} are missing in all); "
-                         f"picture paths start from the folder of the .jsonl file or from --root; "
-                         f"`python data.py DATASET --root DIR` reports what is there")
-
-
-def check_decodable(samples):
-    """Raise InputError if a picture cannot be decoded, before hours of training have passed. This
-    takes about 10 seconds for the 1,500 pictures of RefCOCO's val."""
-    faults = {}
-    open_pictures({sample.image for sample in samples}, {}, faults)
-    for errors in faults.values():
-        raise InputError(f"{errors[0]}. Of the pictures to validate on, {len(errors):,} cannot be "
-                         f"decoded: fetch them again, or take their expressions out of val")
 
 
 def collate(items, pad):
     """Join a list of Item into a batch. pad: the tokenizer's id of padding.
 
-    Returns a dict of, for P pictures of B samples,
+    Returns a dict of, for P images of B samples,
         images         (P, 3, S, S)   image_padding   (P, S, S)
         tokens         (B, T)         token_padding   (B, T)
         boxes          (B, 4)         index           (B,)
-        picture        (B,)           the row of each sample's picture in images; it rises by 0 or 1
+        image_index    (B,)           the row of each sample's image in images; it rises by 0 or 1
     """
-    pictures = []      # the first Item of each picture
+    first_items = []   # the first Item of each image
     rows = []
     for item in items:
-        if not pictures or item.image is not pictures[-1].image:
-            pictures.append(item)
-        rows.append(len(pictures) - 1)
+        if not first_items or item.image is not first_items[-1].image:
+            first_items.append(item)
+        rows.append(len(first_items) - 1)
     texts = [torch.tensor(item.tokens) for item in items]
     tokens = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=pad)   # (B, T)
     lengths = torch.tensor([len(text) for text in texts])                                  # (B,)
     positions = torch.arange(tokens.shape[1])                                              # (T,)
     return {
-        "images": torch.stack([item.image for item in pictures]),
-        "image_padding": torch.stack([item.padding for item in pictures]),
+        "images": torch.stack([item.image for item in first_items]),
+        "image_padding": torch.stack([item.padding for item in first_items]),
         "tokens": tokens,
         "token_padding": positions >= lengths[:, None],
         "boxes": torch.tensor([item.box for item in items], dtype=torch.float32),
         "index": torch.tensor([item.index for item in items]),
-        "picture": torch.tensor(rows),
+        "image_index": torch.tensor(rows),
     }
 
 
-# -------------------------------------------------------------------------------------------------
-# Pictures of boxes
+# --- Drawings -------------------------------------------------------------------------------------
 
 TRUE = (0, 130, 40)         # colour of a true box
 PREDICTED = (220, 0, 90)    # colour of a predicted box
-WARM = (255, 140, 0)        # colour of attention
-LEGEND = {"true": TRUE, "predicted": PREDICTED, "attention": WARM}
-
-CAPTION_HEIGHT = 54         # pixels below a picture, enough for three lines
-LEGEND_HEIGHT = 24          # pixels above all pictures
-
-
-@functools.cache
-def font():
-    return ImageFont.load_default(13)
+HEAT = (255, 140, 0)        # colour of attention
+LEGEND = {"true": TRUE, "predicted": PREDICTED, "attention": HEAT}
 
 
 def spread(samples, count=12):
@@ -1816,144 +1288,85 @@ def spread(samples, count=12):
     return samples[::step][:count]
 
 
-def caption_of(text, number, path):
-    """Return what can be drawn below a picture for a text. The font that Pillow brings has the
-    letters of English and few others. A text in other letters is printed, under its number.
+def draw(image, caption, boxes, attention=None, side=256):
+    """Return a tile (3, H, W) uint8: the image with boxes in it, and the caption below.
+
+    image: PIL. boxes: list of ((x1, y1, x2, y2) in pixels of the image, colour)
+    attention: (Nv,) over the vision tokens of the padded square, drawn as a heat map
+    side: of the square, in pixels
+    """
+    view, padding, place = letterbox(image, side)
+    view = view.masked_fill(padding, 255)
+    if attention is not None:
+        view = add_heat_map(view, attention).masked_fill(padding, 255)
+    for (x1, y1, x2, y2), colour in boxes:
+        cx, cy, w, h = to_square((x1, y1, x2, y2), place, side)
+        corners = torch.tensor([[cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]]) * side
+        corners[:, 2:] = corners[:, 2:].maximum(corners[:, :2])   # inside out, it becomes a line
+        view = draw_bounding_boxes(view, corners, colors=colour, width=2)
+    return torch.cat([view, text_strip(caption, side)], dim=1)
+
+
+def add_heat_map(view, attention):
+    """Colour a square view (3, S, S) uint8 where the attention is high.
+
+    The strength is 0 where attention is 1 / Nv, as if it were uniform, or less, and 1 where it is 1.
+    Between them it grows with the logarithm, as attention of a tenth is much in 400 tokens. Even at
+    strength 1 the colours below can be recognised.
+    """
+    count = len(attention)                                                # Nv
+    cells = attention.float().cpu().unflatten(0, (math.isqrt(count), -1))
+    strength = (cells * count).clamp(1, count).log() / math.log(count)
+    opacity = 0.5 * transforms.resize(strength[None], list(view.shape[1:]))   # (1, S, S)
+    heat = torch.tensor(HEAT)[:, None, None]
+    return (view * (1 - opacity) + heat * opacity).to(torch.uint8)
+
+
+def text_strip(text, width, colours=None):
+    """Return an image (3, 54, width) uint8 with up to three lines of text. colours: draw the words
+    side by side instead, {word: colour}."""
+    font = ImageFont.load_default(13)
+    strip = Image.new("RGB", (width, 54 if colours is None else 26), "white")
+    pen = ImageDraw.Draw(strip)
+    if colours is None:
+        lines = []
+        for part in text.split("\n"):
+            lines += textwrap.wrap(part, (width - 8) // 7, max_lines=2, placeholder=" ...")
+        pen.text((4, 2), "\n".join(lines), "black", font)
+    else:
+        x = 8
+        for word, colour in colours.items():
+            pen.text((x, 5), word, colour, font)
+            x += 24 + round(font.getlength(word))
+    return torch.from_numpy(np.array(strip)).permute(2, 0, 1)
+
+
+def drawable(text, number, path):
+    """Return what can be drawn for a text. The font that Pillow brings has the letters of English
+    and few others. A text in other letters is printed, under its number.
 
     number: of the text on its sheet. path: the sheet's file.
     """
-    missing = "\U0010fffd"   # no font has this character, so it looks like all that are missing
-    characters = set("".join(text.split()))
-    if any(bytes(font().getmask(c)) == bytes(font().getmask(missing)) for c in characters):
+    font = ImageFont.load_default(13)
+    missing = bytes(font.getmask("\U0010fffd"))   # no font has this character
+    if any(bytes(font.getmask(c)) == missing for c in set("".join(text.split()))):
         print(f"text {number} of {path}: {text}")
         return f"(text {number}: see the terminal)"
     return text
 
 
-def draw(picture, caption, boxes, attention=None, side=256, heading=""):
-    """Return a tile: the picture with boxes in it, and below it the heading and the caption.
-
-    boxes: list of ((x1, y1, x2, y2) in pixels of the picture, colour)
-    attention: (N_v,) over the vision tokens of the padded square, drawn as warmth
-    side: of the square, in pixels
-    heading: a line above the caption
-    """
-    scale = side / max(picture.size)
-    w, h, left, top = placement(*picture.size, side)
-    view = picture.resize((w, h), Image.Resampling.BICUBIC)
-    if attention is not None:
-        view = add_warmth(view, attention, left, top, side)
-    draw_boxes(view, boxes, scale)
-
-    tile = Image.new("RGB", (side, side + CAPTION_HEIGHT), "white")
-    tile.paste(view, (left, 0))
-    letters = (side - 8) // 7   # per line, each about 7 pixels wide
-    lines = textwrap.wrap(caption, letters, max_lines=2, placeholder=" ...")
-    if heading:
-        lines.insert(0, heading)
-    ImageDraw.Draw(tile).text((4, h + 2), "\n".join(lines), "black", font())
-    return tile
-
-
-def draw_boxes(view, boxes, scale):
-    """Draw boxes into a picture that was scaled. A light line around each keeps its contrast on any
-    ground. These lines come first, so that none of them covers another box."""
-    pen = ImageDraw.Draw(view)
-    corners = []
-    for box, _ in boxes:
-        x1, y1, x2, y2 = [v * scale for v in box]
-        corners.append((x1, y1, max(x1, x2), max(y1, y2)))   # inside out, it becomes a line
-
-    for x1, y1, x2, y2 in corners:
-        pen.rectangle((x1 - 2, y1 - 2, x2 + 2, y2 + 2), outline="white", width=6)
-    for rectangle, (_, colour) in zip(corners, boxes):
-        pen.rectangle(rectangle, outline=colour, width=3)
-
-
-def add_warmth(view, attention, left, top, side):
-    """Colour a picture, which lies at (left, top) in a square, where the attention is high.
-
-    The strength is 0 where attention is 1 / N_v, as if it were uniform, or less, and 1 where it is
-    1. Between them it grows with the logarithm, as attention of a tenth is much in 400 tokens.
-    Even at strength 1 the colours below can be recognised.
-    """
-    count = len(attention)                                             # N_v
-    grid = math.isqrt(count)
-    cells = attention.float().cpu().unflatten(0, (grid, -1))           # (N_v,) -> (grid, grid)
-    strength = (cells * count).clamp(1, count).log() / math.log(count)
-    opacity = Image.fromarray(np.uint8(0.5 * 255 * strength))
-    opacity = opacity.resize((side, side), Image.Resampling.BICUBIC)
-    opacity = opacity.crop((left, top, left + view.width, top + view.height))
-    warm = Image.new("RGB", view.size, WARM)
-    return Image.composite(warm, view, opacity)
-
-
-def contact_sheet(tiles, legend, columns=4):
-    """Return one picture that shows tiles of equal size side by side, below a legend.
+def write_sheet(path, tiles, legend, columns=4):
+    """Write tiles of equal size side by side into an image file, below a legend.
     legend: names in LEGEND of the colours that the tiles have"""
-    gap = 8                                  # pixels between tiles
-    width, height = tiles[0].size
-    columns = min(columns, len(tiles))
-    rows = math.ceil(len(tiles) / columns)
-    size = (gap + columns * (width + gap), LEGEND_HEIGHT + gap + rows * (height + gap))
-    sheet = Image.new("RGB", size, "white")
-    for number, tile in enumerate(tiles):
-        row, column = divmod(number, columns)
-        corner = (gap + column * (width + gap), LEGEND_HEIGHT + gap + row * (height + gap))
-        sheet.paste(tile, corner)
-    pen = ImageDraw.Draw(sheet)
-    x = 8
-    for name in legend:
-        pen.rectangle((x, 8, x + 12, 20), LEGEND[name])
-        pen.text((x + 18, 6), name, "black", font())
-        x += 36 + round(font().getlength(name))
-    return sheet
+    sheet = make_grid(torch.stack(tiles), nrow=columns, padding=8, pad_value=255)
+    strip = text_strip("", sheet.shape[2], {name: LEGEND[name] for name in legend})
+    sheet = torch.cat([strip, sheet], dim=1).permute(1, 2, 0)
+    image = Image.fromarray(sheet.contiguous().numpy())
+    kind = Image.registered_extensions()[Path(path).suffix.lower()]
+    write_atomically(path, functools.partial(image.save, format=kind))
 
 
-def interval_chart(bars):
-    """Return a PIL picture with a line of text, a point and its interval for each of `bars`.
-
-    bars: [(text, value, half of the interval, threshold), ...], all in the same unit. The threshold
-        is a short grey line. An interval above its threshold is green, one below it red."""
-    side = 24            # pixels of a line
-    left = 12 + max(round(font().getlength(text)) for text, *_ in bars)
-    width = 420
-    ends = [max(abs(value) + half, abs(threshold)) for _, value, half, threshold in bars]
-    reach = math.ceil(max(1.0, *ends))           # the axis goes from -reach to reach
-    picture = Image.new("RGB", (left + width + 12, side * (len(bars) + 1)), "white")
-    pen = ImageDraw.Draw(picture)
-
-    def place(value):
-        return left + (value + reach) / (2 * reach) * width
-
-    bottom = side * len(bars)
-    for mark in (-reach, 0, reach):
-        pen.line((place(mark), 4, place(mark), bottom), "lightgrey")
-        label = f"{mark:+d}" if mark else "0"
-        pen.text((place(mark) - font().getlength(label) / 2, bottom + 4), label, "black", font())
-    for number, (text, value, half, threshold) in enumerate(bars):
-        y = side * number + side // 2
-        colour = "dimgrey"
-        if value - half > threshold:
-            colour = "green"
-        elif value + half < threshold:
-            colour = "red"
-        pen.text((6, y - 8), text, "black", font())
-        pen.line((place(threshold), y - 7, place(threshold), y + 7), "grey")
-        pen.line((place(value - half), y, place(value + half), y), colour, 2)
-        pen.ellipse((place(value) - 4, y - 4, place(value) + 4, y + 4), fill=colour)
-    return picture
-
-
-def write_picture(path, picture):
-    """Write a PIL picture by write_atomically, in the format that the file's name ends with."""
-    formats = Image.registered_extensions()
-    kind = formats[Path(path).suffix.lower()]
-    write_atomically(path, functools.partial(picture.save, format=kind))
-
-
-# -------------------------------------------------------------------------------------------------
-# Download
+# --- Download -------------------------------------------------------------------------------------
 
 WEB_ARCHIVE = ("https://web.archive.org/web/{}/"
                "https://bvisionweb1.cs.unc.edu/licheng/referit/data")
@@ -1966,44 +1379,41 @@ ADDRESSES = {
     "train2014.zip": "http://images.cocodataset.org/zips",
 }
 
-# dataset that cannot be fetched: who has its pictures
-HOLDERS = {
-    "referit": "the shared drives that the READMEs of TransVG and CLIP-VG link",
-    "flickr30k": "its authors, who ask for a form",
-}
+# dataset that cannot be fetched: who has its images
+HOLDERS = {"referit": "the shared drives that the READMEs of TransVG and CLIP-VG link",
+           "flickr30k": "its authors, who ask for a form"}
 
 
 def check_downloadable(dataset, root):
     """Raise InputError if a dataset cannot be fetched, and say where its files are."""
     one_of("dataset to --download", dataset, DATASETS)
-    info = DATASETS[dataset]
-    base = Path(root or "data")
     if dataset in HOLDERS:
+        info = DATASETS[dataset]
+        base = Path(root or "data")
         raise InputError(
-            f"{dataset} cannot be fetched: get its pictures from {HOLDERS[dataset]}, and put them "
-            f"into {base / info.pictures[0]}; get {info.transvg}_*.pth from the drive that TransVG "
+            f"{dataset} cannot be fetched: get its images from {HOLDERS[dataset]}, and put them "
+            f"into {base / info.images[0]}; get {info.transvg}_*.pth from the drive that TransVG "
             f"shares, and put them into {base / info.transvg}")
 
 
 def download(dataset, root, mirror):
     """Fetch what is missing of a dataset: REFER's annotations, unless there are annotations of any
-    format, and those of COCO's pictures that the annotations name.
+    format, and those of COCO's images that the annotations name.
     mirror: address of a folder to fetch from; None means the ones in ADDRESSES."""
-    check_downloadable(dataset, root)
     base = Path(root or "data")
+    base.mkdir(parents=True, exist_ok=True)
     refer = Path(DATASETS[dataset].refer)   # for example refcoco/refs(unc).p
-
     try:
         samples_by_split(dataset, root)
     except InputError:   # the annotations are missing or damaged
         wanted = {refer.name, "instances.json"}
         unpack(f"{refer.parent}.zip", base / refer.parent, wanted, base, mirror)
 
-    pictures = set()
+    images = set()
     for samples in samples_by_split(dataset, root).values():
-        pictures.update(sample.image_id for sample in samples)
+        images.update(sample.image_id for sample in samples)
     _, folder = find_files(dataset, root)
-    unpack("train2014.zip", folder, pictures, base, mirror)
+    unpack("train2014.zip", folder, images, base, mirror)
 
 
 def unpack(name, folder, wanted, base, mirror):
@@ -2012,14 +1422,20 @@ def unpack(name, folder, wanted, base, mirror):
     missing = {file for file in wanted if not os.path.lexists(folder / file)}
     if not missing:
         return
-
     archive = base / name
     address = f"{(mirror or ADDRESSES[name]).rstrip('/')}/{name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not zipfile.is_zipfile(archive):
             fetch(address, archive)
-        unpack_files(archive, folder, missing)
+        with zipfile.ZipFile(archive) as file:
+            # Only the last part of a member's path is used, so that neither `..` nor links in an
+            # archive lead out of the folder.
+            members = {member.filename.rpartition("/")[2]: member for member in file.infolist()}
+            found = sorted(missing & set(members))
+            for wanted_file in tqdm(found, f"unpacking {name}", disable=None):
+                content = file.read(members[wanted_file])   # this also compares the checksum
+                write_atomically(folder / wanted_file, lambda path: path.write_bytes(content))
     except Exception as error:   # a server or an archive may fail in any manner
         raise InputError(
             f"{archive}, from {address}: {type(error).__name__}, {error}. The same command goes on "
@@ -2028,7 +1444,8 @@ def unpack(name, folder, wanted, base, mirror):
 
 
 def fetch(address, path):
-    """Fetch an archive. If a part of it is there already, fetch the rest."""
+    """Fetch an archive. If a part of it is there already, fetch the rest: 13.5 GB seldom come in one
+    piece, and neither torch.hub nor torchvision goes on with a download."""
     present = path.stat().st_size if path.exists() else 0
     request = urllib.request.Request(address, headers={"Range": f"bytes={present}-"})
     with urllib.request.urlopen(request, timeout=60) as reply:
@@ -2037,226 +1454,148 @@ def fetch(address, path):
         # An answer may be an error page, or empty. What is there must then stay as it is.
         if present == 0 and reply.peek(2)[:2] != b"PK":
             raise ValueError(f"the answer is no zip archive, it begins with {reply.peek(40)[:40]}")
-
         size = present + int(reply.headers["Content-Length"] or 0)
-        mode = "ab" if present else "wb"
         progress = tqdm.wrapattr(reply, "read", size, desc=path.name, initial=present)
-        with progress as source, open(path, mode) as target:
+        with progress as source, open(path, "ab" if present else "wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
-
     if path.stat().st_size < size:
         raise EOFError(f"only {path.stat().st_size:,} of {size:,} bytes came")
 
 
-def unpack_files(archive, folder, names):
-    """Unpack files by their names. Only the last part of a member's path and its content are used,
-    so that neither `..` nor links in an archive lead out of the folder."""
-    with zipfile.ZipFile(archive) as file:
-        members = {}
-        for member in file.infolist():
-            name = member.filename.rpartition("/")[2]
-            if name in names:
-                members[name] = member
+# --- The command line: look at a dataset before a model is trained on it --------------------------
 
-        for name, member in tqdm(members.items(), f"unpacking {archive.name}", disable=None):
-            content = file.read(member)   # this also compares the checksum
-            write_atomically(folder / name, functools.partial(write_bytes, content=content))
-
-
-def write_bytes(path, content):
-    path.write_bytes(content)
-
-
-# -------------------------------------------------------------------------------------------------
-# The command line: look at a dataset before a model is trained on it
-
-def counting_tokenizer(dataset, max_tokens, text_weights):
-    """Return the tokenizer of --text-weights or, by default, that of `shapes` or BERT. For BERT
-    nothing is fetched: if its files are not on this machine, words are counted."""
+def text_length(dataset, max_tokens, text_weights):
+    """Return a function that counts the tokens of a text, and a note on how: by the tokenizer of
+    --text-weights or, by default, by that of `shapes` or BERT. For BERT nothing is fetched: if its
+    files are not on this machine, words are counted."""
     if text_weights:
-        return Tokenizer(max_tokens, text_weights)
+        return Tokenizer(max_tokens, text_weights).length, ""
     if dataset == "shapes":
-        return Tokenizer(max_tokens)
+        return Tokenizer(max_tokens).length, ""
     from huggingface_hub import try_to_load_from_cache   # transformers brings this library
-    for name in ("tokenizer.json", "config.json"):
-        path = try_to_load_from_cache("bert-base-uncased", name)
-        if not isinstance(path, str):
-            return WordCounter(max_tokens)
-    return Tokenizer(max_tokens, str(Path(path).parent))
+    files = [try_to_load_from_cache("bert-base-uncased", name)
+             for name in ("tokenizer.json", "config.json")]
+    if all(isinstance(file, str) for file in files):
+        return Tokenizer(max_tokens, str(Path(files[0]).parent)).length, ""
+    # One token marks the beginning of a text, and one its end.
+    return (lambda text: len(text.split()) + 2,
+            " if each word is one token (--text-weights counts by a tokenizer)")
 
 
-def report(dataset, root, tokenizer):
+def report(dataset, root, max_tokens, text_weights):
     """Print the size of each split beside the papers' count. Then print each fault that harms
     training, with its number of cases and an example."""
-    info = DATASETS.get(dataset)
+    expected = DATASETS[dataset].expressions if dataset in DATASETS else {}
+    length, how = text_length(dataset, max_tokens, text_weights)
     faults = {}     # fault: list of cases
     doubts = []     # about the boxes of whole splits
-    pictures = {}   # split: set of pictures
-    sizes = {}      # picture: (width, height), for those that could be opened
+    images = {}     # split: set of images
+    sizes = {}      # image: (width, height), for those that could be opened
 
     print(f"{'split':12}{'images':>9}{'objects':>9}{'expressions':>13}{'the papers':>12}")
-    for split in split_names(dataset, root):
-        samples = load_samples(dataset, split, root)
-        pictures[split] = {sample.image for sample in samples}
+    for split, samples in samples_by_split(dataset, root).items():
+        images[split] = {sample.image for sample in samples}
         objects = {(sample.image, sample.box) for sample in samples}
-        expected = info.expressions.get(split) if info else None
-        print(f"{split:12}{len(pictures[split]):9,}{len(objects):9,}{len(samples):13,}"
-              f"{paper_column(expected, len(samples))}")
+        paper = f"{expected[split]:12,}" if split in expected else f"{'-':>12}"
+        differs = "  differs" if expected.get(split, len(samples)) != len(samples) else ""
+        print(f"{split:12}{len(images[split]):9,}{len(objects):9,}{len(samples):13,}{paper}{differs}")
 
-        open_pictures(pictures[split], sizes, faults)
+        for error in open_images(images[split], sizes):
+            faults.setdefault("images that are missing or broken", []).append(error)
         for sample in samples:
-            inspect(sample, sizes.get(sample.image), faults)
-        note_cut_texts(samples, tokenizer, faults)
+            for fault in faults_of(sample.box, sizes.get(sample.image, (math.inf, math.inf))):
+                case = f"{sample.image}, {sample.text!r}, {list(sample.box)}"
+                faults.setdefault(fault, []).append(case)
+        cut = cut_samples(samples, length, max_tokens)
+        if cut:
+            fault = f"expressions that are cut at {max_tokens} tokens{how}"
+            faults.setdefault(fault, []).extend(repr(sample.text) for sample in cut)
         doubt = doubt_about_boxes(samples)
         if doubt:
             doubts.append(f"{split}: {doubt}")
 
-    compare_splits(pictures, faults)
+    for first, second in itertools.combinations(images, 2):
+        both = sorted(images[first] & images[second])
+        # The val of joined datasets repeats the val of each dataset.
+        if both and first != "val":
+            faults.setdefault(f"images both in {first} and in {second}", []).extend(both)
     for doubt in doubts:
         print(doubt)
     for fault, cases in faults.items():
         print(f"{len(cases):,} {fault}, such as {cases[0]}")
 
 
-def paper_column(expected, counted):
-    """Return the last column of the report: the papers' count, and whether ours differs."""
-    if expected is None:
-        return f"{'-':>12}"
-    if expected != counted:
-        return f"{expected:12,}  differs"
-    return f"{expected:12,}"
-
-
-def add_case(faults, fault, case):
-    faults.setdefault(fault, []).append(case)
-
-
-def open_pictures(images, sizes, faults):
-    """Open each picture that is not in `sizes` yet, and note its size there or the fault."""
-    for image in tqdm(sorted(images - set(sizes)), "opening each picture", leave=False, disable=None):
-        try:
-            sizes[image] = load_picture(image).size
-        except InputError as error:
-            add_case(faults, "pictures that are missing or broken", error)
-
-
-def inspect(sample, picture_size, faults):
-    """Note the faults of one sample. picture_size: None if the picture could not be opened."""
-    x1, y1, x2, y2 = sample.box
-    where = f"{sample.image}, {sample.text!r}, {[x1, y1, x2, y2]}"
-    width, height = picture_size or (math.inf, math.inf)
-
-    if is_outside(sample.box, (width, height)):
-        add_case(faults, "boxes wholly outside of the picture", where)
-    # Published boxes reach out of their pictures by less than a pixel now and then.
+def faults_of(box, size):
+    """List what is wrong with the box of a sample. size: (width, height) of its image"""
+    x1, y1, x2, y2 = box
+    width, height = size
+    faults = []
+    if is_outside(box, size):
+        faults.append("boxes wholly outside of the image")
+    # Published boxes reach out of their images by less than a pixel now and then.
     elif min(x1, y1) < -1 or x2 > width + 1 or y2 > height + 1:
-        add_case(faults, "boxes that reach out of the picture", where)
+        faults.append("boxes that reach out of the image")
     if x2 <= x1 or y2 <= y1:
-        add_case(faults, "boxes without area", where)
+        faults.append("boxes without area")
+    return faults
 
 
-def note_cut_texts(samples, tokenizer, faults):
-    """Note the expressions of which the model does not see the end."""
-    fault = f"expressions that are cut at {tokenizer.max_tokens} tokens"
-    if isinstance(tokenizer, WordCounter):
-        fault += " if each word is one token (--text-weights counts by a tokenizer)"
-    for sample in cut_samples(samples, tokenizer):
-        add_case(faults, fault, repr(sample.text))
-
-
-def compare_splits(pictures, faults):
-    """Note the pictures that two splits share. pictures: {split: set of pictures}"""
-    for first, second in itertools.combinations(pictures, 2):
-        if first == "val":   # the val of joined datasets repeats the val of each dataset
-            continue
-        for picture in sorted(pictures[first] & pictures[second]):
-            add_case(faults, f"pictures both in {first} and in {second}", picture)
-
-
-def sheet_path(folder, split):
-    return folder / f"{split.replace('/', '-')}.png"
-
-
-def make_drawing_folder(folder, splits):
-    """Make the folder of --save. Raise InputError if one of the sheets is there already."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for split in splits:
-        path = sheet_path(folder, split)
-        if path.exists():
-            raise InputError(f"--draw would write {path}, which is there already; choose another "
-                             f"folder by --save")
-
-
-def draw_splits(samples, count, folder):
-    """Draw `count` samples of each split, and write one file per split. A picture that is missing
-    or broken is named and left out. samples: {split: list of Sample}"""
-    for split, all_samples in samples.items():
-        path = sheet_path(folder, split)
+def draw_splits(splits, count, folder):
+    """Draw `count` samples of each split into one file per split. An image that is missing or broken
+    is named and left out. splits: {split: list of Sample}"""
+    for split, samples in splits.items():
+        path = folder / f"{split.replace('/', '-')}.png"
         tiles = []
-        for sample in spread(all_samples, count):
+        for sample in spread(samples, count):
             try:
-                picture = load_picture(sample.image)
+                image = load_image(sample.image)
             except InputError as error:
                 print(f"not drawn: {error}")
                 continue
-            text = caption_of(sample.text, len(tiles) + 1, path)
-            tiles.append(draw(picture, text, [(sample.box, TRUE)]))
+            caption = drawable(sample.text, len(tiles) + 1, path)
+            tiles.append(draw(image, caption, [(sample.box, TRUE)]))
         if tiles:
-            write_picture(path, contact_sheet(tiles, ["true"]))
+            write_sheet(path, tiles, ["true"])
             print(path)
 
 
-def write_jsonl(samples, path, absolute):
-    """Write all splits as JSONL, with picture paths that are absolute or relative to the file's
-    folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_jsonl(splits, path, absolute):
+    """Write all splits as JSONL, with image paths that are absolute or relative to the file's
+    folder, so that both can be moved together."""
     lines = []
-    for split, split_samples in samples.items():
-        for sample in split_samples:
+    for split, samples in splits.items():
+        for sample in samples:
             image = os.path.abspath(sample.image)
             if not absolute:
-                image = relative_path(image, path.parent)
+                # The way up from a folder that is a link begins at the place that the link names.
+                image = os.path.relpath(os.path.realpath(image), os.path.realpath(path.parent))
             line = {"image": image, "text": sample.text, "box": sample.box, "split": split}
             lines.append(json.dumps(line) + "\n")
-
     write_text(path, "".join(lines))
-
-
-def relative_path(image, folder):
-    """Return the path of a picture from a folder, so that both can be moved together."""
-    relative = os.path.relpath(image, folder)
-    if relative.startswith(os.pardir):
-        # The way up from a folder that is a link begins at the place that the link names.
-        return os.path.relpath(os.path.realpath(image), os.path.realpath(folder))
-    return relative
 
 
 def build_parser():
     """Return the parser. Its help ends with the formats, addresses and leaks of the docstring."""
-    start = __doc__.index("Formats of annotations")
-    end = __doc__.index("Where this file differs")
+    epilog = __doc__[__doc__.index("Formats of annotations"):__doc__.index("Tags such as")]
     parser = argparse.ArgumentParser(
         description="Print what a dataset holds and which faults it has. Options also draw,\n"
-                    "convert and download it.",
-        epilog=__doc__[start:end].rstrip(),
+                    "convert and download it.", epilog=epilog.rstrip(),
         formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=80))
-
     add = parser.add_argument
     add("dataset",
         help=f"shapes, {', '.join(DATASETS)}, a FILE.jsonl, or several joined by commas")
     add("--root",
-        help="folder of annotations and pictures (default: data; for a .jsonl file: its folder)")
+        help="folder of annotations and images (default: data; for a .jsonl file: its folder)")
     add("--draw", type=int, default=0, metavar="N",
         help="draw N samples of each split (default: 0)")
     add("--save", type=Path, default=".", metavar="DIR",
         help="write the drawings into this folder, as SPLIT.png; none that is there is overwritten "
              "(default: the current one)")
     add("--write", type=Path, metavar="FILE.jsonl",
-        help="write all splits to this file, with picture paths that are relative to its folder: "
-             "move the file and the pictures together, or take --absolute (default: write "
-             "nothing)")
+        help="write all splits to this file, with image paths that are relative to its folder: "
+             "move the file and the images together, or take --absolute (default: write nothing)")
     add("--absolute", action="store_true",
-        help="with --write: absolute picture paths, so that the file alone may be moved (default: "
+        help="with --write: absolute image paths, so that the file alone may be moved (default: "
              "relative ones)")
     add("--download", action="store_true",
         help="fetch what is missing, from the addresses below as users reported them (default: "
@@ -2272,35 +1611,37 @@ def build_parser():
 
 
 def main(argv=None):
-    asked = build_parser().parse_args(argv)
-    dataset, root = asked.dataset, asked.root
-
-    if asked.absolute and not asked.write:
+    args = build_parser().parse_args(argv)
+    dataset, root = args.dataset, args.root
+    if args.absolute and not args.write:
         raise InputError("--absolute goes with --write FILE.jsonl")
-    if asked.write and asked.write.exists():
-        raise InputError(f"--write {asked.write}: the file is there already; choose another name")
-    if asked.write and dataset == "shapes":
-        raise InputError(f"--write {asked.write}: shapes has no picture files to refer to; choose "
+    if args.write and args.write.exists():
+        raise InputError(f"--write {args.write}: the file is there already; choose another name")
+    if args.write and dataset == "shapes":
+        raise InputError(f"--write {args.write}: shapes has no image files to refer to; choose "
                          f"another dataset")
 
-    if asked.download or asked.mirror:
+    if args.download or args.mirror:
         names = names_in(dataset)
         for name in names:   # refuse before the first byte is fetched
             check_downloadable(name, root)
         for name in names:
-            download(name, root, asked.mirror)
+            download(name, root, args.mirror)
 
-    splits = split_names(dataset, root)
-    if asked.draw > 0:
-        make_drawing_folder(asked.save, splits)
-    tokenizer = counting_tokenizer(dataset, asked.max_tokens, asked.text_weights)
-    report(dataset, root, tokenizer)
-
-    samples = {split: load_samples(dataset, split, root) for split in splits}
-    if asked.draw > 0:
-        draw_splits(samples, asked.draw, asked.save)
-    if asked.write:
-        write_jsonl(samples, asked.write, asked.absolute)
+    splits = samples_by_split(dataset, root)
+    if args.draw > 0:
+        args.save.mkdir(parents=True, exist_ok=True)
+        for split in splits:
+            path = args.save / f"{split.replace('/', '-')}.png"
+            if path.exists():
+                raise InputError(f"--draw would write {path}, which is there already; choose another "
+                                 f"folder by --save")
+    report(dataset, root, args.max_tokens, args.text_weights)
+    if args.draw > 0:
+        draw_splits(splits, args.draw, args.save)
+    if args.write:
+        args.write.parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(splits, args.write, args.absolute)
 
 
 if __name__ == "__main__":

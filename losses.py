@@ -5,9 +5,8 @@
     HiVG Eqs. (9)-(11)     contrastive_loss     texts and images of a batch are matched, as in CLIP
     HiVG Eqs. (12)-(13)    RegionText, box_mask, region_text_loss
                                                 image tokens in the box are matched to the text
-    HiVG Eq. (15)          loss_parts, total_loss
-                                                the terms of the three losses, and their sum
-    ours, at size tiny     attention_loss       [REG] looks into the box
+    HiVG Eq. (15)          loss_terms           all terms that a run adds up, each with its weight
+    ours, at size tiny     attention_loss       [REG] attends to the box
 
 Symbols (paper = here):
     b (M²IST), B̂ (HiVG) = pred        b̂ (M²IST), B (HiVG) = target        λ_l1 = l1
@@ -19,57 +18,8 @@ Shapes: B samples of a batch, N image tokens, C channels. (N in Eqs. (9), (10) i
 
 A box is (cx, cy, w, h) in [0, 1] of the padded square image. All losses are computed in float32,
 whatever precision the model runs in: the area of a small box is a product of two small numbers, and
-half precision rounds this product to zero.
-
-Where this file differs from a paper or its released code ("code"):
-
-[D1] the first term of the box loss
-    paper   smooth L1, in M²IST Eq. (6) and in HiVG Eq. (14); no β is given
-    code    plain L1, in both repositories, which is smooth L1 with β = 0
-    here    β = 0 by default; `beta` sets it
-    why     the papers' figures were made with plain L1; with β = 1 and coordinates in [0, 1] the
-            term is about a hundredth of the loss: four errors of 0.05 give 0.005 in place of 0.2
-
-[D2] the weight λ of GIoU in M²IST Eq. (6)
-    paper   the value of λ is not given
-    code    1
-    here    1 by default; `giou` sets it
-    why     no better value is known
-
-[D17] the box mask of HiVG Eq. (13)
-    paper   the mask is downsampled to the grid of tokens by "nearest"
-    code    a token is positive if the pixel at its cell's corner lies in the box; a small box may
-            have no positive token
-    here    a token is positive if its cell's centre is in the box; a box without any centre gets
-            the one cell that holds the centre of the box
-    why     every target needs at least one positive token
-
-[D18] padding in the region-text loss
-    paper   tokens outside the box are negatives
-    code    padded tokens are negatives too
-    here    padded tokens count for nothing
-    why     padding shows no object, so it is no evidence against the text
-
-[D19] the normalization in HiVG Eq. (12)
-    paper   the similarity is computed "after applying normalization and an MLP projection"
-    code    t has unit length; v passes a LayerNorm
-    here    as the code
-    why     if both had unit length, the scores would lie in [-1, 1], and σ could not come near
-            0 or 1
-
-[D26] the number of losses in HiVG Eq. (15)
-    paper   three: box, contrastive and region-text
-    code    these three, and the loss of a segmentation head
-    here    three
-    why     the paper first
-
-[D49] [REG]'s attention
-    paper   nothing says where [REG] must look
-    code    the same
-    here    the same at full size. At size tiny, -log of the share of [REG]'s attention that lies
-            in the box is one more loss, with weight 0.3; --attention-loss sets the weight
-    why     with the box loss alone a run on `shapes` predicts the mean box for hundreds of steps,
-            and how many there are differs from seed to seed, so that nothing could be compared
+half precision rounds this product to zero. Tags such as [D1] mark where a line differs from a paper
+or from its released code; assets/deviations.md says how.
 """
 import math
 
@@ -97,7 +47,7 @@ def to_corners(boxes):
 
 
 def iou_and_giou(a, b):
-    """IoU and generalised IoU of pairs of boxes (Rezatofighi et al., CVPR 2019).
+    """IoU and generalised IoU of corresponding boxes (Rezatofighi et al., CVPR 2019).
 
     a, b: (..., 4) as (cx, cy, w, h). Returns two float32 tensors (...): IoU in [0, 1] and GIoU in
     [-1, 1]. Values and gradients are finite for all boxes in [0, 1], also for boxes without area.
@@ -107,7 +57,6 @@ def iou_and_giou(a, b):
     area_a = (a[..., 2:] - a[..., :2]).prod(-1)
     area_b = (b[..., 2:] - b[..., :2]).prod(-1)
 
-    # Intersection and union.
     # Width and height of the overlap, (..., 2); negative where the boxes are apart.
     overlap = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
     intersection = overlap.clamp(min=0).prod(-1)
@@ -122,8 +71,8 @@ def iou_and_giou(a, b):
 
 
 def clamp_to_square(boxes):
-    """Cut off what lies outside of the square [0, 1] x [0, 1]. For predictions alone: a box loss
-    needs the gradient of the part outside.
+    """Cut off what lies outside of the square [0, 1] x [0, 1]. This is for predictions alone: a box
+    loss needs the gradient of the part outside.
 
     boxes: (..., 4) as (cx, cy, w, h). Returns (..., 4) as (cx, cy, w, h).
     """
@@ -134,29 +83,26 @@ def clamp_to_square(boxes):
 def box_terms(pred, target, beta=0.0):
     """The two terms of M²IST Eq. (6): smooth L1, and 1 - GIoU.
 
-    pred, target: (B, 4) as (cx, cy, w, h) in [0, 1]. beta: β of smooth L1, see box_loss. Returns
-    two float32 scalars. The four coordinates are summed and the batch is averaged, as in the
-    released code of both papers.
+    pred, target: (B, 4) as (cx, cy, w, h) in [0, 1]. beta: β of smooth L1; an error below β costs
+    error² / 2β, a larger one costs error - β / 2. Returns two float32 scalars. The four coordinates
+    are summed and the batch is averaged, as in the released code of both papers.
     """
     pred = pred.float()
     target = target.float()
 
-    # [D1] Both papers write smooth L1 without a β; the released code has plain L1.
+    # [D1] Both papers write smooth L1 without a β; both released codes have plain L1, which is β = 0.
     smooth_l1 = F.smooth_l1_loss(pred, target, reduction="none", beta=beta).sum(-1).mean()
-    _, giou_of_pairs = iou_and_giou(pred, target)    # (B,)
-    return smooth_l1, (1 - giou_of_pairs).mean()
+    _, giou = iou_and_giou(pred, target)    # (B,)
+    return smooth_l1, (1 - giou).mean()
 
 
 def box_loss(pred, target, l1=1.0, giou=1.0, beta=0.0):
     """L of M²IST Eq. (6), and L_BOX of HiVG Eq. (14): l1 · smooth L1 + giou · (1 - GIoU).
 
-    pred, target: (B, 4) as (cx, cy, w, h) in [0, 1]. beta: β of smooth L1. An error below β costs
-    error² / 2β, a larger one costs error - β / 2; with β = 0 this is plain L1. Returns a float32
-    scalar.
+    pred, target: (B, 4) as (cx, cy, w, h) in [0, 1]. Returns a float32 scalar.
     """
     smooth_l1, one_minus_giou = box_terms(pred, target, beta)
-    # [D2] M²IST does not give λ, which is `giou` here; its released code adds the two terms with
-    # weight 1.
+    # [D2] M²IST does not give its λ, which is `giou` here; its released code has 1.
     return l1 * smooth_l1 + giou * one_minus_giou    # M²IST Eq. (6), HiVG Eq. (14)
 
 
@@ -166,20 +112,20 @@ def box_loss(pred, target, l1=1.0, giou=1.0, beta=0.0):
 def contrastive_loss(text, image, temperature):
     """L_CLC of HiVG Eq. (11): in a batch, each text must pick its image, and each image its text.
 
-    text, image: (B, C) embeddings; row i of both belongs to pair i. They are normalised here.
+    text, image: (B, C) embeddings; row i of both belongs together. They are normalised here.
     temperature: τ, taken from CLIP (0.01 after CLIP's pretraining). Returns a float32 scalar. As in
-    the paper, all other pairs are negatives. An image that occurs twice in the batch is then a
-    negative of its own second text.
+    the paper, all other combinations are negatives. An image that occurs twice in the batch is then
+    a negative of its own second text.
     """
     text = F.normalize(text.float(), dim=-1)
     image = F.normalize(image.float(), dim=-1)
 
     # Cosine similarities over τ, (B, B): row i is text i, column j is image j.
     logits = text @ image.T / temperature
-    pair = torch.arange(len(logits), device=logits.device)    # the right column of row i is i
-    t2i = F.cross_entropy(logits, pair)      # HiVG Eq. (9)
-    i2t = F.cross_entropy(logits.T, pair)    # HiVG Eq. (10)
-    return (t2i + i2t) / 2                   # HiVG Eq. (11)
+    target = torch.arange(len(logits), device=logits.device)    # column i is the image of text i
+    t2i = F.cross_entropy(logits, target)      # HiVG Eq. (9)
+    i2t = F.cross_entropy(logits.T, target)    # HiVG Eq. (10)
+    return (t2i + i2t) / 2                     # HiVG Eq. (11)
 
 
 # --- The region-text constraint: HiVG Eqs. (12)-(13) ----------------------------------------------
@@ -194,14 +140,14 @@ def box_mask(boxes, side):
     boxes = boxes.float()
     x1, y1, x2, y2 = to_corners(boxes).unbind(-1)    # (B,) each
 
-    # [D17] A cell is in the box if the cell's centre is. The released code looks at the cell's
-    # corner.
+    # [D17] A cell is in the box if its centre is; the released code looks at the cell's corner.
     centres = (torch.arange(side, device=boxes.device) + 0.5) / side         # (side,)
     columns = (centres >= x1[:, None]) & (centres <= x2[:, None])            # (B, side)
     rows = (centres >= y1[:, None]) & (centres <= y2[:, None])               # (B, side)
     mask = (rows[:, :, None] & columns[:, None, :]).flatten(1)               # (B, side * side)
 
-    # A small box may lie between the centres. It takes the cell that holds the centre of the box.
+    # A small box may lie between the centres. It takes the cell that holds the centre of the box,
+    # as every target needs at least one positive token.
     cell = (boxes[:, :2] * side).long().clamp(0, side - 1)                   # (B, 2): column, row
     nearest = F.one_hot(cell[:, 1] * side + cell[:, 0], side * side).bool()  # (B, side * side)
     return torch.where(mask.any(1, keepdim=True), mask, nearest)
@@ -225,7 +171,8 @@ class RegionText(nn.Module):
         t: (B, C), the [EOS] token. v: (B, N, C), the image tokens. Both are outputs of the
         grounding encoder.
         """
-        # [D19] The normalization of the paper is a LayerNorm of v and the unit length of t.
+        # [D19] As released, the paper's normalization is a LayerNorm of v and the unit length of t:
+        # scores of two unit vectors would lie in [-1, 1], where σ is never near 0 or 1.
         h = self.fc1(self.norm(v))                     # (B, N, hidden)
         h = h * torch.sigmoid(1.702 * h)               # QuickGELU, the activation of CLIP
         t = F.normalize(t, dim=-1)[..., None]          # (B, C, 1)
@@ -247,17 +194,16 @@ def region_text_loss(scores, mask, padding, focal=20.0, dice=2.0):
     """
     scores = scores.float()
     target = mask.float()
-    # [D18] Padded tokens get the weight 0 in every sum below. In the released code they are
-    # negatives.
+    # [D18] Padding shows no object, so it has weight 0 in every sum; as released it is a negative.
     real = (~padding).float()
     s = scores.sigmoid()    # HiVG Eq. (12)
 
-    # Focal loss: a cross-entropy in which tokens that are already right weigh little.
-    right = torch.where(mask, s, 1 - s)                     # the probability of the right answer
+    # Focal loss: a cross-entropy in which tokens that are already classified well weigh little.
+    p_t = torch.where(mask, s, 1 - s)                       # the probability of the true class
     alpha = torch.where(mask, 0.25, 0.75)
     cross_entropy = F.binary_cross_entropy_with_logits(scores, target, reduction="none")
-    by_token = alpha * (1 - right) ** 2 * cross_entropy     # (B, N)
-    tokens = real.sum(1).clamp(min=1)                       # a picture may be all padding
+    by_token = alpha * (1 - p_t) ** 2 * cross_entropy       # (B, N)
+    tokens = real.sum(1).clamp(min=1)                       # an image may be all padding
     focal_loss = (by_token * real).sum(1) / tokens          # (B,)
 
     # Dice loss: one minus the overlap of the predicted region with the true one.
@@ -268,14 +214,14 @@ def region_text_loss(scores, mask, padding, focal=20.0, dice=2.0):
     return (focal * focal_loss + dice * dice_loss).mean()    # HiVG Eq. (13)
 
 
-# --- Attention in the box: ours -------------------------------------------------------------------
+# --- Attention to the box: ours -------------------------------------------------------------------
 
 
 def attention_loss(attention, mask):
-    """-log of the share of [REG]'s attention that lies in the box, the mean over the batch [D49].
+    """-log of the share of [REG]'s attention that lies in the box, the mean over the batch.
 
-    attention: (B, N), how [REG] looks at the image tokens. A row sums to 1 at most, as [REG] looks
-    at the text, too. mask: (B, N) bool, from box_mask. Returns a float32 scalar.
+    attention: (B, N), how much [REG] attends to each image token. A row sums to 1 at most, as [REG]
+    attends to the text, too. mask: (B, N) bool, from box_mask. Returns a float32 scalar.
     """
     share = (attention.float() * mask).sum(1)
     return -share.clamp(min=EPS).log().mean()
@@ -284,41 +230,34 @@ def attention_loss(attention, mask):
 # --- The sum: HiVG Eq. (15) -----------------------------------------------------------------------
 
 
-def loss_parts(found, boxes, l1, giou, contrast=0.0, focal=0.0, dice=0.0, beta=0.0,
-               attention=0.0):
+def loss_terms(outputs, boxes, l1, giou, beta=0.0, contrast=0.0, focal=0.0, dice=0.0, attention=0.0):
     """The terms of HiVG Eq. (15), each with its weight: {"l1", "giou", "contrast", "region_text"},
-    and "attention", which is ours. With the coefficients from `contrast` on at 0 the first two
-    remain, which are M²IST's loss, Eq. (6).
+    and "attention", which is ours. The loss of a run is their sum. With the weights from `contrast`
+    on at 0 the first two remain, which are M²IST's loss, Eq. (6).
 
-    found: what a grounding model returns. `.boxes` is always needed, `.text`, `.image` and
+    outputs: what a grounding model returns. `.boxes` is always needed; `.text`, `.image` and
     `.temperature` for the contrastive loss, `.scores` and `.padding` for the region-text loss,
     `.attention` for the attention loss.
     boxes: (B, 4), the true boxes. HiVG's Table 8 has l1 = 2, giou = 2, focal = 20, dice = 2, and
-    Eq. (15) has contrast = 1. A loss whose coefficient is 0 is not computed. beta: β of smooth L1.
+    Eq. (15) has contrast = 1. A term whose weight is 0 is not computed.
     """
-    smooth_l1, one_minus_giou = box_terms(found.boxes, boxes, beta)
-    parts = {"l1": l1 * smooth_l1, "giou": giou * one_minus_giou}    # HiVG Eq. (14)
+    smooth_l1, one_minus_giou = box_terms(outputs.boxes, boxes, beta)
+    terms = {"l1": l1 * smooth_l1, "giou": giou * one_minus_giou}    # HiVG Eq. (14)
 
+    # [D26] The paper sums three losses; the released code adds that of a segmentation head.
     if contrast:
-        parts["contrast"] = contrast * contrastive_loss(found.text, found.image, found.temperature)
+        loss = contrastive_loss(outputs.text, outputs.image, outputs.temperature)
+        terms["contrast"] = contrast * loss
 
     if focal or dice:
-        side = math.isqrt(found.scores.shape[1])    # the image tokens form a square grid
+        side = math.isqrt(outputs.scores.shape[1])    # the image tokens form a square grid
         mask = box_mask(boxes, side)
-        parts["region_text"] = region_text_loss(found.scores, mask, found.padding, focal, dice)
+        terms["region_text"] = region_text_loss(outputs.scores, mask, outputs.padding, focal, dice)
 
     if attention:
-        side = math.isqrt(found.attention.shape[1])
+        # [D49] With the box loss alone, a run on `shapes` predicts the mean box for hundreds of steps.
+        side = math.isqrt(outputs.attention.shape[1])
         mask = box_mask(boxes, side)
-        parts["attention"] = attention * attention_loss(found.attention, mask)    # [D49]
+        terms["attention"] = attention * attention_loss(outputs.attention, mask)
 
-    return parts
-
-
-def total_loss(found, boxes, l1, giou, contrast=0.0, focal=0.0, dice=0.0, beta=0.0,
-               attention=0.0):
-    """L_total of HiVG Eq. (15), and with the coefficients from `contrast` on at 0 M²IST's loss,
-    Eq. (6): the sum of loss_parts, which says what the arguments are. Returns a float32 scalar."""
-    # [D26] The paper sums three losses; the released code adds that of a segmentation head.
-    parts = loss_parts(found, boxes, l1, giou, contrast, focal, dice, beta, attention)
-    return sum(parts.values())    # HiVG Eq. (15)
+    return terms

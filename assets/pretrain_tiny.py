@@ -4,240 +4,164 @@
     python assets/pretrain_tiny.py detr --out DIR     DETR and BERT's small counterparts alone
 
 The tiny encoders are to `shapes` what DETR, BERT and CLIP are to RefCOCO: weights that were
-pretrained on other tasks, and are then frozen. No pretext task sees an expression together with its
-picture or box:
+pretrained on other tasks, and are then frozen. The scenes are in no split of `shapes`, and no task
+sees an expression together with its image or bounding box:
 
-    PretextVision    what covers each cell of a picture: colour, shape and box of the object
-    PretextText      the words of a text, some of which are masked
-    PretextClip      contrast of pictures with captions that say what an object is and where
+    vision_loss    what covers each cell of an image: colour, shape and bounding box of the object
+    text_loss      the words of an expression, some of which are masked
+    clip_loss      which caption, of what objects are and where, belongs to which image and object
 
 On an AMD EPYC server with torch 2.15, DETR and BERT's counterparts take 1.5 minutes with two
-threads. CLIP's take 20 minutes with one (OMP_NUM_THREADS=1). The last losses are 0.17 (vision), 0.09
-(text) and 0.60 (clip). The shipped files are the reference: another kind of processor, or another
-number of threads, sums floats in another order and makes weights that differ in their last bits.
+threads. CLIP's take 20 minutes with one (OMP_NUM_THREADS=1). The last losses are 0.17 (vision),
+0.09 (text) and 0.60 (clip). The shipped files are the reference: another processor, number of
+threads or version of PyTorch rounds differently, and the differences grow from step to step.
 """
 import argparse
 import functools
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))    # the project's modules are one folder up
+sys.path[:0] = [str(HERE), str(HERE.parent)]    # the project's modules are one folder up
 
 import data    # noqa: E402
-import losses    # noqa: E402
+import evaluate    # noqa: E402
+import make_shapes    # noqa: E402
 import model    # noqa: E402
 
-STEPS = {"detr": 800, "clip": 4800}    # optimizer steps of each pretext task
 BATCH = 64
 LR = 2e-3
+COLOURS = [*make_shapes.COLOURS, None]                # None: no object covers the cell
+PARTS = [len(COLOURS), len(make_shapes.SHAPES), 4]    # outputs of vision_loss's head; 4: the box
+SCENES = make_shapes.PRETEXT.scenes                   # their numbers begin with 0
+
+scene = functools.cache(make_shapes.scene)    # each scene is used many times
 
 
-# ---------------------------------------------------------------------------------------------
-# Scenes as batches
-
-class SceneBatch(NamedTuple):
-    """Pictures of `shapes` with what is in them."""
-    images: Tensor     # (B, 3, S, S)
-    padding: Tensor    # (B, S, S)
-    owner: Tensor      # (B, Nv)  index of the object that covers a cell, -1 where none does
-    things: list       # for each picture [(Thing, its box as in a batch), ...]
-
-
-def scene_item(encoders, number):
-    """The scene with this number -> image, padding, owner, things, as in SceneBatch."""
-    spec = model.SIZES["tiny"][encoders]
+def random_scenes(spec, pixels):
+    """Return a random batch of scenes: the normalised images (B, 3, S, S); their padding (B, S, S);
+    the index of the object that covers a cell, or -1, as `owner` (B, Nv); and for each image
+    [(object, its bounding box as [cx, cy, w, h] in [0, 1]), ...]."""
     size = spec["image_size"]
     side = size // spec["stride"]    # cells in a row of the encoder's grid
-    picture = data.render(number)
-    image, padding, place = data.letterbox(picture, size, data.seeded(0, number),
-                                           data.PIXELS[encoders])
-    things = []
-    owner = torch.full((side, side), -1)
-    for index, thing in enumerate(data.scene(number).things):
-        box = data.to_square(thing.box, picture.size, place, size)
-        things.append((thing, box))
-        cx, cy, w, h = box
-        # The cells whose centre lies in the box.
-        columns = slice(round((cx - w / 2) * side), round((cx + w / 2) * side))
-        rows = slice(round((cy - h / 2) * side), round((cy + h / 2) * side))
-        owner[rows, columns] = index
-    return image, padding, owner.flatten(), things
+    owner = torch.full((BATCH, side, side), -1)
+    images, paddings, objects = [], [], []
+    for row, number in enumerate(torch.randint(SCENES, (BATCH,)).tolist()):
+        height, in_scene, _ = scene(number)
+        drawn = [[obj.colour, obj.shape, obj.x, obj.y, obj.r] for obj in in_scene]
+        image = data.draw_scene(number, height, drawn)
+        image, padding, place = data.letterbox(image, size, data.seeded(0, number))
+        images.append(image)
+        paddings.append(padding)
+        objects.append([])
+        for index, (_, _, x, y, r) in enumerate(drawn):
+            cx, cy, w, h = box = data.to_square((x - r, y - r, x + r, y + r), place, size)
+            objects[-1].append((in_scene[index], box))
+            # The cells whose centre lies in the box.
+            columns = slice(round((cx - w / 2) * side), round((cx + w / 2) * side))
+            rows = slice(round((cy - h / 2) * side), round((cy + h / 2) * side))
+            owner[row, rows, columns] = index
+    padding = torch.stack(paddings)
+    images = model.normalise(torch.stack(images), padding, pixels)
+    return images, padding, owner.flatten(1), objects
 
 
-def random_scenes(encoders):
-    """A random batch of scenes of data.PRETEXT, whose first number is 0."""
-    numbers = torch.randint(data.PRETEXT.scenes, (BATCH,))
-    items = [scene_item(encoders, number) for number in numbers.tolist()]
-    images, padding, owner, things = zip(*items)
-    return SceneBatch(torch.stack(images), torch.stack(padding), torch.stack(owner), list(things))
+def tokens_of(texts, tokenizer):
+    """Return the tokens (B, T) of texts, and where they are padding."""
+    tokens = [torch.tensor(tokenizer(text)) for text in texts]
+    tokens = pad_sequence(tokens, batch_first=True, padding_value=tokenizer.pad)
+    return tokens, tokens == tokenizer.pad
 
 
-# ---------------------------------------------------------------------------------------------
-# The pretext tasks: modules whose forward draws a batch and returns its loss
+def vision_loss(encoder, head, spec):
+    """Say for each cell of an image the colour and the shape of the object that covers it (cross
+    entropy), and its bounding box (L1)."""
+    images, padding, owner, objects = random_scenes(spec, model.PIXELS["detr"])
+    cells = []
+    for in_image, owner_of_cell in zip(objects, owner):
+        rows = [[COLOURS.index(obj.colour), make_shapes.SHAPES.index(obj.shape), *box]
+                for obj, box in in_image]
+        rows.append([COLOURS.index(None), 0, 0, 0, 0, 0])    # the last row: index -1
+        # In float64, as when the shipped files were made: their last bits depend on it.
+        cells.append(torch.tensor(rows, dtype=torch.float64)[owner_of_cell])    # (Nv, 6)
+    colour, shape, boxes = torch.stack(cells).split([1, 1, 4], dim=-1)          # (B, Nv, ...)
 
-class PretextVision(nn.Module):
-    """Say for each cell of a picture the colour and the shape of the object that covers it (cross
-    entropy), and its box (L1).
-
-    The head is random and frozen, so that the encoder itself must encode these attributes in its
-    tokens, where a later reader finds them."""
-
-    def __init__(self, encoder):
-        super().__init__()
-        self.encoder = encoder
-        self.colours = [*data.COLOURS, None]    # None: no object covers the cell
-        self.parts = [len(self.colours), len(data.SHAPES), 4]
-        dim = model.SIZES["tiny"]["detr"]["vision"]["dim"]
-        self.head = nn.Linear(dim, sum(self.parts)).requires_grad_(False)
-
-    def targets(self, owner, things):
-        """Colour (B, Nv), shape (B, Nv) and box (B, Nv, 4) of each cell; shape and box are 0 where
-        no object covers the cell."""
-        batch = []
-        for inside, mine in zip(things, owner):
-            rows = []
-            for thing, box in inside:
-                colour = self.colours.index(thing.colour)
-                rows.append([colour, data.SHAPES.index(thing.shape), *box])
-            rows.append([self.colours.index(None), 0, 0, 0, 0, 0])    # the last row: index -1
-            # In float64, as when the shipped files were made: their last bits depend on it.
-            table = torch.tensor(rows, dtype=torch.float64)
-            batch.append(table[mine])                                 # (Nv, 6)
-        cells = torch.stack(batch)                                    # (B, Nv, 6)
-        return cells[..., 0].long(), cells[..., 1].long(), cells[..., 2:]
-
-    def forward(self):
-        batch = random_scenes("detr")
-        colour, shape, boxes = self.targets(batch.owner, batch.things)
-        tokens = self.encoder(batch.images, batch.padding).x
-        colour_scores, shape_scores, box_values = self.head(tokens).split(self.parts, dim=-1)
-        covered = batch.owner >= 0
-        scaled_boxes = 6 * (boxes[covered] - 0.5)    # about unit variance
-        return (F.cross_entropy(colour_scores.flatten(0, 1), colour.flatten())
-                + F.cross_entropy(shape_scores[covered], shape[covered])
-                + F.l1_loss(box_values[covered], scaled_boxes))
+    outputs = head(encoder(images, padding).x).split(PARTS, dim=-1)
+    covered = owner >= 0
+    scaled_boxes = 6 * (boxes[covered] - 0.5)    # about unit variance
+    return (F.cross_entropy(outputs[0].flatten(0, 1), colour.flatten().long())
+            + F.cross_entropy(outputs[1][covered], shape[covered].flatten().long())
+            + F.l1_loss(outputs[2][covered], scaled_boxes))
 
 
-class PretextText(nn.Module):
-    """Say the words of a text about a scene of data.PRETEXT, of which 15% are masked, as for BERT.
-    The pictures of the texts are not used."""
-
-    def __init__(self, encoder):
-        super().__init__()
-        self.encoder = encoder
-        self.tokenizer = data.Tokenizer(model.SIZES["tiny"]["detr"]["max_tokens"])
-        self.head = nn.Linear(encoder.word.embedding_dim, encoder.word.num_embeddings)
-        self.samples = data.shapes_samples(data.PRETEXT)
-
-    def random_texts(self):
-        """Tokens (B, T) of random texts, padded."""
-        chosen = torch.randint(len(self.samples), (BATCH,)).tolist()
-        texts = [torch.tensor(self.tokenizer(self.samples[i].text)) for i in chosen]
-        return pad_sequence(texts, batch_first=True, padding_value=self.tokenizer.pad)
-
-    def forward(self):
-        tokens = self.random_texts()
-        real = tokens != self.tokenizer.pad
-        hidden = (torch.rand(tokens.shape) < 0.15) & real
-        out = self.head(self.encoder(tokens.masked_fill(hidden, self.tokenizer.mask), ~real).x)
-        # The loss is over all words, masked or not: each token must keep its own word.
-        return F.cross_entropy(out[real], tokens[real])
+def text_loss(encoder, head, tokenizer, expressions):
+    """Say the words of a text, of which 15% are masked, as for BERT."""
+    chosen = torch.randint(len(expressions), (BATCH,)).tolist()
+    tokens, padding = tokens_of([expressions[i] for i in chosen], tokenizer)
+    hidden = (torch.rand(tokens.shape) < 0.15) & ~padding
+    scores = head(encoder(tokens.masked_fill(hidden, tokenizer.mask), padding).x)
+    # The loss is over all words, masked or not: each token must keep its own word.
+    return F.cross_entropy(scores[~padding], tokens[~padding])
 
 
-def caption(rng, thing, box):
-    """An object and its place, in words or as on a map: "red circle top left", "blue square c 5".
-    box: (cx, cy, w, h) in [0, 1]."""
+def caption(rng, obj, box):
+    """Say what an object is, and where: "red circle top left", or as on a map: "square c 5"."""
     cx, cy = box[:2]
-    size = rng.choice(data.SIZE_WORDS[thing.size]) if rng.random() < 0.7 else ""
+    size = rng.choice(make_shapes.SIZE_WORDS[obj.size]) if rng.random() < 0.7 else ""
     if rng.random() < 0.5:
         place = ["abcdefgh"[int(8 * cx)], str(1 + int(8 * cy))]
-    else:
-        place = [side_word(cy, "top", "bottom"), side_word(cx, "left", "right")]
-    words = [size, thing.colour, thing.shape, *place]
-    return " ".join(word for word in words if word)
+    else:    # there is no word for the middle
+        place = ["top" if cy < 0.38 else "bottom" if cy > 0.62 else "",
+                 "left" if cx < 0.38 else "right" if cx > 0.62 else ""]
+    return " ".join(word for word in [size, obj.colour, obj.shape, *place] if word)
 
 
-def side_word(v, low, high):
-    """The word for a coordinate in [0, 1]; none in the middle."""
-    if v < 0.38:
-        return low
-    if v > 0.62:
-        return high
-    return ""
+def clip_loss(clip, tokenizer, rng, spec):
+    """Tell which captions belong to which image, by [CLS] as in CLIP. That alone is learnt slowly,
+    so tell also which caption belongs to which object. The feature of an object is the mean of the
+    tokens that it covers. An image is thus encoded once for all of its objects."""
+    images, padding, owner, objects = random_scenes(spec, model.PIXELS["clip"])
+    encoded = clip.vision(images, padding)
+    of_images = []
+    of_objects = {}    # {caption: (image, index)}; of two objects with one caption, the last one
+    for image, in_image in enumerate(objects):
+        captions = [caption(rng, obj, box) for obj, box in in_image]
+        of_images.append(", ".join(rng.sample(captions, len(captions))))
+        of_objects.update((text, (image, index)) for index, text in enumerate(captions))
+
+    image, index = torch.tensor(list(of_objects.values())).T       # (objects,)
+    cells = (owner[image] == index[:, None]).float()               # (objects, Nv)
+    patches = encoded.x[image, 1:]                                 # without [CLS]
+    pooled = (patches * cells[..., None]).sum(1) / cells.sum(1, keepdim=True)
+    text_of_objects = clip.text(*tokens_of(of_objects, tokenizer)).embedding
+    text_of_images = clip.text(*tokens_of(of_images, tokenizer)).embedding
+    temperature = (-clip.logit_scale).exp()
+    return (contrast(text_of_objects, clip.vision.embed(pooled), temperature)
+            + contrast(text_of_images, encoded.embedding, temperature))
 
 
-class PretextClip(nn.Module):
-    """Contrast with captions, HiVG Eqs. (9)-(11): whole pictures with the captions of all their
-    objects, by [CLS] as in CLIP, which alone is slow; and single objects with their caption. The
-    feature of an object is the mean of the tokens that it covers, so that a picture is encoded once
-    for all of its objects."""
-
-    def __init__(self, encoder):
-        super().__init__()
-        self.encoder = encoder
-        self.tokenizer = data.Tokenizer(model.SIZES["tiny"]["clip"]["max_tokens"])
-        self.rng = data.seeded("captions", 0)
-
-    def embed_texts(self, texts):
-        tokens = [torch.tensor(self.tokenizer(text)) for text in texts]
-        tokens = pad_sequence(tokens, batch_first=True, padding_value=self.tokenizer.pad)
-        return self.encoder.text(tokens, tokens == self.tokenizer.pad).embedding
-
-    def random_captions(self, things):
-        """The caption of each whole picture, and {caption of an object: (picture, its index)}. Of
-        two objects with the same caption the last one counts."""
-        whole = []
-        objects = {}
-        for picture, inside in enumerate(things):
-            captions = [caption(self.rng, thing, box) for thing, box in inside]
-            whole.append(", ".join(self.rng.sample(captions, len(captions))))
-            for index, text in enumerate(captions):
-                objects[text] = (picture, index)
-        return whole, objects
-
-    def forward(self):
-        return self.loss(random_scenes("clip"))
-
-    def loss(self, batch):
-        encoded = self.encoder.vision(batch.images, batch.padding)
-        whole, objects = self.random_captions(batch.things)
-        picture, index = torch.tensor(list(objects.values())).T                   # (objects,)
-        cells = (batch.owner[picture] == index[:, None]).float()                  # (objects, Nv)
-        patches = encoded.x[picture, 1:]                                          # without [CLS]
-        pooled = (patches * cells[..., None]).sum(1) / cells.sum(1, keepdim=True)
-        temperature = (-self.encoder.logit_scale).exp()
-        of_objects = losses.contrastive_loss(
-            self.embed_texts(list(objects)), self.encoder.vision.embed(pooled), temperature)
-        of_pictures = losses.contrastive_loss(
-            self.embed_texts(whole), encoded.embedding, temperature)
-        return of_objects + of_pictures
+def contrast(text, image, temperature):
+    """Return the contrastive loss, HiVG Eqs. (9)-(11), of pairs of embeddings (pairs, C)."""
+    logits = F.normalize(text, dim=-1) @ F.normalize(image, dim=-1).T / temperature
+    pair = torch.arange(len(logits))
+    return (F.cross_entropy(logits, pair) + F.cross_entropy(logits.T, pair)) / 2
 
 
-# ---------------------------------------------------------------------------------------------
-# The loop
-
-TASKS = {"vision": PretextVision, "text": PretextText, "clip": PretextClip}
-
-
-def pretrain(name, encoder, steps):
-    """Pretrain one encoder in place, on the CPU."""
-    torch.manual_seed(0)
-    task = TASKS[name](encoder.train())
-    optimizer = torch.optim.AdamW(task.parameters(), LR)
+def pretrain(name, module, steps, next_loss):
+    """Train a module in place, on the CPU. next_loss() draws a batch and returns its loss."""
+    module.train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(module.parameters(), LR)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps)
     bar = tqdm(range(steps), f"pretraining the tiny {name} encoder")
     for _ in bar:
-        loss = task()
+        loss = next_loss()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -245,45 +169,63 @@ def pretrain(name, encoder, steps):
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
-def pretrain_encoders(encoders, steps):
-    """The state dict of the tiny encoders after their pretraining. "detr" stands for the
-    counterparts of DETR and BERT, "clip" for those of CLIP."""
-    method = {"detr": "m2ist", "clip": "hivg"}[encoders]
-    modules = model.build_encoders(model.architecture(method, "tiny"))
-    for name, encoder in modules.items():
-        pretrain(name, encoder, steps)
-    return nn.ModuleDict(modules).state_dict()
+def pretrain_detr(steps):
+    """Return the counterparts of DETR and BERT after their pretraining."""
+    torch.manual_seed(0)
+    built = model.build_model("frozen", "tiny", "random")
+    vision, text, spec = built.vision, built.text, built.spec
+
+    torch.manual_seed(0)
+    # This head is random and frozen, so that the encoder itself must encode colour, shape and box
+    # in its tokens, where a later reader finds them.
+    head = nn.Linear(spec["vision"]["dim"], sum(PARTS)).requires_grad_(False)
+    pretrain("vision", vision, steps, lambda: vision_loss(vision, head, spec))
+
+    torch.manual_seed(0)
+    words = nn.Linear(spec["text"]["dim"], spec["text"]["vocabulary"])
+    tokenizer = data.Tokenizer(spec["max_tokens"])
+    expressions = []
+    for number in range(SCENES):
+        expressions += [expression for expression, _ in scene(number).expressions]
+    pretrain("text", nn.ModuleList([text, words]), steps,
+             lambda: text_loss(text, words, tokenizer, expressions))
+    return nn.ModuleDict({"vision": vision, "text": text})
+
+
+def pretrain_clip(steps):
+    """Return the counterpart of CLIP after its pretraining."""
+    torch.manual_seed(0)
+    built = model.build_model("clip-frozen", "tiny", "random")
+    tokenizer = data.Tokenizer(built.spec["max_tokens"])
+    rng = data.seeded("captions", 0)
+    torch.manual_seed(0)
+    pretrain("clip", built.clip, steps, lambda: clip_loss(built.clip, tokenizer, rng, built.spec))
+    return nn.ModuleDict({"clip": built.clip})
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("encoders", nargs="*", metavar="ENCODERS",
-                        help="detr, clip, or both (default: both)")
-    parser.add_argument("--out", type=Path, default=HERE, metavar="DIR",
-                        help="folder for the files (default: that of this script)")
-    parser.add_argument("--steps", type=int, metavar="N",
-                        help="optimizer steps of each task (default: 800 for detr, 4800 for clip)")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("encoders", nargs="?", choices=["detr", "clip"], help="default: both")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder for the files")
+    parser.add_argument("--steps", type=int, help="of each task (default: 800 detr, 4800 clip)")
     parser.add_argument("--force", action="store_true", help="overwrite files that are there")
     asked = parser.parse_args(argv)
-    if asked.steps is not None and asked.steps < 1:
-        raise data.InputError(f"--steps is {asked.steps}; it must be 1 or more")
-    paths = {}
-    for encoders in asked.encoders or STEPS:
-        data.one_of("encoders", encoders, STEPS)
-        path = asked.out / f"tiny-{encoders}.safetensors"
+
+    names = [asked.encoders] if asked.encoders else ["detr", "clip"]
+    paths = {name: asked.out / f"tiny-{name}.safetensors" for name in names}
+    for path in paths.values():
         if path.exists() and not asked.force:
             raise data.InputError(f"{path} is there already: give another folder by --out, or "
                                   f"--force to overwrite it")
-        paths[encoders] = path
-
     asked.out.mkdir(parents=True, exist_ok=True)
-    for encoders, path in paths.items():
-        steps = STEPS[encoders] if asked.steps is None else asked.steps
-        state = pretrain_encoders(encoders, steps)
-        data.write_atomically(path, functools.partial(save_file, state))
+    for name, path in paths.items():
+        if name == "detr":
+            encoders = pretrain_detr(asked.steps or 800)
+        else:
+            encoders = pretrain_clip(asked.steps or 4800)
+        data.write_atomically(path, functools.partial(save_file, encoders.state_dict()))
         print(path)
 
 
 if __name__ == "__main__":
-    data.run_command(main)
+    evaluate.run_command(main)
