@@ -41,7 +41,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils.checkpoint import checkpoint
+from torchvision.models import resnet50
+from torchvision.ops import FrozenBatchNorm2d
 
 import hilora
 from adapters import AdapterNetworks, CrossModalBridge, attend, quick_gelu
@@ -196,6 +199,16 @@ def run_layers(layers, x, padding=None, position=None, context=None, checkpointi
     return Encoded(x, padding, x0, ports, states)
 
 
+class FrozenBatchNorm(FrozenBatchNorm2d):
+    """A batch norm whose statistics and scales are buffers, as in DETR: (P, C, H, W) -> the same.
+    Unlike torchvision's it keeps the precision of x: under bf16 theirs makes float32 of it."""
+
+    def forward(self, x):
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
+
+
 IMAGES_AT_ONCE = 8    # that a frozen backbone takes
 
 
@@ -204,9 +217,7 @@ class ResNetBody(nn.Sequential):
     torchvision's names. As in DETR its batch norms are frozen: they are buffers."""
 
     def __init__(self):
-        from torchvision.models import resnet50    # importing torchvision takes two seconds
-        from torchvision.ops import FrozenBatchNorm2d
-        net = resnet50(weights=None, norm_layer=FrozenBatchNorm2d)
+        net = resnet50(weights=None, norm_layer=FrozenBatchNorm)
         body = OrderedDict(net.named_children())
         del body["avgpool"], body["fc"]
         super().__init__(body)
@@ -221,10 +232,14 @@ class ResNetBody(nn.Sequential):
         # Without gradients nothing is saved, and a few images at a time need little memory.
         return torch.cat([features(some) for some in images.split(IMAGES_AT_ONCE)])
 
+    def freeze_shallow(self):
+        """Freeze the stem and layer1, as DETR and TransVG do in full fine-tuning [D10]."""
+        for part in (self.conv1, self.layer1):
+            part.requires_grad_(False)
+
     def fold_batch_norms(self):
         """Move each batch norm, a scale and a shift, into the convolution before it where that is
         frozen, too. Features are then passed over once. Call this when the weights are in place."""
-        from torch.nn.utils.fusion import fuse_conv_bn_weights
         names = [("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")]    # 0: downsample
         for module in list(self.modules()):
             for conv_name, norm_name in names:
@@ -625,6 +640,8 @@ class DetrBert(GroundingModel):
         self.insertion = spec["insertion"]
         self.vision = vision.requires_grad_(self.tuned)
         self.text = text.requires_grad_(self.tuned)
+        if isinstance(vision.backbone, ResNetBody):
+            vision.backbone.freeze_shallow()
         vision_dim = spec["vision"]["dim"]
         text_dim = spec["text"]["dim"]
         self.grounding = GroundingEncoder(
