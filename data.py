@@ -909,7 +909,7 @@ class Placement(NamedTuple):
     height: int
     left: int
     top: int
-    image_size: tuple   # (width, height) of the image before it was scaled
+    scale: float   # pixels of the square for one pixel of the image
 
 
 def placement(image_size, size, rng=None, fill=1.0):
@@ -923,10 +923,10 @@ def placement(image_size, size, rng=None, fill=1.0):
     w = max(1, round(width * scale))
     h = max(1, round(height * scale))
     if rng is None:
-        return Placement(w, h, (size - w) // 2, (size - h) // 2, image_size)
+        return Placement(w, h, (size - w) // 2, (size - h) // 2, scale)
     left = rng.randint(0, size - w)
     top = rng.randint(0, size - h)
-    return Placement(w, h, left, top, image_size)
+    return Placement(w, h, left, top, scale)
 
 
 def letterbox(image, size, rng=None, fill=1.0):
@@ -964,35 +964,33 @@ def small_scene(number, width, height):
     return resize(load_image(number), width, height)
 
 
-def clamp(value, low, high):
-    return min(max(value, low), high)
-
-
 def to_square(box, place, size):
     """Turn (x1, y1, x2, y2) in pixels of the image into [cx, cy, w, h] in [0, 1] of the square.
-    Parts of the box outside of the image are cut off, so that a box wholly outside has no area.
     place: from `letterbox`."""
-    width, height = place.image_size
-    x1 = place.left + clamp(box[0], 0, width) * place.width / width
-    y1 = place.top + clamp(box[1], 0, height) * place.height / height
-    x2 = place.left + clamp(box[2], 0, width) * place.width / width
-    y2 = place.top + clamp(box[3], 0, height) * place.height / height
-    cx = (x1 + x2) / 2
-    cy = (y1 + y2) / 2
-    return [cx / size, cy / size, (x2 - x1) / size, (y2 - y1) / size]
+    # [D56] As released, a box is scaled by the ratio itself, not by the rounded size of the image,
+    # and what reaches beyond the image is not cut off.
+    x1, y1, x2, y2 = [v * place.scale / size for v in box]
+    left = place.left / size
+    top = place.top / size
+    return [left + (x1 + x2) / 2, top + (y1 + y2) / 2, x2 - x1, y2 - y1]
 
 
 def from_square(box, image_size, size):
-    """Turn (cx, cy, w, h) in [0, 1] of the square into (x1, y1, x2, y2) in pixels of the image.
-    This is the inverse of to_square for an image that is centred in its square."""
+    """Turn (cx, cy, w, h) in [0, 1] of the square into (x1, y1, x2, y2) in pixels of the image, the
+    inverse of to_square for an image that is centred in its square. The result is clamped to the
+    image."""
     width, height = image_size
-    cx, cy, w, h = [float(v) * size for v in box]   # in pixels of the square
     place = placement(image_size, size)
-    x1 = (cx - w / 2 - place.left) * width / place.width
-    y1 = (cy - h / 2 - place.top) * height / place.height
-    x2 = (cx + w / 2 - place.left) * width / place.width
-    y2 = (cy + h / 2 - place.top) * height / place.height
+    cx, cy, w, h = [float(v) * size for v in box]   # in pixels of the square
+    x1 = (cx - w / 2 - place.left) / place.scale
+    y1 = (cy - h / 2 - place.top) / place.scale
+    x2 = (cx + w / 2 - place.left) / place.scale
+    y2 = (cy + h / 2 - place.top) / place.scale
     return clamp(x1, 0, width), clamp(y1, 0, height), clamp(x2, 0, width), clamp(y2, 0, height)
+
+
+def clamp(value, low, high):
+    return min(max(value, low), high)
 
 
 # --- From a Sample to a batch: the text -----------------------------------------------------------
