@@ -389,9 +389,13 @@ class ClipVision(nn.Module):
 
     def patch_padding(self, padding):
         """Which patches count as padding. padding: (P, S, S) -> (P, Nv)."""
-        share = F.avg_pool2d(padding[:, None].float(), self.patches.stride)   # padded share of each
+        padding = padding[:, None].float()
         if self.released_rules:
-            return (share > 0.5).flatten(1)
+            # [D47] They resize the mask as an image, and round it.
+            side = padding.shape[-1] // self.patches.stride[0]
+            small = F.interpolate(padding, (side, side), mode="bilinear", antialias=True)
+            return small.round().bool().flatten(1)
+        share = F.avg_pool2d(padding, self.patches.stride)    # the padded share of each patch
         # [D30] A patch is padding if no pixel of it belongs to the image: an object at the edge
         # should be seen.
         return (share == 1).flatten(1)
