@@ -1006,6 +1006,9 @@ def mending_table():
     full_width = [0x3000, *range(0xFF01, 0xFFF0)]   # such as "\uff33", which becomes "S"
     for code in [*ligatures, *full_width]:
         table[code] = unicodedata.normalize("NFKC", chr(code))
+    # Control characters but tab and newlines, and the marks that begin some files, vanish.
+    for code in [*range(9), 0x0B, *range(0x0E, 0x20), 0x7F, *range(0x206A, 0x2070), 0xFEFF]:
+        table[code] = None
     return table
 
 
@@ -1208,6 +1211,8 @@ class TrainingBatches:
         self.seed = seed
         self.together = together
         self.part = self.batch_size // processes
+        if self.part == 0:
+            raise InputError(f"{len(samples)} samples cannot be shared by {processes} processes")
         self.offset = rank * self.part
         self.epoch = 0
         self.first = 0

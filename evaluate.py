@@ -16,7 +16,7 @@ From Python, `locate` gives the boxes of any number of expressions in one image:
         [{"text": "the red cup", "box": (x1, y1, x2, y2)}]
 
 The file reads in this order: prediction and accuracy (M²IST Section IV-A b, HiVG Section 4.1 and
-Fig. 4 c), drawings, one's own images, checkpoints of train.py, checkpoints of HiVG's authors, the
+Fig. 4 c), one's own images, checkpoints of train.py, checkpoints of HiVG's authors, the
 command line. train.py uses the first part for its validation.
 
     B batch    S side of the padded square image    T text tokens    Nv vision tokens
@@ -68,8 +68,10 @@ def check_device(device):
 
 
 def set_precision(amp):
-    """Let matrix products of float32 use a GPU's TF32 with --amp tf32, and only then."""
+    """Let matrix products and convolutions of float32 use a GPU's TF32 with --amp tf32, and only
+    then."""
     torch.set_float32_matmul_precision("high" if amp == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = amp == "tf32"
 
 
 def autocast(args):
@@ -181,9 +183,13 @@ def make_loader(samples, model, args, train=False, batch_size=None):
 
 
 def begin_worker(worker):
-    """Workers of a DataLoader leave Ctrl-C and SIGTERM to the training process."""
+    """Workers of a DataLoader leave Ctrl-C and SIGTERM to the training process, which ends them. A
+    second SIGTERM ends a worker that hangs."""
+    def allow(number, frame):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, allow)
 
 
 def model_inputs(batch, start, end, device):
@@ -206,31 +212,26 @@ class Predictions(NamedTuple):
     boxes: Tensor                # (N, 4)   predicted
     truths: Tensor               # (N, 4)
     ious: Tensor                 # (N,)
-    attention: list              # [REG]'s, (Nv,) a sample; None where it was not asked for
 
 
 @torch.no_grad()
-def predict(model, loader, args, attention=False):
+def predict(model, loader, args):
     """Predict the boxes of a whole loader -> Predictions, in the order of the loader's samples,
     whatever the order of its batches. Processes that evaluate together share the batches."""
     model.eval()
     count = len(loader.dataset)
     boxes = torch.zeros(count, 4, device=args.device)
     truths = torch.zeros(count, 4, device=args.device)
-    maps = [None] * count
     for batch in loader:
         inputs = model_inputs(batch, 0, len(batch["boxes"]), args.device)
         with autocast(args):
-            grounding = model(**inputs, attention=attention)
+            grounding = model(**inputs)
         boxes[batch["index"]] = grounding.boxes.float()
         truths[batch["index"]] = batch["boxes"].to(args.device)
-        if attention:
-            for index, row in zip(batch["index"].tolist(), grounding.attention):
-                maps[index] = row
     # A process has zeros for the samples of the others.
     boxes = sum_over_processes(boxes).cpu()
     truths = sum_over_processes(truths).cpu()
-    return Predictions(boxes, truths, measured_ious(boxes, truths), maps)
+    return Predictions(boxes, truths, measured_ious(boxes, truths))
 
 
 def measured_ious(boxes, truths):
@@ -326,23 +327,6 @@ def prediction_lines(split, samples, predictions, side):
     return lines
 
 
-def draw_predictions(model, samples, args, path):
-    """Save a sheet of samples with expression, IoU, true box, predicted box and [REG]'s
-    attention."""
-    loader = make_loader(samples, model, args, batch_size=1)
-    predictions = predict(model, loader, args, attention=True)
-    if rank() > 0:
-        return
-    tiles = []
-    for i, sample in enumerate(samples):
-        image = data.load_image(sample.image)
-        box = data.from_square(predictions.boxes[i], image.size, model.spec["image_size"])
-        boxes = [(sample.box, data.TRUE), (box, data.PREDICTED)]
-        caption = f"IoU {predictions.ious[i]:.2f}\n{data.drawable(sample.text, i + 1, path)}"
-        tiles.append(data.draw(image, caption, boxes, predictions.attention[i]))
-    data.write_sheet(path, tiles, ["true", "predicted", "attention"])
-
-
 # --- One's own images -----------------------------------------------------------------------------
 
 
@@ -427,6 +411,26 @@ def evaluate_images(model, args, asked):
                 tiles.append(data.draw(image, caption, boxes, found.attention, side=512))
             data.write_sheet(drawing, tiles, ["predicted", "attention"], columns=2)
     return results
+
+
+def draw_predictions(model, samples, args, path):
+    """Save a sheet of samples with expression, IoU, true box, predicted box and [REG]'s attention.
+    Of several processes the first alone does so."""
+    if rank() > 0:
+        return
+    size = model.spec["image_size"]
+    tiles = []
+    for i, sample in enumerate(samples):
+        image = data.load_image(sample.image)
+        with autocast(args):
+            [found] = ground_texts(model, image, [sample.text])
+        place = data.placement(image.size, size)
+        squares = torch.tensor([data.to_square(box, place, size) for box in (found.box, sample.box)])
+        iou = measured_ious(*squares).item()
+        boxes = [(sample.box, data.TRUE), (found.box, data.PREDICTED)]
+        caption = f"IoU {iou:.2f}\n{data.drawable(sample.text, i + 1, path)}"
+        tiles.append(data.draw(image, caption, boxes, found.attention))
+    data.write_sheet(path, tiles, ["true", "predicted", "attention"])
 
 
 def shows_several(images):
@@ -691,7 +695,9 @@ DEFAULT_BATCH_SIZE = 64    # samples at once, where no gradients need memory
 
 
 def default_device():
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """cuda, mps, xpu, ..., whatever this machine has; else cpu."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator.type if accelerator is not None else "cpu"
 
 
 def default_workers():
@@ -759,7 +765,7 @@ def build_parser():
     add("--workers", type=at_least(0), metavar="N",
         help="Processes that load images (default: as in training).")
     add("--device", metavar="NAME", default=default_device(),
-        help="cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu).")
+        help="cpu, cuda, cuda:1, mps, ... (default: this machine's accelerator, else cpu).")
     return parser
 
 

@@ -204,7 +204,7 @@ def build_parser():
         help="weight of a loss that draws [REG]'s attention into the box [ours, D49]")
 
     add = parser.add_argument_group("machine").add_argument
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps, ...")
     add("--amp", choices=("off", "tf32", "bf16", "fp16"),
         help="mixed precision; tf32 is float32 with faster matrix products on a GPU [released "
              "code: off]")
@@ -726,7 +726,10 @@ def begin_phase(model, phase, state, args):
         load_tuned(model, state.model, "last.pt")
         optimizer.load_state_dict(state.optimizer)
     if args.compile:
-        model.compile()
+        # Each phase is another model. Texts differ in length from batch to batch, so sizes are
+        # dynamic: else each length would be compiled anew, until the compiler gives up.
+        torch.compiler.reset()
+        model.compile(dynamic=True)
     return optimizer
 
 
@@ -740,6 +743,8 @@ def train_epoch(model, loader, optimizer, scaler, phase, state, args, bar):
     loader.batch_sampler.epoch = epoch
     loader.batch_sampler.first = state.step
     stop.in_epoch = True
+    if "cuda" in args.device:
+        torch.cuda.reset_peak_memory_stats()    # the log has the peak of training, without val
     began = time.time()
     for batch in loader:
         waited = time.time() - began
@@ -816,7 +821,9 @@ def train_step(model, batch, optimizer, scaler, args):
     # Without fp16 the scaler passes gradients and steps on as they are.
     scaler.unscale_(optimizer)
     tuned = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(tuned, args.clip_norm or math.inf)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in tuned if p.grad is not None])
+    if args.clip_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(tuned, args.clip_norm, norm)
     # Processes average what they measured, and agree on whether one of them is asked to stop.
     signal_number = torch.tensor([float(stop.number)], device=means.device)
     shared = sum_over_processes(torch.cat([means, signal_number])) / processes()
@@ -1139,6 +1146,8 @@ def main(argv=None):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
