@@ -8,51 +8,40 @@ times. Without flags both are the default run, which takes minutes; `--limit 640
 seconds. Both runs must be on the same machine with the same number of threads, because the order of
 float sums depends on them.
 """
-import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-
-SPEED = {"seconds", "seconds_waiting_for_data", "samples_per_second", "peak_bytes"}
+from short_runs import computed    # noqa: E402
 
 
 def run(folder, out, flags):
     """Run train.py of a folder -> the lines of its log that are about whole epochs."""
     subprocess.run([sys.executable, "train.py", *flags, "--out", str(out)], cwd=folder, check=True,
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if "step" not in line]
-
-
-def differences(before, after):
-    """The (epoch, name) of all numbers that both logs have and that differ."""
-    if len(before) != len(after):
-        return [("number of epochs", len(before), len(after))]
-    found = []
-    for old, new in zip(before, after):
-        for name in set(old) & set(new) - SPEED:
-            if old[name] != new[name]:
-                found.append((old["epoch"], name))
-    return sorted(found)
+                   stdout=subprocess.DEVNULL)
+    return [line for line in computed(out) if "step" not in line]
 
 
 def main():
     commit, *flags = sys.argv[1:]
-    with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
-        before = scratch / "before"
+    with tempfile.TemporaryDirectory() as scratch:
+        before = Path(scratch, "before")
         subprocess.run(["git", "clone", "-q", str(ROOT), str(before)], check=True)
         subprocess.run(["git", "checkout", "-q", commit], cwd=before, check=True)
-        found = differences(run(before, scratch / "a", flags), run(ROOT, scratch / "b", flags))
-    print(f"the logs differ: {found}" if found else "the logs are the same")
-    return 1 if found else 0
+        old = run(before, Path(scratch, "a"), flags)
+        new = run(ROOT, Path(scratch, "b"), flags)
+    if len(old) != len(new):
+        sys.exit(f"the logs have {len(old)} and {len(new)} epochs")
+    differ = [(line["epoch"], name) for line, other in zip(old, new) for name in line
+              if name in other and line[name] != other[name]]
+    sys.exit(f"the logs differ: {differ}" if differ else print("the logs are the same"))
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__)
-    sys.exit(main())
+    main()

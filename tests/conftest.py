@@ -1,31 +1,37 @@
 """Fixtures that several files of tests share."""
 import pytest
-import torch
 
+import evaluate
 import train
 from short_runs import HIVG, add_dropout, run, up_and_down
 
 
 @pytest.fixture
-def cpu_with_dropout(monkeypatch):
-    """A machine without a GPU, and tiny models with dropout."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def cpu(monkeypatch):
+    """A machine without a GPU."""
+    for module in (train, evaluate):
+        monkeypatch.setattr(module, "default_device", lambda: "cpu")
+
+
+@pytest.fixture
+def cpu_with_dropout(cpu, monkeypatch):
+    """The same, with dropout in the tiny models."""
     add_dropout(monkeypatch)
 
 
 @pytest.fixture(scope="session")
 def m2ist_run(tmp_path_factory):
-    """The folder of a whole run of m2ist, three epochs long."""
+    """The folder of a whole run of m2ist, three epochs long, with dropout."""
     with pytest.MonkeyPatch.context() as patch:
         add_dropout(patch)
-        return run(tmp_path_factory.mktemp("m2ist") / "whole")
+        return run(tmp_path_factory.mktemp("m2ist") / "whole", "--log-every", "2")
 
 
 @pytest.fixture(scope="session")
 def hivg_run(tmp_path_factory):
-    """The folder of a whole run of hivg, a warm-up and two stages, whose accuracy on val goes up
-    and down."""
+    """The folder of a whole run of hivg with dropout, a warm-up and two stages, whose accuracy on
+    val goes up and down."""
     with pytest.MonkeyPatch.context() as patch:
         add_dropout(patch)
         patch.setattr(train, "scores", up_and_down)
-        return run(tmp_path_factory.mktemp("hivg") / "whole", *HIVG)
+        return run(tmp_path_factory.mktemp("hivg") / "whole", *HIVG, "--log-every", "2")

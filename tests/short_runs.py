@@ -1,12 +1,13 @@
 """Short runs of train.py, and what the tests ask of the folder of a run."""
 import json
+import pickle
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 import model as m
 import train
-from test_data import as_refer, pictures
 
 # 28 expressions in batches of 8 are three steps an epoch. Four expressions are left over, because a
 # batch that is not full is dropped.
@@ -16,11 +17,15 @@ FAST = ["--size", "tiny", "--weights", "random", "--limit", "28", "--batch-size"
 # Two epochs of warm-up, two of stage 1, two of stage 2.
 HIVG = ["--method", "hivg", "--epochs", "2", "--stages", "2", "--stage-epochs", "2", "--rank", "4"]
 
+# What a line of the log says of the machine, and not of what was computed.
+SPEED = {"seconds", "seconds_waiting_for_data", "samples_per_second", "peak_bytes"}
+
 
 def add_dropout(patch):
     """Give the tiny models dropout, so that a random number that is drawn out of turn shows."""
-    for spec in m.SIZES["tiny"].values():
-        patch.setitem(spec, "grounding", {**spec["grounding"], "dropout": 0.1})
+    for encoders in ("detr", "clip"):
+        size = m.SIZES[encoders, "tiny"]
+        patch.setitem(size, "grounding", {**size["grounding"], "dropout": 0.1})
 
 
 def run(out, *flags):
@@ -29,45 +34,19 @@ def run(out, *flags):
     return Path(out)
 
 
-# What a line of the log says of the machine, and not of what was computed.
-SPEED = {"seconds", "seconds_waiting_for_data", "samples_per_second", "peak_bytes"}
-
-
 def inputs_of(batch):
     """The model's arguments for a whole batch."""
-    return train.part_of(batch, 0, len(batch["boxes"]), "cpu")
-
-
-def begin_run(model, args, out, number=0):
-    """A run in a folder, at the beginning of one of its phases, by its number from 0."""
-    args.out = str(out)
-    Path(out).mkdir(parents=True, exist_ok=True)
-    under_way = train.Run(model, args)
-    phase = train.plan(args)[number]
-    under_way.progress.epoch = phase.first
-    train.begin(under_way, phase)
-    return under_way, phase
-
-
-def one_epoch(under_way, phase, loader):
-    """Train one epoch of a run -> its line of the log."""
-    with train.Signals(under_way) as signals:
-        train.train_epoch(under_way, loader, phase, train.tqdm(disable=True), signals)
-    return under_way.progress.log[-1]
+    return train.model_inputs(batch, 0, len(batch["boxes"]), "cpu")
 
 
 def read_log(out):
     """The lines of log.jsonl as dictionaries."""
-    lines = Path(out, "log.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
 
 
 def computed(out):
     """The lines of log.jsonl without what differs from one run of the same command to the next."""
-    lines = []
-    for line in read_log(out):
-        lines.append({name: value for name, value in line.items() if name not in SPEED})
-    return lines
+    return [{name: line[name] for name in line if name not in SPEED} for line in read_log(out)]
 
 
 def last_weights(out):
@@ -77,9 +56,7 @@ def last_weights(out):
 
 def same(a, b):
     """Whether two state dicts are equal bit by bit."""
-    if a.keys() != b.keys():
-        return False
-    return all(torch.equal(a[name], b[name]) for name in a)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def up_and_down(ious):
@@ -89,7 +66,20 @@ def up_and_down(ious):
 
 
 def write_refcoco(root):
-    """Write a small RefCOCO with its pictures. Returns the flags that train on it."""
-    as_refer(root)
-    pictures(root / "images/train2014")
+    """Write a small RefCOCO in REFER's format, an image an expression. Returns the flags that train
+    on it."""
+    refs, images, annotations = [], [], []
+    folder = root / "images/train2014"
+    folder.mkdir(parents=True)
+    (root / "refcoco").mkdir()
+    for number, split in enumerate(("train", "train", "train", "val", "testA")):
+        name = f"COCO_train2014_{number:012}.jpg"
+        Image.new("RGB", (120, 90), (200, 40 * number, 0)).save(folder / name)
+        images.append({"id": number, "file_name": name})
+        annotations.append({"id": number, "image_id": number, "bbox": [10, 20, 30 + number, 40]})
+        refs.append({"ref_id": number, "ann_id": number, "image_id": number, "split": split,
+                     "sentences": [{"sent": f"cup number {number} of the five on the left"}]})
+    (root / "refcoco/refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
+    (root / "refcoco/instances.json").write_text(
+        json.dumps({"images": images, "annotations": annotations}))
     return ["--dataset", "refcoco", "--root", str(root)]

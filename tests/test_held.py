@@ -10,8 +10,10 @@ import data
 import evaluate
 import model as m
 import train
-from short_runs import FAST, begin_run, last_weights, one_epoch, run
-from test_rows import batch, built, disturb
+from test_rows import batch, built, disturb, options_of
+
+FAST = ["--size", "tiny", "--weights", "random", "--limit", "8", "--batch-size", "4",
+        "--warmup", "0", "--device", "cpu"]
 
 
 @pytest.fixture(autouse=True)
@@ -28,25 +30,40 @@ def tuned(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def set_up(*flags):
+    """Options and a new model."""
+    args = train.parse_args([*FAST, *flags])
+    torch.manual_seed(args.seed)
+    return args, m.build_model(**train.model_arguments(args))
+
+
+def two_steps(model, args, phase):
+    """Two steps with the peak rates of a phase, on `shapes`."""
+    samples = data.load_samples("shapes", "train", limit=2 * args.batch_size)
+    optimizer = train.make_optimizer(model, args, phase)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    model.train()
+    for step in evaluate.make_loader(samples, model, args, train=True):
+        train.train_step(model, step, optimizer, scaler, args)
+
+
 # --- Gradients ------------------------------------------------------------------------------------
 
 EPS = 1e-7    # how far a weight is moved; in float64 the slope then has seven digits
 
 
-@pytest.mark.parametrize("row, flags, parts", [
-    ("m2ist/I/m2ist", [], 3),    # L1, GIoU, and the attention loss
-    ("m2ist/X/d", ["--side-start", "paired"], 3),    # side networks that read what LoRA changes
-    ("m2ist/VII/a", [], 3),      # adapters inside the layers
-    ("m2ist/I/full", [], 3),
-    ("hivg/3/4", [], 5),         # contrast and region-text, too; the last stage, with wide pairs
-    ("hivg/4/2", [], 5),         # bridges without cross-attention
-    ("hivg/10/1", [], 5),        # bridges whose weights depend on the text
-    ("hivg/fig4d/clip-vanilla-lora", ["--rank", "4"], 3),    # pairs that are not wide
-])
+@pytest.mark.parametrize("row, flags, terms, part", [
+    ("m2ist/I/m2ist", [], 3, ""),    # L1, GIoU, and the attention loss
+    ("m2ist/X/d", ["--side-start", "paired"], 3, ""),    # side networks read what LoRA changes
+    ("m2ist/VII/a", [], 3, ""),             # adapters inside the layers
+    ("m2ist/I/full", [], 3, ""),
+    ("hivg/3/4", [], 5, ""),                # contrast and region-text, too, in the last stage
+    ("hivg/4/2", [], 5, ".plugs."),         # bridges without cross-attention
+    ("hivg/10/1", [], 5, ".plugs.")])       # bridges whose weights depend on the text
 def test_the_gradient_of_every_tuned_tensor_is_the_slope_of_the_whole_loss(monkeypatch, row, flags,
-                                                                          parts):
+                                                                          terms, part):
     """The gradient of each tensor p, times a random direction d, is (L(p + eps d) - L(p - eps d)) /
-    2 eps. So no way from a tuned tensor to a part of the loss is cut off."""
+    2 eps. So no way from a tuned tensor to a term of the loss is cut off."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)    # the losses use float()
     args, model = built(row, "--attention-loss", "0.3", *flags)
     disturb(model)    # B, up-projections and the bridges' weights start at 0
@@ -60,11 +77,11 @@ def test_the_gradient_of_every_tuned_tensor_is_the_slope_of_the_whole_loss(monke
 
     def loss():
         found = model(images.double(), image_padding, tokens, token_padding, attention=True)
-        terms = train.weighted_losses(found, boxes, args)
-        assert len(terms) == parts
-        return sum(terms.values())
+        by_name = train.weighted_losses(found, boxes, args)
+        assert len(by_name) == terms
+        return sum(by_name.values())
 
-    parameters = tuned(model)
+    parameters = {name: p for name, p in tuned(model).items() if part in name}
     gradients = torch.autograd.grad(loss(), list(parameters.values()), allow_unused=True,
                                     materialize_grads=True)
     wrong = []
@@ -77,7 +94,7 @@ def test_the_gradient_of_every_tuned_tensor_is_the_slope_of_the_whole_loss(monke
             below = loss()
             p += EPS * direction
         slope = (above - below) / (2 * EPS)
-        if abs((gradient * direction).sum() - slope) > 1e-5 * gradient.norm() + 1e-7:
+        if abs((gradient * direction).sum() - slope) > 1e-4 * gradient.norm() + 1e-7:
             wrong.append(name)
     assert wrong == []
 
@@ -85,60 +102,50 @@ def test_the_gradient_of_every_tuned_tensor_is_the_slope_of_the_whole_loss(monke
 # --- Dead starts ----------------------------------------------------------------------------------
 
 
-def distinct_rows():
-    """The options of all rows at size tiny, without rows that are the same run."""
-    found = {}
+def test_all_that_is_tuned_learns_from_the_second_step_on_and_nothing_else_changes():
+    """In no row, in its last stage, a tuned tensor stays as it starts: after one step each has a
+    gradient. (In the first step LoRA and inserted adapters have none, but for what is 0.) What is
+    frozen stays as it is, bit for bit."""
+    rows = {}
     for row in train.ROWS:
         args = train.parse_args(["--row", row, "--batch-size", "4", "--device", "cpu"])
-        found.setdefault(str({**vars(args), "row": None, "out": None}), args)
-    return list(found.values())
-
-
-def test_all_that_is_tuned_learns_from_the_second_step_on():
-    """No row has a tuned tensor that stays as it starts: after one step each has a gradient. In the
-    first step pairs and inserted adapters have none, but for B and the last linear, which are 0.
-    Rows of HiVG are in their last stage."""
-    samples = data.load_samples("shapes", "train", limit=8)
-    dead = []
-    for args in distinct_rows():
+        rows.setdefault(str(options_of(args)), args)    # rows that are the same run count once
+    wrong = []
+    for args in rows.values():
         torch.manual_seed(0)
         model = m.build_model(**train.model_arguments(args))
-        optimizer = train.begin_phase(model, train.plan(args)[-1], args)
-        loader = train.make_loader(samples, model, args, train=True)
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        for step in loader:    # two of them
-            train.train_step(model, step, optimizer, scaler, args)
-        for name, p in tuned(model).items():
+        phase = train.plan(args)[-1]
+        model.begin_stage(phase.stage)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        two_steps(model, args, phase)
+        learns = tuned(model)
+        for name, value in model.state_dict().items():
+            if name not in learns and not torch.equal(value, before[name]):
+                wrong.append((args.row, name))
+        for name, p in learns.items():
             # A bias of the keys adds the same to all scores of a query, and softmax takes it out:
             # its gradient is 0 but for rounding, of 2e-9 at most. All others are at least 5e-7.
             if name.endswith("k.bias"):
                 continue
             if p.grad is None or p.grad.square().mean().sqrt() < 3e-8:
-                dead.append((args.row, name))
-    assert dead == []
+                wrong.append((args.row, name))
+    assert wrong == []
 
 
 # --- Rates, epochs and weights that differ --------------------------------------------------------
 
 
-def set_up(*flags):
-    """Options and a new model."""
-    args = train.parse_args([*FAST, *flags])
-    torch.manual_seed(args.seed)
-    return args, m.build_model(**train.model_arguments(args))
-
-
-@pytest.mark.parametrize("method", ["m2ist", "m2ist+lora", "full", "hivg"])
+@pytest.mark.parametrize("method", ["m2ist+lora", "full", "hivg"])
 def test_the_grounding_encoder_has_lr_and_all_else_has_lr_encoder(method):
     """The two rates of a phase, and AdamW's own betas and eps in both groups."""
     args, model = set_up("--method", method, "--lr", "3e-3", "--lr-encoder", "2e-4")
-    optimizer = train.begin_phase(model, train.plan(args)[0], args)
+    optimizer = train.make_optimizer(model, args, train.plan(args)[0])
     rates = {}
     for group in optimizer.param_groups:
         assert (group["betas"], group["eps"]) == ((0.9, 0.999), 1e-8)
         for p in group["params"]:
+            assert group["peak"] == group["lr"]    # the schedule multiplies the peak
             rates[p] = group["lr"]
-    assert len(optimizer.param_groups) == 2
     for name, p in tuned(model).items():
         assert rates[p] == (3e-3 if name.startswith("grounding.") else 2e-4), name
 
@@ -146,24 +153,23 @@ def test_the_grounding_encoder_has_lr_and_all_else_has_lr_encoder(method):
 @pytest.mark.parametrize("lr, lr_encoder, moves", [
     ("1e-3", "0", "grounding"), ("0", "1e-3", "adapters")])
 def test_a_rate_of_0_keeps_its_part_still(tmp_path, lr, lr_encoder, moves):
-    """In the steps themselves, too, --lr moves the grounding encoder alone, and --lr-encoder moves
-    M³ISA's adapters alone."""
-    args, model = set_up("--lr", lr, "--lr-encoder", lr_encoder)
-    under_way, phase = begin_run(model, args, tmp_path)
-    before = {name: p.detach().clone() for name, p in tuned(model).items()}
-    samples = data.load_samples("shapes", "train", limit=8)
-    one_epoch(under_way, phase, train.make_loader(samples, model, args, train=True))
-    for name, p in tuned(model).items():
+    """In a whole run, --lr moves the grounding encoder alone, and --lr-encoder moves M³ISA's
+    adapters alone."""
+    flags = [*FAST, "--epochs", "1", "--lr", lr, "--lr-encoder", lr_encoder]
+    _, begun = set_up(*flags)
+    train.main([*flags, "--out", str(tmp_path / "run")])
+    ended = torch.load(tmp_path / "run/last.pt")["model"]
+    for name, p in tuned(begun).items():
         if not name.endswith("k.bias"):
-            assert torch.equal(p, before[name]) != name.startswith(moves), name
+            assert torch.equal(p, ended[name]) != name.startswith(moves), name
 
 
 @pytest.mark.parametrize("flags, phases", [
     ("--epochs 4", [(0, 0, 4, 3e-3, 2e-4)]),
     ("--method m2ist+lora --epochs 6 --stages 2", [(1, 0, 3, 3e-3, 2e-4), (2, 3, 6, 3e-3, 2e-4)]),
-    ("--method hivg --epochs 5 --stages 2 --stage-epochs 3 --stage-lr 4e-4 5e-5",
-     [(0, 0, 5, 3e-3, 2e-4), (1, 5, 8, 4e-4, 4e-4), (2, 8, 11, 5e-5, 5e-5)]),
-])
+    ("--method hivg --epochs 5 --stage-epochs 2 --stage-lr 4e-4 5e-5", [
+        (0, 0, 5, 3e-3, 2e-4), (1, 5, 7, 4e-4, 4e-4), (2, 7, 9, 5e-5, 5e-5),
+        (3, 9, 11, 5e-5, 5e-5)])])
 def test_a_plan_with_unequal_numbers(flags, phases):
     """(stage, epochs before, epochs at its end, rate, rate of the encoders) of each phase, where
     --epochs is not --stage-epochs and --lr is not --lr-encoder."""
@@ -176,18 +182,18 @@ WEIGHTS = dict(l1=2, giou=3, contrast=5, focal=7, dice=11, beta=0, attention_los
 
 
 @pytest.mark.parametrize("changed, value", [
-    (None, None), ("l1", 0), ("giou", 0), ("contrast", 0), ("focal", 0), ("dice", 0),
-    ("attention_loss", 0), ("beta", 1)])
-def test_each_weight_of_the_loss_changes_its_own_part_alone(changed, value):
-    """The parts of the loss by weights that all differ, in numbers that a hand can compute."""
-    weights = {**WEIGHTS, changed: value} if changed else WEIGHTS
+    ("beta", 0), ("beta", 1), ("l1", 0), ("giou", 0), ("contrast", 0), ("focal", 0), ("dice", 0),
+    ("attention_loss", 0)])
+def test_each_weight_of_the_loss_changes_its_own_term_alone(changed, value):
+    """The terms of the loss by weights that all differ, in numbers that a hand can compute."""
+    weights = {**WEIGHTS, changed: value}
     # The prediction is the upper half of the true box, which is the left half of a grid of 4 x 4.
     found = m.Grounding(
         boxes=torch.tensor([[0.25, 0.25, 0.5, 0.5]] * 2), attention=torch.full((2, 16), 1 / 20),
         scores=torch.zeros(2, 16), padding=torch.zeros(2, 16, dtype=torch.bool),
         text=torch.eye(2), image=torch.eye(2), temperature=torch.tensor(0.5))
     boxes = torch.tensor([[0.25, 0.5, 0.5, 1.0]] * 2)
-    parts = train.weighted_losses(found, boxes, argparse.Namespace(**weights))
+    terms = train.weighted_losses(found, boxes, argparse.Namespace(**weights))
 
     l1 = 0.25 + 0.5                        # cy is wrong by 0.25 and h by 0.5
     if weights["beta"] == 1:
@@ -200,9 +206,9 @@ def test_each_weight_of_the_loss_changes_its_own_part_alone(changed, value):
         "contrast": weights["contrast"] * math.log(1 + math.exp(-2)),
         "region_text": weights["focal"] * focal + weights["dice"] * dice,
         "attention": weights["attention_loss"] * -math.log(8 / 20)}
-    assert set(parts) <= set(expected)
-    for name in expected:                  # a part whose weight is 0 may be missing
-        assert float(parts.get(name, 0)) == pytest.approx(expected[name], rel=1e-5), name
+    assert set(terms) <= set(expected)
+    for name in expected:                  # a term whose weight is 0 may be missing
+        assert float(terms.get(name, 0)) == pytest.approx(expected[name], rel=1e-5), name
 
 
 # --- Seeds ----------------------------------------------------------------------------------------
@@ -213,10 +219,9 @@ def test_another_seed_draws_other_new_weights(tmp_path):
     no matrix in common."""
     drawn = []
     for seed in ("0", "1"):
-        out = run(tmp_path / seed, "--limit", "4", "--batch-size", "4", "--epochs", "1",
-                  "--lr", "0", "--lr-encoder", "0", "--seed", seed)
-        drawn.append(last_weights(out))
-    assert drawn[0].keys() == drawn[1].keys()
+        train.main([*FAST, "--epochs", "1", "--lr", "0", "--lr-encoder", "0", "--seed", seed,
+                    "--out", str(tmp_path / seed)])
+        drawn.append(torch.load(tmp_path / seed / "last.pt")["model"])
     for name, value in drawn[0].items():
         if value.dim() > 1:
             assert not torch.equal(value, drawn[1][name]), name
@@ -238,7 +243,7 @@ def test_the_seed_of_a_step_differs_between_seeds_epochs_steps_and_processes(mon
 
 
 def neighbours(samples, epoch):
-    """{picture: pairs of its expressions that follow each other in an epoch}, two of a picture
+    """{image: pairs of its expressions that follow each other in an epoch}, two of an image
     together."""
     batches = data.TrainingBatches(samples, len(samples), seed=0, together=2)
     batches.epoch = epoch
@@ -250,23 +255,27 @@ def neighbours(samples, epoch):
     return pairs
 
 
-def test_the_expressions_that_share_a_picture_change_from_epoch_to_epoch():
-    """With K = 2, two of the three expressions of a picture are together. In another epoch they are
-    another two, for two pictures of three on average."""
+def test_the_expressions_that_share_an_image_change_from_epoch_to_epoch():
+    """With K = 2, two of the three expressions of an image are together. In another epoch they are
+    another two, for two images of three on average."""
     samples = data.load_samples("shapes", "train", limit=60)
     first, second = neighbours(samples, 1), neighbours(samples, 2)
-    changed = [picture for picture in first if not first[picture] & second[picture]]
+    changed = [image for image in first if not first[image] & second[image]]
     assert len(changed) >= 5
 
 
 @pytest.mark.parametrize("method, pixels", [("m2ist", "clip"), ("hivg", "detr")])
-def test_ones_own_picture_has_the_pixels_of_the_loader(method, pixels):
-    """evaluate.locate normalises by --pixels, where it is given, as train.make_loader does."""
+def test_an_image_of_ones_own_has_the_pixels_of_a_loaders(method, pixels):
+    """An image of evaluate.locate reaches the encoder as one of a loader does, normalised by
+    --pixels, and not by the other of the two."""
     args, model = set_up("--method", method, "--pixels", pixels)
     sample = data.load_samples("shapes", "val", limit=1)[0]
-    loaded = next(iter(train.make_loader([sample], model, args)))["images"]
+    stem = model.vision.backbone if method == "m2ist" else model.clip.vision.patches
     seen = []
-    model.register_forward_pre_hook(lambda _, inputs, named: seen.append(named["images"]),
-                                    with_kwargs=True)
-    evaluate.locate(model, data.load_picture(sample.image), [sample.text])
-    assert torch.equal(seen[0], loaded)
+    stem.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    evaluate.predict(model, evaluate.make_loader([sample], model, args), args)
+    evaluate.locate(model, data.load_image(sample.image), [sample.text])
+    raw, padding, _ = data.letterbox(sample.image, 64)
+    expected = m.normalise(raw[None], padding[None], m.PIXELS[pixels])
+    assert torch.equal(seen[0], expected)
+    assert torch.equal(seen[1], expected)

@@ -1,13 +1,23 @@
-"""train.py as a user meets it: whole runs, recipes and phases, checkpoints, people's datasets."""
+"""train.py: options and presets, the optimizer, the loop step by step, phases, whole runs, several
+processes. Interruptions are in test_resume.py."""
+import argparse
+import functools
 import itertools
 import json
 import math
-import time
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn as nn
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import data
 import evaluate
@@ -15,24 +25,519 @@ import hilora
 import losses
 import model as m
 import train
-from data import InputError
-from short_runs import (FAST, HIVG, SPEED, add_dropout, begin_run, computed, inputs_of,
-                        last_weights, one_epoch, read_log, run, same, write_refcoco)
-from test_data import as_refer, coco
+from data import InputError, run_command
+from short_runs import (FAST, HIVG, SPEED, add_dropout, computed, inputs_of, last_weights, read_log,
+                        run, same, write_refcoco)
 
-pytestmark = pytest.mark.usefixtures("cpu_with_dropout")
+ROOT = Path(__file__).parent.parent
+BASE = ["--size", "base", "--dataset", "x.jsonl"]
+
+pytestmark = pytest.mark.usefixtures("cpu")
 
 
-# --- Whole runs -----------------------------------------------------------------------------------
+# --- Flags ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", ["12345678901234567890", "-3"])
-def test_any_whole_number_is_a_seed(tmp_path, seed):
-    """Seeds of torch have 64 bits; what is derived from a longer one is brought into their range,
-    and still differs from the default's."""
-    out = run(tmp_path / "a", "--epochs", "1", "--limit", "32", "--seed", seed)
-    default = run(tmp_path / "b", "--epochs", "1", "--limit", "32")
-    assert read_log(out)[0]["train_loss"] != read_log(default)[0]["train_loss"]
+def test_every_flag_is_explained_and_every_name_in_a_preset_is_an_option():
+    """A misspelt name in a preset or a row would do nothing."""
+    names = {"last_stage", "title", *m.OPTIONS}    # rows alone set some options
+    for action in train.build_parser()._actions:
+        assert action.help, action.dest
+        names.add(action.dest)
+    for table in (train.PRESETS, train.BY_DATASET, train.ROWS, {"common": train.COMMON}):
+        for key, values in table.items():
+            tiny = values.get("tiny", {})
+            assert set(values) - {"tiny"} | set(tiny) <= names, key
+    for row in train.ROWS:
+        for size in ("base", "tiny"):
+            train.parse_args(["--row", row, "--size", size, "--dataset", "x.jsonl"])
+
+
+def help_of(capsys, *flags):
+    """What --help prints with these flags, on one line."""
+    with pytest.raises(SystemExit) as stop:
+        train.main([*flags, "--help"])
+    assert stop.value.code in (None, 0)
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("flags, defaults", [
+    ("--device cuda:99", {"method": "m2ist", "bottleneck": "32", "device": "cuda:99"}),
+    ("--method hivg", {"rank": "32", "limit": "12000", "focal": "20.0", "bottleneck": "None"}),
+    ("--dataset refcoco+", {"epochs": "180", "batch-size": "64", "size": "base"}),
+    ("--row m2ist/II/32 --size base", {"bottleneck": "32", "row": "m2ist/II/32"}),
+])
+def test_help_shows_the_defaults_of_the_command_line_at_hand(capsys, flags, defaults):
+    """They depend on method, size, dataset and row. The device need not be there."""
+    text = help_of(capsys, *flags.split())
+    for name, value in defaults.items():
+        assert re.search(rf" --{name} [^-][^()]*(\([^)]*\))*[^()]*\(default: {value}\)", text), name
+
+
+def test_rows_are_listed_with_what_they_change(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--row", "list"])
+    assert stop.value.code in (None, 0)
+    _, *lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line.partition(" ")[2].strip() for line in lines}
+    assert list(rows) == list(train.ROWS)
+    assert rows["m2ist/V/b"] == "attention_port none, ffn_port lea"
+    assert rows["hivg/3/4"] == "nothing: the default itself"
+
+
+ON_CLIP = {"clip-frozen", "clip-lora", "hivg"}
+ON_DETR = set(m.METHODS) - ON_CLIP
+SIDE = {"m2ist", "m2ist+lora"}
+WITH_ADAPTERS = {"adapter", "adaptformer", "cm-adapter", "mrs-adapter", *SIDE}
+WITH_LORA = {"lora", "m2ist+lora", "clip-lora", "hivg"}
+
+
+@pytest.mark.parametrize("flags, methods", [
+    (["--vision-weights x", "--text-weights x", "--ffn-port iea", "--image-size 96"], ON_DETR),
+    (["--clip-weights x", "--vision-layers 1", "--bridge-layers 1", "--contrast 1"], ON_CLIP),
+    (["--insertion parallel", "--bottleneck 4", "--interaction-dim 4", "--scale 2"], WITH_ADAPTERS),
+    (["--residual", "--side-start paired"], SIDE),
+    (["--text-layers 1 2"], {*WITH_ADAPTERS, "hivg"}),
+    (["--stages 1", "--rank 8", "--alpha 8", "--stage-epochs 1", "--stage-lr 1e-3"], WITH_LORA),
+    (["--focal 1", "--dice 1"], {"hivg"}),
+])
+def test_a_flag_is_for_the_methods_that_use_it(flags, methods):
+    """For others it is refused, where it would do nothing."""
+    for flag, method in itertools.product(flags, m.METHODS):
+        argv = ["--method", method, *flag.split()]
+        if method in methods:
+            train.parse_args(argv)
+        else:
+            name = flag.split()[0]
+            message = f"{name} is not for --method {re.escape(method)} "
+            with pytest.raises((InputError, m.ModelError), match=message):
+                train.parse_args(argv)
+
+
+BAD = """
+--method magic : --method : magic : m2ist
+--dataset cocoref : cocoref : shapes
+--size huge : --size : huge
+--size large : --size for m2ist : large : base, tiny
+--weights pretrained : --weights for size tiny : shapes, random
+--schedule constant : --schedule : cosine
+--amp fp8 : --amp : bf16
+--ffn-port nosuch : --ffn-port : iea
+--insertion above : --insertion : sequential
+--pixels bert : --pixels : clip
+--epochs 0 : --epochs : 1 or more
+--limit 0 : --limit : 1 or more
+--workers -1 : --workers : 0 or more
+--lr -1 : --lr : 0 or more
+--lr inf : --lr : 0 or more
+--lr-encoder nan : --lr-encoder : 0 or more
+--max-tokens 99 : --max-tokens is 99 : 32 positions
+--image-size 100 : --image-size is 100 : multiple of 8
+--interaction-dim 999 : interaction_dim : 999
+--text-layers 1 : text layers : [1]
+--text-layers 3 9 : --text-layers 3 9 : 1 .. 4
+--method hivg --stage-lr 1e-3 -1 : --stage-lr : 0 or more
+--method hivg --alpha 0 : --alpha
+--method hivg --vision-layers 2 2 : --vision-layers 2 2 : differ
+--method hivg --bridge-layers 7 : --bridge-layers 7 : 1 .. 6
+--method hivg --stages 7 : --stages is 7 : 6 layers
+--method hivg --stage-epochs 0 --epochs 2 : --stages 3 : --stage-epochs
+--method hivg --text-layers 1 --bridge-layers : --text-layers is not for --method hivg as it is here
+--method lora --epochs 1 --stages 2 : --stages 2 : --epochs
+--row hivg/5/2 --stages 1 : the last stage is 2 : --stages is 1
+--row hivg/4/7 --bridge-layers 1 2 : 2 bridges need as many text layers, not 3
+--row m2ist/V/z : m2ist/V/z : --row list
+--row hivg/3/1 --size large : hivg/3/1 : base and tiny
+--row m2ist/V/b --method hivg : --row m2ist/V/b has method m2ist : leave out --method
+--row m2ist/V/b --ffn-port vea : --row m2ist/V/b has ffn_port lea : leave out --ffn-port
+--dataset gone.jsonl : gone.jsonl : no such file
+--device cuda:99 : --device cuda:99 : --device cpu
+--device foo : --device foo : --device cpu
+--last-stage 1 : unrecognized arguments: --last-stage
+"""
+
+
+@pytest.mark.parametrize("line", BAD.strip().splitlines())
+def test_bad_flags_give_one_line_and_begin_no_run(tmp_path, capsys, line):
+    """Each line of BAD is a command line, and words of its message."""
+    flags, *words = line.split(" : ")
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: run(tmp_path / "out", *flags.split()))
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    message = said.splitlines()[-1]
+    assert "error: " in message and "Traceback" not in said
+    for word in words:
+        assert word in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags, folder", [
+    ("--seed 3 --workers 2 --save-minutes 5", "shapes-m2ist-3"),
+    ("--stages 0 --epochs 9 --method hivg", "shapes-hivg-0-epochs=9-stages=0"),
+    ("--method hivg --bridge-layers --stage-lr 1e-3 1e-4",
+     "shapes-hivg-0-bridge_layers=none-stage_lr=0.001+0.0001"),
+    ("--row m2ist/V/b --beta 1", "shapes-m2ist-V-b-0-beta=1.0"),
+    ("--size base --vision-weights weights/detr.pth --root data",
+     "shapes-m2ist-0-size=base-vision_weights=detr.pth"),
+    ("--dataset refcoco,a/refcoco+ --size tiny", "refcoco,refcoco+-m2ist-0-size=tiny"),
+])
+def test_runs_that_differ_have_folders_that_differ(flags, folder):
+    """A folder is named by dataset, method or row, seed, and every flag that changes what the run
+    computes, whatever the order of the flags."""
+    assert train.parse_args(flags.split()).out == f"runs/{folder}"
+
+
+@pytest.mark.parametrize("flags, title", [
+    ("--beta 1", "m2ist"),
+    ("--row m2ist/V/b --seed 1 --micro-batch 8 --amp bf16", "m2ist/V/b"),
+    ("--row m2ist/V/b --text-layers 1 2 --beta 1",
+     "m2ist/V/b changed (beta 1.0, text_layers [1, 2])"),
+])
+def test_a_row_that_is_changed_by_flags_says_so(flags, title):
+    """A figure of another run must not stand under the name of a row."""
+    assert train.parse_args(flags.split()).title == title
+
+
+def test_a_new_method_is_a_row(monkeypatch, tmp_path):
+    """A row in METHODS is all that --method needs."""
+    row = dict(encoders="detr", insertion="parallel", ffn_port="vea")
+    monkeypatch.setitem(m.METHODS, "mine", row)
+    out = run(tmp_path / "a", "--method", "mine", "--epochs", "1")
+    assert {name.split(".")[0] for name in last_weights(out)} == {"adapters", "grounding"}
+
+
+# --- Presets, phases and schedules ----------------------------------------------------------------
+
+
+def values(flags, *names):
+    args = train.parse_args(flags)
+    return tuple(getattr(args, name) for name in names)
+
+
+def test_the_preset_of_m2ist_is_that_of_section_iv_b():
+    """90 epochs in batches of 64, rates of 1e-4 and 1e-5 [D12], a tenth after 60 epochs."""
+    assert values(BASE, "method", "epochs", "batch_size", "lr", "lr_encoder", "weight_decay",
+                  "warmup", "l1", "giou", "attention_loss", "max_tokens", "image_size") == (
+        "m2ist", 90, 64, 1e-4, 1e-5, 1e-4, 0, 1, 1, 0, 20, 640)
+    args = train.parse_args(BASE)
+    steps = (0, 599, 600, 899)    # ten steps an epoch
+    assert [train.rate_factor(args, step, 10, 90) for step in steps] == [1, 1, 0.1, 0.1]
+    warm = train.parse_args([*BASE, "--warmup", "10"])
+    assert [train.rate_factor(warm, step, 10, 90) for step in (4, 9, 600)] == [0.5, 1, 0.1]
+
+
+def test_the_default_run_is_m2ist_on_shapes():
+    """`python train.py` alone: 1,500 steps, a warm-up of 100, a rate that falls to zero."""
+    assert values([], "method", "dataset", "size", "weights", "workers", "out", "epochs",
+                  "batch_size", "weight_decay", "attention_loss", "lr", "device") == (
+        "m2ist", "shapes", "tiny", "shapes", 0, "runs/shapes-m2ist-0", 2, 32, 0.1, 0.3, 1e-3, "cpu")
+    assert values(BASE, "weights", "workers") == ("pretrained", evaluate.default_workers())
+    assert values(["--method", "full"], "lr", "lr_encoder") == (1e-3, 1e-4)
+    args = train.parse_args([])
+    for step, factor in ((0, 1 / 100), (750, 1 / 2), (1499, 1 / 1500)):
+        assert train.rate_factor(args, step, 750, 2) == pytest.approx(factor)
+    cosine = train.parse_args(["--schedule", "cosine", "--warmup", "0"])
+    for step in (0, 100, 2000):    # 1/2 (1 + cos(pi t / T)), 3,000 steps
+        expected = (1 + math.cos(math.pi * step / 3000)) / 2
+        assert train.rate_factor(cosine, step, 750, 4) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("dataset, method, expected", [
+    ("refcoco", "m2ist", (90, 60, 20)),
+    ("refcoco+", "m2ist", (180, 120, 20)),
+    ("refcocog-umd", "m2ist", (90, 60, 40)),
+    ("refcocog-google", "m2ist", (90, 60, 40)),
+    ("refcoco,refcoco+,refcocog-umd", "m2ist", (180, 120, 40)),
+    ("refcocog-umd,refcoco", "m2ist", (90, 60, 40)),
+    ("refcocog-umd", "hivg", (50, 50, 77)),
+])
+def test_datasets_have_epochs_and_tokens_of_their_own(dataset, method, expected):
+    """Joined datasets take the longest training of the parts, and the most tokens. Flags win."""
+    flags = ["--dataset", dataset, "--method", method]
+    names = ("epochs", "lr_drop", "max_tokens")
+    assert values(flags, *names) == expected
+    assert values([*flags, "--epochs", "3", "--max-tokens", "25"], *names) == (3, expected[1], 25)
+
+
+def phases(*flags):
+    """(name, stage, epochs before, epochs at its end, both rates) of each phase."""
+    return [tuple(phase) for phase in train.plan(train.parse_args(["--method", *flags]))]
+
+
+def test_phases_of_hivg_follow_section_4_1_and_table_8():
+    """A warm-up of 50 epochs, then three stages of 20, or for HiVG-L four of 15."""
+    assert phases("hivg", *BASE) == [
+        ("warm-up", 0, 0, 50, 2.5e-4, 2.5e-4), ("stage 1", 1, 50, 70, 1e-4, 1e-4),
+        ("stage 2", 2, 70, 90, 0.5e-4, 0.5e-4), ("stage 3", 3, 90, 110, 0.25e-4, 0.25e-4)]
+    assert phases("hivg", *BASE, "--size", "large") == [
+        ("warm-up", 0, 0, 50, 2.5e-4, 2.5e-4), ("stage 1", 1, 50, 65, 1e-4, 1e-4),
+        ("stage 2", 2, 65, 80, 0.75e-4, 0.75e-4), ("stage 3", 3, 80, 95, 0.5e-4, 0.5e-4),
+        ("stage 4", 4, 95, 110, 0.25e-4, 0.25e-4)]
+    names = ("batch_size", "l1", "giou", "contrast", "focal", "dice", "rank", "alpha", "schedule",
+             "weight_decay")
+    assert values(["--method", "hivg", *BASE], *names) == (
+        80, 2, 2, 1, 20, 2, 32, 16, "cosine", 1e-4)
+    assert values(["--method", "hivg", *BASE, "--size", "large"], *names)[0] == 32
+
+
+def test_the_runs_of_fig_4_d_are_as_long_on_the_box_loss():
+    """[D35] What differs between them is the model alone."""
+    assert [phase[:4] for phase in phases("clip-lora", *BASE)] == [
+        ("warm-up", 0, 0, 50), ("stage 1", 1, 50, 110)]
+    assert values(["--method", "clip-lora", *BASE], "contrast", "focal", "dice") == (0, 0, 0)
+    assert {phases(method)[-1][3] for method in ON_CLIP} == {5}
+
+
+@pytest.mark.parametrize("method, size, augmented, flip", [
+    ("m2ist", "base", True, True), ("hivg", "large", True, False), ("m2ist", "tiny", False, True)])
+def test_each_paper_gets_its_transforms(tmp_path, method, size, augmented, flip):
+    """HiVG flips nothing; the tiny size is not augmented; evaluation transforms nothing."""
+    root = write_refcoco(tmp_path)
+    args = train.parse_args([*root, "--method", method, "--size", size, "--weights", "random"])
+    with torch.device("meta"):
+        model = m.build_model(**train.model_arguments(args))
+    samples = data.load_samples("refcoco", "train", tmp_path)
+    dataset = train.make_loader(samples, model, args, train=True).dataset
+    assert (dataset.train, dataset.augmented, dataset.flip) == (True, augmented, flip)
+    assert dataset.size == m.SIZES[m.METHODS[method]["encoders"], size]["image_size"]
+    evaluated = train.make_loader(samples, model, args).dataset
+    assert (evaluated.train, evaluated.augmented) == (False, False)
+
+
+# --- A step ---------------------------------------------------------------------------------------
+
+
+def set_up(count, *flags):
+    """Options, a new model without dropout, and a loader of the first samples at epoch 1."""
+    args = train.parse_args([*FAST, *flags])
+    torch.manual_seed(0)
+    model = m.build_model(**train.model_arguments(args))
+    loader = train.make_loader(data.load_samples("shapes", "train", limit=count), model, args, True)
+    loader.batch_sampler.epoch = 1
+    loader.dataset.epoch.fill_(1)
+    return args, model, loader
+
+
+def take_step(model, args, batch, phase=0):
+    """One optimizer step -> its metrics."""
+    optimizer = train.make_optimizer(model, args, train.plan(args)[phase])
+    scaler = torch.amp.GradScaler("cpu", enabled=args.amp == "fp16")
+    metrics, stopping = train.train_step(model.train(), batch, optimizer, scaler, args)
+    assert not stopping
+    return metrics
+
+
+def one_epoch(model, loader, args, out, epoch=0, number=0):
+    """Train an epoch of a phase -> state, optimizer, scaler."""
+    args.out = str(out)
+    state = train.State(epoch=epoch)
+    phase = train.plan(args)[number]
+    optimizer = train.make_optimizer(model, args, phase)
+    scaler = torch.amp.GradScaler("cpu", enabled=args.amp == "fp16")
+    with train.tqdm(disable=True) as bar:
+        train.train_epoch(model, loader, optimizer, scaler, phase, state, args, bar)
+    return state, optimizer, scaler
+
+
+def expected_loss(model, batch, args):
+    outputs = model(**inputs_of(batch), attention=True)
+    return sum(train.weighted_losses(outputs, batch["boxes"], args).values())
+
+
+def test_the_log_has_means_over_the_samples_whatever_the_micro_batches(monkeypatch, tmp_path):
+    """The loss of a micro-batch counts by its share, and an IoU of one half is right."""
+    args, model, loader = set_up(10, "--batch-size", "10", "--micro-batch", "4")
+    expected = expected_loss(model, next(iter(loader)), args).item()
+    monkeypatch.setattr(train, "measured_ious",
+                        lambda boxes, truths: torch.tensor([0.5, 0.49, 0.8, 0.0])[:len(boxes)])
+    state, _, _ = one_epoch(model, loader, args, tmp_path)
+    [line] = state.log
+    assert line["train_loss"] == pytest.approx(expected, rel=1e-5)
+    assert line["l1"] + line["giou"] + line["attention"] == pytest.approx(expected, rel=1e-5)
+    # Micro-batches of 4, 4 and 2 samples have 2, 2 and 1 with an IoU of 0.5 or more.
+    assert line["train_acc@0.5"] == pytest.approx(5 / 10)
+
+
+def test_a_step_has_the_gradient_of_its_own_batch_alone(tmp_path):
+    """At a rate of 0, the gradients after an epoch are those of its last batch, in micro-batches
+    too. The norm of all gradients is logged."""
+    args, model, loader = set_up(16, "--micro-batch", "3", "--lr", "0", "--lr-encoder", "0")
+    _, last = list(loader)
+    expected_loss(model, last, args).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    norm = math.sqrt(sum(grad.double().square().sum() for grad in expected.values()))
+    state, _, _ = one_epoch(model, loader, args, tmp_path)
+    for name, gradient in expected.items():
+        assert torch.allclose(model.get_parameter(name).grad, gradient, atol=1e-6), name
+    assert take_step(model, args, last)["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert 0.1 < state.log[0]["grad_norm"] != pytest.approx(norm, rel=1e-3)    # a mean of two
+
+
+def test_clip_norm_scales_all_gradients_down():
+    """The norm in the log is that before."""
+    norms = []
+    for clip in ("0", "0.01"):
+        args, model, loader = set_up(8, "--clip-norm", clip)
+        logged = take_step(model, args, next(iter(loader)))["grad_norm"]
+        squares = [p.grad.square().sum() for p in model.parameters() if p.grad is not None]
+        norms.append((logged, math.sqrt(sum(squares))))
+    (logged, whole), (logged_again, clipped) = norms
+    assert logged == logged_again == pytest.approx(whole, rel=1e-5)
+    assert whole > 0.1 and clipped == pytest.approx(0.01, rel=1e-3)
+
+
+def test_weight_decay_takes_its_share_of_every_tuned_weight_at_the_rate_of_its_group():
+    """AdamW: beside the step of the gradient, a weight p loses rate · decay · p. Nothing else is
+    changed."""
+    after = {}
+    for decay in ("0", "0.5"):
+        args, model, loader = set_up(8, "--weight-decay", decay, "--lr=1e-2", "--lr-encoder=2e-2")
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        take_step(model, args, next(iter(loader)))
+        after[decay] = dict(model.named_parameters())
+    rates = {"grounding": 1e-2, "adapters": 2e-2, "vision": 0, "text": 0}
+    assert {name.split(".")[0] for name in before} == set(rates)
+    for name, p in before.items():
+        lost = after["0"][name] - after["0.5"][name]
+        assert torch.allclose(lost, rates[name.split(".")[0]] * 0.5 * p, atol=1e-6), name
+
+
+def test_the_rates_of_a_step_are_those_of_its_place_in_its_phase(tmp_path, monkeypatch):
+    """In the second epoch of stage 1, which began after 2 epochs, the first step is step 3 of 6."""
+    args, model, loader = set_up(28, *HIVG)
+    asked = []
+
+    def watched(args, step, steps, epochs):
+        asked.append((step, steps, epochs))
+        return 0.5
+
+    monkeypatch.setattr(train, "rate_factor", watched)
+    state, optimizer, _ = one_epoch(model, loader, args, tmp_path, epoch=3, number=1)
+    assert asked == [(3, 3, 2), (4, 3, 2), (5, 3, 2)]
+    assert [group["lr"] for group in optimizer.param_groups] == [7.5e-4, 7.5e-4]    # half of 1.5e-3
+    assert (state.log[-1]["lr"], state.log[-1]["epoch"]) == (7.5e-4, 4)
+
+
+def break_gradients(model, when):
+    """From now on a gradient of the model is infinite in each backward pass of which `when` says
+    so. when: a function of the number of the pass, from 1."""
+    passes = itertools.count(1)
+
+    def hook(gradient):
+        return gradient * float("inf") if when(next(passes)) else gradient
+
+    next(p for p in model.parameters() if p.requires_grad).register_hook(hook)
+
+
+def test_fp16_scales_the_loss_and_skips_steps_that_overflow(tmp_path):
+    """A skipped step changes no weight and is counted; the norm in the log is that of the others,
+    with the scale taken out."""
+    args, model, loader = set_up(24, "--amp", "fp16", "--attention-loss", "0", "--micro-batch", "8")
+    flowing = []
+    model.grounding.head[-1].bias.register_hook(lambda gradient: flowing.append(gradient.clone()))
+    break_gradients(model, when=lambda number: number != 2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    state, optimizer, scaler = one_epoch(model, loader, args, tmp_path)
+    assert state.log[0]["skipped_steps"] == 2
+    assert 0 < state.log[0]["grad_norm"] < 100
+    assert scaler.get_scale() == 2 ** 16 / 4    # halved by each overflow
+    assert {int(moments["step"]) for moments in optimizer.state.values()} == {1}
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+    gradient = model.grounding.head[-1].bias.grad    # of the third step, at half of the scale
+    assert torch.allclose(flowing[2] / 2 ** 15, gradient, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["full", "hivg"])
+@pytest.mark.parametrize("amp, dtype", [("off", torch.float32), ("bf16", torch.bfloat16)])
+def test_linear_layers_work_in_the_precision_of_amp(monkeypatch, method, amp, dtype):
+    """In training and in evaluation; boxes, loss and weights stay float32."""
+    seen = set()
+    real = nn.Linear.forward
+
+    def watched(linear, x):
+        out = real(linear, x)
+        seen.add((torch.is_grad_enabled(), out.dtype))
+        return out
+
+    monkeypatch.setattr(nn.Linear, "forward", watched)
+    args, model, loader = set_up(8, "--method", method, "--amp", amp)
+    assert 0 < take_step(model, args, next(iter(loader)))["train_loss"] < 20
+    train.predict(model, loader, args)
+    assert seen == {(True, dtype), (False, dtype)}
+    with train.autocast(args):
+        outputs = model.train()(**inputs_of(next(iter(loader))), attention=True)
+        terms = train.weighted_losses(outputs, torch.rand(8, 4), args)
+    assert outputs.boxes.dtype == torch.float32
+    assert {term.dtype for term in terms.values()} == {torch.float32}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_compiled_model_has_one_graph_a_phase_for_all_lengths_of_texts(tmp_path, monkeypatch):
+    """Else each length would be compiled anew, until the compiler gives up at its limit."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    size = m.SIZES["detr", "tiny"]
+    monkeypatch.setitem(size, "grounding", {**size["grounding"], "layers": 1})    # sooner compiled
+    args, model, loader = set_up(48, "--method", "lora", "--stages", "2", "--epochs", "2",
+                                 "--compile", "--batch-size", "2", "--out", str(tmp_path))
+    batches = {batch["tokens"].shape[1]: batch for batch in loader}
+    assert len(batches) >= 5
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for phase in train.plan(args):
+        optimizer = train.begin_phase(model, phase, train.State(epoch=phase.first), args)
+        for batch in batches.values():
+            train.train_step(model, batch, optimizer, scaler, args)
+        train.save_checkpoint(tmp_path / "best.safetensors", model, {})    # for the next phase
+    torch.compiler.reset()
+    assert len(graphs) == len(train.plan(args)) == 2
+
+
+# --- What stops a run -----------------------------------------------------------------------------
+
+
+def test_gradients_and_losses_that_are_not_finite_stop_the_run(tmp_path, monkeypatch):
+    """The message names epoch, step, samples and what to try. No weight, no checkpoint and no log
+    has seen them, and the run goes on from there once the reason is gone."""
+    real = train.build_model
+
+    def broken(**options):
+        model = real(**options)
+        break_gradients(model, when=lambda number: number == 6)    # the last step of epoch 2
+        return model
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "build_model", broken)
+        with pytest.raises(InputError, match=r"grad_norm is (inf|nan) at epoch 2, step 3, samples "
+                                             r"\[.*--lr, .*--clip-norm 1, .*last.pt holds what"):
+            run(tmp_path / "a")
+    assert [line["epoch"] for line in read_log(tmp_path / "a")] == [1]
+    assert all(value.isfinite().all() for value in last_weights(tmp_path / "a").values())
+    train.main(["--out", str(tmp_path / "a"), "--resume"])
+    assert [line["epoch"] for line in read_log(tmp_path / "a")] == [1, 2, 3]
+
+    monkeypatch.setattr(losses, "box_terms",
+                        lambda pred, *_, **__: (pred.sum() * float("nan"), pred.sum()))
+    with pytest.raises(InputError, match=r"train_loss is nan at epoch 1, step 1, .* --amp off$"):
+        run(tmp_path / "b")
+    assert not (tmp_path / "b" / "last.pt").exists()
+
+
+def test_weights_that_are_not_finite_are_never_written(tmp_path):
+    """last.pt stays as it was, and the message names the weight."""
+    args, model, _ = set_up(8)
+    optimizer = train.make_optimizer(model, args, train.plan(args)[0])
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    model.grounding.reg.data[0, 3] = float("nan")
+    with pytest.raises(InputError, match="grounding.reg is not finite after epoch 5: .*--lr"):
+        train.save_last(tmp_path, train.State(epoch=5), model, optimizer, scaler)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_too_little_memory_is_one_line(tmp_path):
@@ -42,1204 +547,312 @@ def test_too_little_memory_is_one_line(tmp_path):
                                          r"allocate.*: try --micro-batch 4, or --amp bf16$"):
         run(tmp_path / "a", "--bottleneck", "1000000000")
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), MemoryError()):
-        with pytest.raises(InputError, match="out of memory; .*: try less"):
-            with train.memory_explained("cpu", "less"):
+        with pytest.raises(InputError, match="out of memory; .*: try another device"):
+            with train.memory_explained("cpu", "--micro-batch", 1):
                 raise error
-    assert train.half_of("--micro-batch", 9) == "--micro-batch 4, or --amp bf16"
-    assert "is 1 already" in train.half_of("--micro-batch", 1)
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        with train.memory_explained("cpu", "less"):
+        with train.memory_explained("cpu", "--micro-batch", 8):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
+# --- Whole runs -----------------------------------------------------------------------------------
+
+
 def test_a_run_writes_what_its_docstring_says(m2ist_run):
-    """A run leaves five files, and one line of the log for each epoch."""
+    """Each epoch, and each --log-every steps, is a line of the log, of means over its steps."""
     assert {path.name for path in m2ist_run.iterdir()} == {
         "args.json", "lock", "log.jsonl", "best.safetensors", "last.pt", "val.png"}
-    assert [line["epoch"] for line in read_log(m2ist_run)] == [1, 2, 3]
-    assert set(read_log(m2ist_run)[0]) == {
-        "epoch", "phase", "lr", "lr_encoder", "train_loss", "l1", "giou", "attention",
-        "train_acc@0.5", "grad_norm", "val_acc@0.5", "val_mean_iou", "leaky_pretraining", *SPEED}
-
+    log = read_log(m2ist_run)
+    assert [(line["epoch"], line.get("step")) for line in log] == [
+        (1, 2), (1, None), (2, 2), (2, None), (3, 2), (3, None)]
+    within, whole = log[:2]
+    shared = {"epoch", "phase", "lr", "lr_encoder", "train_loss", "l1", "giou", "attention",
+              "train_acc@0.5", "grad_norm", *SPEED}
+    assert set(within) == {*shared, "step"}
+    assert set(whole) == {*shared, "val_acc@0.5", "val_mean_iou", "leaky_pretraining"}
+    for line, samples in ((within, 16), (whole, 24)):
+        assert line["samples_per_second"] == pytest.approx(samples / line["seconds"])
+    assert within["peak_bytes"] > 2 ** 20
     written = json.loads((m2ist_run / "args.json").read_text())
-    assert set(written["args"]) == set(train.OPTIONS)
-    assert set(written["environment"]) == {"torch", "torchvision", "transformers", "device"}
+    args = train.parse_args([*FAST, "--out", str(m2ist_run), "--log-every", "2"])
+    assert written["args"] == vars(args)
     assert torch.__version__.startswith(written["environment"]["torch"])
     assert written["environment"]["device"] == "cpu"
 
 
-def test_evaluate_gives_the_accuracy_of_the_log(m2ist_run, tmp_path, capsys):
-    """The best accuracy on val is that of best.safetensors, in batches of any size."""
-    best = max(line["val_acc@0.5"] for line in read_log(m2ist_run))
-    result = evaluate.main([str(m2ist_run), "--json", str(tmp_path / "r.json"),
-                            "--figures", str(tmp_path / "figures")])
-    assert f"Acc@0.5 {best:.4f}" in capsys.readouterr().out
-    assert result == json.loads((tmp_path / "r.json").read_text())
-    assert result["dataset"] == "shapes"
-    assert result["method"] == "m2ist"
-    assert result["leaky_pretraining"] is False
-    assert set(result["splits"]) == {"val", "testA", "testB"}
-
-    val = result["splits"]["val"]
-    assert set(val) == {"acc@0.5", "mean_iou", "expressions", "images", "seconds"}
-    assert val["acc@0.5"] == best
-    assert val["expressions"] == 28
-    assert val["images"] == 10
-    figures = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert figures == {"val.png", "testA.png", "testB.png"}
-
-    checkpoint = str(m2ist_run / "best.safetensors")
-    one_by_one = evaluate.main([checkpoint, "--split", "val", "--batch-size", "1"])
-    assert list(one_by_one["splits"]) == ["val"]
-    assert one_by_one["splits"]["val"]["acc@0.5"] == best
-
-
-def test_one_seed_gives_one_log_and_another_seed_another(tmp_path, m2ist_run):
-    """All that is random in a run depends on --seed."""
-    again = run(tmp_path / "a")
-    other = run(tmp_path / "b", "--seed", "1")
+def test_a_seed_is_all_that_is_random_in_a_run(tmp_path, monkeypatch, m2ist_run):
+    """Any whole number is a seed: those of torch have 64 bits."""
+    add_dropout(monkeypatch)
+    again = run(tmp_path / "a", "--log-every", "2")
     assert computed(again) == computed(m2ist_run)
-    assert computed(other) != computed(m2ist_run)
     assert same(last_weights(again), last_weights(m2ist_run))
-    assert not same(last_weights(other), last_weights(m2ist_run))
+    for seed in ("12345678901234567890", "-3"):
+        other = run(tmp_path / seed, "--epochs", "1", "--seed", seed)
+        assert read_log(other)[0]["train_loss"] != computed(m2ist_run)[1]["train_loss"]
 
 
-class Counted:
-    """A stand-in for a function or class that counts its calls."""
-
-    def __init__(self, real):
-        self.real = real
-        self.calls = 0
-
-    def __call__(self, *args, **options):
-        self.calls += 1
-        return self.real(*args, **options)
-
-
-def test_a_run_builds_one_model_and_three_loaders(tmp_path, monkeypatch):
-    """One model; one loader for train, one for val, one for val.png; nothing is thrown away."""
-    build_model = Counted(train.build_model)
-    loader = Counted(train.DataLoader)
-    monkeypatch.setattr(train, "build_model", build_model)
-    monkeypatch.setattr(train, "DataLoader", loader)
-    run(tmp_path / "a", *SHORT_HIVG)
-    assert build_model.calls == 1
-    assert loader.calls == 3
-
-
-def test_a_run_begins_with_its_recipe_and_with_what_it_trains(tmp_path, capsys):
-    """The resolved options come first, a line for each group, then the data and the counts."""
-    run(tmp_path / "a", *SHORT_HIVG)
-    lines = capsys.readouterr().out.splitlines()
-    groups = [line.partition(":")[0] for line in lines[:7]]
-    assert groups == ["run", "data", "weights", "training", "HiVG", "losses", "machine"]
-    assert "method hivg, dataset shapes, size tiny" in lines[0]
-    assert "lr 0.002" in lines[3]
-    assert "stages 2, rank 4, alpha 16.0" in lines[4]
-    assert "M²IST" not in "".join(lines[:7])    # no option of this group is for hivg
-
-    assert lines[7].startswith("hivg tiny on shapes: 32 expressions to train on (0 left out")
-    assert lines[8].startswith("parameters {'total': ")
-    assert [line.split(" trains ")[0] for line in lines if " trains " in line] == [
-        "warm-up", "stage 1", "stage 2"]
-
-
-def without_dropout(count, *flags):
-    """Options, a new model and a loader of the first samples, with no random number in a step."""
-    args = train.parse_args([*FAST, *flags])
-    torch.manual_seed(0)
-    model = m.build_model(**train.model_arguments(args))
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    samples = data.load_samples("shapes", "train", limit=count)
-    return args, model, train.make_loader(samples, model, args, train=True)
-
-
-def test_the_loss_and_the_accuracy_of_the_log_are_means_over_the_samples(monkeypatch, tmp_path):
-    """The loss of a micro-batch counts by its share, and an IoU of one half is right."""
-    args, model, loader = without_dropout(10, "--batch-size", "10", "--micro-batch", "4")
-    train.set_epoch(loader, 1)
-    batch = next(iter(loader))
-    found = model(**inputs_of(batch), attention=True)
-    expected = losses.total_loss(found, batch["boxes"], args.l1, args.giou,
-                                 attention=args.attention_loss).item()
-
-    real = losses.iou_and_giou
-
-    def chosen_ious(pred, target):
-        _, giou = real(pred, target)
-        return torch.tensor([0.5, 0.49, 0.8, 0.0])[:len(pred)], giou
-
-    monkeypatch.setattr(losses, "iou_and_giou", chosen_ious)
-    train.set_epoch(loader, 1)
-    line = one_epoch(*begin_run(model, args, tmp_path), loader)
-    assert line["train_loss"] == pytest.approx(expected, rel=1e-5)
-    parts = line["l1"] + line["giou"] + line["attention"]
-    assert parts == pytest.approx(expected, rel=1e-5)
-    # Micro-batches of 4, 4 and 2 samples have 2, 2 and 1 with an IoU of 0.5 or more.
-    assert line["train_acc@0.5"] == pytest.approx(5 / 10)
-
-
-def test_a_step_has_the_gradient_of_its_own_batch_alone(tmp_path):
-    """At a rate of 0, the gradients after an epoch are those of its last batch."""
-    args, model, loader = without_dropout(8, "--batch-size", "4", "--lr", "0", "--lr-encoder", "0")
-    under_way, phase = begin_run(model, args, tmp_path)
-
-    train.set_epoch(loader, 1)
-    _, last = list(loader)
-    found = model(**inputs_of(last), attention=True)
-    sum(train.weighted_losses(found, last["boxes"], args).values()).backward()
-    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-
-    train.set_epoch(loader, 1)
-    one_epoch(under_way, phase, loader)
-    for name, gradient in expected.items():
-        assert torch.allclose(model.get_parameter(name).grad, gradient, atol=1e-6), name
-
-
-def test_micro_batches_add_up_to_the_batch():
-    """Gradients of micro-batches of 5, 5 and 2 samples sum to those of the batch of 12, as M²IST's
-    loss is a mean."""
-    gradients = []
-    for micro in ("12", "5"):
-        args, model, loader = without_dropout(12, "--batch-size", "12", "--micro-batch", micro)
-        optimizer = train.make_optimizer(model, args, train.plan(args)[0])
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        train.set_epoch(loader, 1)
-        train.train_step(model, next(iter(loader)), optimizer, scaler, args)
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-    whole, parts = gradients
-    for name in whole:
-        assert torch.allclose(whole[name], parts[name], rtol=1e-3, atol=1e-6), name
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
-    """The message names the epoch, the step and the samples, and last.pt if there is one."""
-    def no_number(pred, *_, **__):
-        return pred.sum() * float("nan"), pred.sum()
-
-    out = run(tmp_path / "b", "--epochs", "1")
-    monkeypatch.setattr(losses, "box_terms", no_number)
-    with pytest.raises(InputError, match=r"train_loss is nan at epoch 1, step 1, samples \[\d+, .*"
-                                         r"--lr, with --clip-norm 1, or with --amp off$"):
-        run(tmp_path / "a")
-    assert not (tmp_path / "a" / "last.pt").exists()
-
-    saved = json.loads((out / "args.json").read_text())
-    saved["args"]["epochs"] = 2    # one more epoch, which will fail
-    (out / "args.json").write_text(json.dumps(saved))
-    with pytest.raises(InputError, match="at epoch 2, step 1, .*last.pt holds what came before"):
-        train.main(["--out", str(out), "--resume"])
-
-
-def break_gradients(model, when):
-    """From now on a gradient of the model is infinite in each backward pass of which `when` says
-    so. when: a function of the number of the pass, from 1."""
-    passes = 0
-
-    def hook(gradient):
-        nonlocal passes
-        passes += 1
-        if when(passes):
-            return gradient * float("inf")
-        return gradient
-
-    next(p for p in model.parameters() if p.requires_grad).register_hook(hook)
-
-
-def test_gradients_that_are_not_finite_stop_the_run_before_anything_is_written(tmp_path,
-                                                                              monkeypatch):
-    """In the last step of an epoch, too: no weight, no checkpoint and no log has seen them."""
-    real = m.build_model
-
-    def broken(*names, **options):
-        model = real(*names, **options)
-        break_gradients(model, when=lambda number: number == 6)    # the last step of epoch 2
-        return model
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "build_model", broken)
-        with pytest.raises(InputError, match="grad_norm is (inf|nan) at epoch 2, step 3, samples"):
-            run(tmp_path / "a")
-    assert [line["epoch"] for line in read_log(tmp_path / "a")] == [1]
-    for value in last_weights(tmp_path / "a").values():
-        assert value.isfinite().all()
-    train.main(["--out", str(tmp_path / "a"), "--resume"])    # and the run goes on from there
-
-
-def test_fp16_skips_steps_that_overflow_and_counts_them(tmp_path, monkeypatch):
-    """A skipped step changes no weight; the norm in the log is that of the other steps."""
-    args, model, loader = without_dropout(12, "--batch-size", "4", "--amp", "fp16",
-                                          "--attention-loss", "0")
-    break_gradients(model, when=lambda number: number != 2)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    under_way, phase = begin_run(model, args, tmp_path)
-    line = one_epoch(under_way, phase, loader)
-    assert line["skipped_steps"] == 2
-    assert math.isfinite(line["grad_norm"])
-    assert under_way.scaler.get_scale() == 2.0 ** 16 / 4    # halved by each overflow
-    assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert all(p.isfinite().all() for p in model.parameters())
-    steps = {int(state["step"]) for state in under_way.optimizer.state.values()}
-    assert steps == {1}
-
-
-def test_weights_that_are_not_finite_are_never_written(tmp_path):
-    """last.pt stays as it was, and the message names the weight."""
-    args = train.parse_args(FAST)
-    model = m.build_model(**train.model_arguments(args))
-    under_way, _ = begin_run(model, args, tmp_path)
-    under_way.progress.epoch = 5
-    model.grounding.reg.data[0, 3] = float("nan")
-    with pytest.raises(InputError, match="grounding.reg is not finite after epoch 5: .*--lr"):
-        train.save_last(under_way)
-    assert list(tmp_path.iterdir()) == []
-
-
-def gradient_norm(model):
-    """The norm of all gradients of a model, written out."""
-    squares = [p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]
-    return math.sqrt(sum(squares))
-
-
-def test_the_norm_of_the_gradients_is_logged_and_clipped_if_asked_for():
-    """--clip-norm scales all gradients down to the norm; without it they stay as they are."""
-    norms = {}
-    for clip in ("0", "0.01"):
-        args, model, loader = without_dropout(4, "--batch-size", "4", "--clip-norm", clip)
-        optimizer = train.make_optimizer(model, args, train.plan(args)[0])
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        train.set_epoch(loader, 1)
-        values, updated = train.train_step(model, next(iter(loader)), optimizer, scaler, args)
-        assert updated
-        norms[clip] = (values["grad_norm"], gradient_norm(model))
-    logged, whole = norms["0"]
-    assert logged == pytest.approx(whole, rel=1e-5)
-    assert whole > 0.1
-    logged_again, clipped = norms["0.01"]
-    assert logged_again == pytest.approx(logged, rel=1e-5)    # the norm before it was clipped
-    assert clipped == pytest.approx(0.01, rel=1e-3)
-
-
-def test_the_log_has_a_line_each_log_every_steps(tmp_path):
-    """Means over the steps since the last line, with the rates and the speed."""
-    out = run(tmp_path / "a", "--epochs", "2", "--log-every", "2", "--schedule", "step")
-    log = read_log(out)
-    assert [(line["epoch"], line.get("step")) for line in log] == [
-        (1, 2), (1, None), (2, 2), (2, None)]
-    first, whole = log[0], log[1]
-    assert set(first) == {
-        "epoch", "phase", "step", "lr", "lr_encoder", "train_loss", "l1", "giou", "attention",
-        "train_acc@0.5", "grad_norm", *SPEED}
-    parts = first["l1"] + first["giou"] + first["attention"]
-    assert parts == pytest.approx(first["train_loss"], rel=1e-5)
-    assert first["lr"] == first["lr_encoder"] == 1e-3
-    assert first["seconds"] > 0
-    assert first["samples_per_second"] == pytest.approx(16 / first["seconds"])
-    assert first["peak_bytes"] > 2 ** 20
-    assert whole["samples_per_second"] == pytest.approx(24 / whole["seconds"])
-
-    # Each line of the log can be read while the run goes on, and none is there twice after a
-    # resume.
-    saved = json.loads((out / "args.json").read_text())
-    saved["args"]["epochs"] = 3
-    (out / "args.json").write_text(json.dumps(saved))
-    train.main(["--out", str(out), "--resume", "--log-every", "1"])
-    assert [(line["epoch"], line.get("step")) for line in read_log(out)[4:]] == [
-        (3, 1), (3, 2), (3, 3), (3, None)]
-
-
-def test_the_log_says_how_long_the_loop_waited_for_data(tmp_path, monkeypatch):
-    """Three batches that take a tenth of a second each to load are waited for so long."""
-    real = data.GroundingDataset.__getitems__
-
-    def slow(dataset, indices):
-        if dataset.train:
-            time.sleep(0.1)
-        return real(dataset, indices)
-
-    monkeypatch.setattr(data.GroundingDataset, "__getitems__", slow)
-    line, = read_log(run(tmp_path / "a", "--epochs", "1"))
-    assert 0.3 <= line["seconds_waiting_for_data"] < line["seconds"]
-
-
-def test_a_redirected_log_has_lines_and_no_bars(tmp_path, capsys):
-    """A file gets a line each --log-every steps and each epoch; a terminal gets a bar instead."""
-    run(tmp_path / "a", "--epochs", "2", "--log-every", "2")
-    said = capsys.readouterr()
-    assert "step/s" not in said.err
-    steps = [line for line in said.out.splitlines() if line.startswith("epoch ")]
-    assert ["step 2 " in line for line in steps] == [True, False, True, False]
-
-
-def test_val_is_evaluated_in_micro_batches(tmp_path, monkeypatch):
-    """What fits on the device in training fits in evaluation, too."""
-    sizes = set()
+def test_training_is_in_training_mode_and_evaluation_is_not(monkeypatch, tmp_path):
+    """Three steps, then val in micro-batches without gradients, in each of two epochs; val.png and
+    the splits of --test come at the end."""
+    calls = []
     real = m.DetrBert.forward
 
     def watched(model, images, image_padding, tokens, *inputs, **options):
-        sizes.add((model.training, len(tokens)))
+        calls.append((model.training, torch.is_grad_enabled(), len(tokens)))
         return real(model, images, image_padding, tokens, *inputs, **options)
 
     monkeypatch.setattr(m.DetrBert, "forward", watched)
-    out = run(tmp_path / "a", "--epochs", "1", "--micro-batch", "4")
-    assert {size for training, size in sizes if training} == {4}
-    assert {size for training, size in sizes if not training} == {4, 1}    # 1: val.png
-    whole = evaluate.main([str(out), "--split", "val", "--batch-size", "28", "--device", "cpu"])
-    assert read_log(out)[0]["val_mean_iou"] == pytest.approx(
-        whole["splits"]["val"]["mean_iou"], abs=1e-5)
+    out = run(tmp_path / "a", "--epochs", "2", "--micro-batch", "4", "--test")
+    epoch = 6 * [(True, True, 4)] + 7 * [(False, False, 4)]
+    assert calls[:26] == epoch + epoch
+    assert {call[:2] for call in calls[26:]} == {(False, False)}
+    found = json.loads((out / "test.json").read_text())
+    expected = evaluate.main([str(out), "--split", "testA", "--split", "testB"])["splits"]
+    for split, row in expected.items():
+        assert found.pop(split)["mean_iou"] == pytest.approx(row["mean_iou"], rel=1e-5)
+    assert found == {}
 
 
-def test_full_size_with_random_weights_on_the_cpu(tmp_path):
-    """One's own pictures at 640 pixels, with both encoders whole; the checkpoint evaluates."""
-    lines = []
-    for split in ("train", "val"):
-        for sample in data.load_samples("shapes", split, limit=2):
-            name = f"{split}-{len(lines)}.png"
-            data.render(sample.image).save(tmp_path / name)
-            lines.append(json.dumps({"image": name, "text": sample.text, "box": sample.box,
-                                     "split": split}))
-    (tmp_path / "my.jsonl").write_text("\n".join(lines))
-    out = tmp_path / "out"
-    train.main(["--method", "m2ist", "--dataset", str(tmp_path / "my.jsonl"), "--size", "base",
-                "--weights", "random", "--batch-size", "2", "--limit", "2", "--epochs", "1",
-                "--device", "cpu", "--out", str(out)])
+def test_each_epoch_has_an_order_and_transforms_of_its_own(monkeypatch, tmp_path):
+    """They depend on the seed and the number of the epoch alone. val is read as it is."""
+    passes = []
+
+    class Watched(torch.utils.data.DataLoader):
+        def __iter__(self):
+            batches = list(super().__iter__())
+            order = torch.cat([batch["index"] for batch in batches]).tolist()
+            boxes = torch.cat([batch["boxes"] for batch in batches]).tolist()
+            passes.append((self.dataset.train, order, dict(zip(order, boxes))))
+            return iter(batches)
+
+    monkeypatch.setattr(evaluate, "DataLoader", Watched)
+    run(tmp_path / "a", "--epochs", "2")
+    run(tmp_path / "b", "--epochs", "2", "--lr", "1e-4")
+    run(tmp_path / "c", "--epochs", "2", "--seed", "1")
+    assert passes[4:8] == passes[:4]
+    in_training = [found[1:] for found in (*passes[:4], *passes[8:]) if found[0]]
+    assert len(in_training) == 4
+    for (order, boxes), (other, moved) in itertools.combinations(in_training, 2):
+        assert len(set(order)) == len(order) == 24 and order != other
+        shared = boxes.keys() & moved.keys()
+        assert sum(boxes[index] != moved[index] for index in shared) > len(shared) / 2
+    assert passes[1] == passes[3] == passes[9] and len(passes[1][1]) == 28
+
+
+def test_a_run_prints_its_options_what_it_trains_and_no_bars_into_a_file(tmp_path, capsys):
+    """Texts that are cut are told before training."""
+    run(tmp_path / "a", *HIVG, "--epochs", "1", "--stage-epochs", "1", "--log-every", "2",
+        "--max-tokens", "9")
+    said = capsys.readouterr()
+    assert said.err == ""
+    text = " ".join(said.out.split())
+    assert text.startswith("method hivg, dataset shapes") and "stages 2" in text
+    assert re.search(r"\d+ of 56 expressions are cut at 9 tokens, such as .*; --max-tokens", text)
+    # Stage 2 of 2 has LoRA of rank 4 on four linear layers of each of six vision layers.
+    lora = 4 * 4 * (64 + 64)
+    assert f"{6 * lora:,} LoRA on q/k/v/out of vision layers 1 2 3 4 5 6" in text
+    starts = [line.split("  ")[:3] for line in said.out.splitlines() if line.startswith("epoch ")]
+    assert starts == [[f"epoch {epoch}", f"phase {phase}", third]
+                      for epoch, phase in ((1, "warm-up"), (2, "stage 1"), (3, "stage 2"))
+                      for third in ("step 2", starts[2 * epoch - 1][2])]
+
+
+def test_refcoco_trains_at_size_base_and_is_evaluated(tmp_path):
+    """As its authors ship it, with augmentation and both encoders whole, in small images."""
+    flags = write_refcoco(tmp_path)
+    out = run(tmp_path / "a", *flags, "--size", "base", "--image-size", "64", "--batch-size", "2",
+              "--epochs", "1", "--workers", "1")
     result = evaluate.main([str(out), "--device", "cpu"])
-    assert result["splits"]["val"]["expressions"] == 2
-    # 11.4M tuned parameters of 152M.
-    assert (out / "best.safetensors").stat().st_size < 50e6
+    assert {split: row["expressions"] for split, row in result["splits"].items()} == {
+        "val": 1, "testA": 1}
+    assert result["dataset"] == "refcoco"
+    assert (out / "best.safetensors").stat().st_size < 50e6    # 11.4M tuned parameters of 152M
 
 
-# --- Whole runs of CLIP ---------------------------------------------------------------------------
+def test_a_file_without_val_keeps_the_last_epoch(tmp_path, capsys):
+    """No epoch is then known to be the best."""
+    Image.new("RGB", (90, 60)).save(tmp_path / "a.png")
+    line = json.dumps({"image": "a.png", "text": "it", "box": [1, 2, 30, 40], "split": "train"})
+    (tmp_path / "my.jsonl").write_text(f"{line}\n{line}\n{line}\n")
+    out = run(tmp_path / "out", "--dataset", str(tmp_path / "my.jsonl"), "--workers", "0")
+    assert "no split 'val'" in capsys.readouterr().out
+    assert "val_acc@0.5" not in read_log(out)[-1]
+    assert evaluate.load_checkpoint(out)[1]["epoch"] == 3
 
 
-def test_a_run_of_hivg_logs_its_phases(hivg_run):
-    """A warm-up without LoRA, then the stages; each rate falls to zero on a cosine."""
-    log = read_log(hivg_run)
-    assert [(line["epoch"], line["phase"]) for line in log] == [
-        (1, "warm-up"), (2, "warm-up"), (3, "stage 1"), (4, "stage 1"), (5, "stage 2"),
-        (6, "stage 2")]
+# --- Stages of HiVG -------------------------------------------------------------------------------
 
-    # Otherwise no epoch would be worse than the one before, and the resumed runs of
-    # test_resume.py would prove less.
+
+def test_a_run_of_hivg_merges_its_stages_into_the_layers_that_they_train(hivg_run):
+    """A warm-up without LoRA, then the stages, each with rates that fall from its own peak to zero.
+    The run ends with its best weights, and without factors."""
+    log = [line for line in read_log(hivg_run) if "step" not in line]
+    assert [line["phase"] for line in log] == 2 * ["warm-up"] + 2 * ["stage 1"] + 2 * ["stage 2"]
+    for line, peak, step in zip(log, (2e-3, 2e-3, 1.5e-3, 1.5e-3, 1e-3, 1e-3), (2, 5, 2, 5, 2, 5)):
+        assert line["lr"] == pytest.approx(peak * (1 - step / 6))    # of its last step, from 0
     accuracies = [line["val_acc@0.5"] for line in log]
-    assert accuracies != sorted(accuracies)
+    assert accuracies != sorted(accuracies)    # else test_resume.py would prove less
 
-    # An epoch has 3 steps, a phase 6. The log has the rate of an epoch's last step.
-    peaks = [2e-3, 2e-3, 1.5e-3, 1.5e-3, 1e-3, 1e-3]
-    steps = [2, 5, 2, 5, 2, 5]
-    for line, peak, step in zip(log, peaks, steps, strict=True):
-        assert line["lr"] == pytest.approx(peak * (1 - step / 6))
-
-
-def test_a_checkpoint_of_hivg_has_no_pair(hivg_run):
-    """The pairs are merged, also at the end of the run, which ends with its best weights."""
-    best = load_file(hivg_run / "best.safetensors")
-    last = last_weights(hivg_run)
-    for name in [*best, *last]:
-        assert not name.endswith((".A", ".B"))
-    for name, value in best.items():
-        assert torch.equal(value, last[name])
-
-    loaded, _ = evaluate.load_checkpoint(hivg_run)
-    plain = m.build_model("hivg", "tiny", "random")
-    assert m.count_parameters(loaded) == m.count_parameters(plain)
-    assert set(loaded.state_dict()) == set(plain.state_dict())
-
-
-def test_a_checkpoint_of_hivg_changes_the_linears_of_its_stages_alone(hivg_run):
-    """Of CLIP, q, k, v and out of the layers that the stages up to the best one trained."""
     loaded, config = evaluate.load_checkpoint(hivg_run)
     plain = m.build_model("hivg", "tiny", "random")
-    changed = set()
-    for name, p in plain.named_parameters():
-        if not p.requires_grad and not torch.equal(p, loaded.state_dict()[name]):
-            changed.add(name)
-
+    assert set(loaded.state_dict()) == set(plain.state_dict())
+    changed = {name for name, p in plain.named_parameters()
+               if not p.requires_grad and not torch.equal(p, loaded.state_dict()[name])}
     # Six vision layers in two groups; the text tower is one group.
-    trained = {"warm-up": (0, 0), "stage 1": (3, 3), "stage 2": (6, 3)}
-    vision_layers, text_layers = trained[config["phase"]]
+    vision, text = {"warm-up": (0, 0), "stage 1": (3, 3), "stage 2": (6, 3)}[config["phase"]]
     expected = set()
-    for linear in ("q", "k", "v", "out"):
-        for layer in range(vision_layers):
-            expected.add(f"clip.vision.layers.{layer}.{linear}.weight")
-        for layer in range(text_layers):
-            expected.add(f"clip.text.layers.{layer}.{linear}.weight")
+    for tower, layers in (("vision", vision), ("text", text)):
+        for layer, name in itertools.product(range(layers), ("q", "k", "v", "out")):
+            expected.add(f"clip.{tower}.layers.{layer}.{name}.weight")
     assert changed == expected
 
 
-def test_a_stage_that_ends_worse_keeps_the_weights_it_began_with_and_says_so(tmp_path, monkeypatch,
-                                                                            capsys):
-    """[D33] Stage 2 is worse on val than stage 1 was, so all that stage 2 changed is undone."""
-    accuracies = iter([0.5, 0.6, 0.7, 0.4, 0.3, 0.2])    # the best is epoch 3, in stage 1
-
-    def scores(ious):
-        return {"acc@0.5": next(accuracies), "mean_iou": 0.0}
-
-    monkeypatch.setattr(train, "scores", scores)
-    real = train.end_phase
-    states = []    # of the model at the end of each phase
+def test_a_stage_that_ends_worse_is_undone_and_says_so(tmp_path, monkeypatch, capsys):
+    """[D33] Stage 1 is worse on val than the warm-up was, so stage 2 starts from the best weights
+    of the warm-up, and its own best are worse, too."""
+    accuracies = iter([0.6, 0.7, 0.5, 0.4, 0.3, 0.2])    # the best is epoch 2, in the warm-up
+    monkeypatch.setattr(train, "scores", lambda ious: {"acc@0.5": next(accuracies)})
+    starts = []
+    real = train.begin_phase
 
     def watched(model, *rest):
-        real(model, *rest)
-        state = {name: value.clone() for name, value in model.state_dict().items()}
-        states.append(state)
+        optimizer = real(model, *rest)
+        starts.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        return optimizer
 
-    monkeypatch.setattr(train, "end_phase", watched)
+    monkeypatch.setattr(train, "begin_phase", watched)
     out = run(tmp_path / "a", *HIVG)
-
-    printed = capsys.readouterr().out
-    assert "stage 2 ends worse on val (0.3000 at best) than it began (0.7000)" in printed
-    assert "stage 1 ends worse" not in printed
-    assert "warm-up ends worse" not in printed
-
-    best, config = evaluate.load_checkpoint(out)
-    assert config["epoch"] == 3
-    assert config["phase"] == "stage 1"
-    after_warm_up, after_stage_1, after_stage_2 = states
-    assert not same(after_warm_up, after_stage_1)
-    assert same(after_stage_1, after_stage_2)
-    assert same(after_stage_2, best.state_dict())
-
-
-SHORT_HIVG = [*HIVG, "--epochs", "1", "--stage-epochs", "1", "--limit", "32"]
-
-
-def let_every_epoch_be_better(patch):
-    """On val, so that no phase of a short run is undone because it ends worse than it began."""
-    epochs = itertools.count(1)
-
-    def scores(ious):
-        return {"acc@0.5": next(epochs) / 100, "mean_iou": 0.0}
-
-    patch.setattr(train, "scores", scores)
-
-
-@pytest.fixture(scope="module")
-def short_hivg_run(tmp_path_factory):
-    """A run of hivg with one epoch for each phase."""
-    with pytest.MonkeyPatch.context() as patch:
-        add_dropout(patch)
-        let_every_epoch_be_better(patch)
-        return run(tmp_path_factory.mktemp("short") / "hivg", *SHORT_HIVG)
-
-
-@pytest.mark.parametrize("flags", [
-    ["--row", "hivg/5/8"],    # stages from the deepest layers on
-    ["--stages", "1"],
-    ["--stages", "4", "--stage-lr", "1e-3"],
-    ["--rank", "2"],
-    ["--alpha", "64"],
-    ["--bridge-layers"],
-    ["--bridge-layers", "1", "6"],
-    ["--vision-layers", "3", "6"],
-    ["--text-layers", "3"],
-    ["--contrast", "0"],
-    ["--focal", "0", "--dice", "0"],
-])
-def test_every_switch_of_hivg_trains_and_makes_a_difference(tmp_path, short_hivg_run, flags,
-                                                            monkeypatch):
-    """A run with the switch ends, and with other weights than a run without."""
-    let_every_epoch_be_better(monkeypatch)
-    out = run(tmp_path / "a", *SHORT_HIVG, *flags)
-    assert not same(last_weights(out), last_weights(short_hivg_run))
-    assert (out / "best.safetensors").exists()
-
-
-@pytest.mark.parametrize("method, flags, phases", [
-    ("clip-frozen", [], ["training"]),
-    ("clip-lora", ["--stage-epochs", "1"], ["warm-up", "stage 1"]),
-])
-def test_plain_clip_trains_and_evaluates(tmp_path, method, flags, phases):
-    """HiVG Fig. 4 (d): CLIP as it is, and CLIP with vanilla LoRA."""
-    out = run(tmp_path / "a", "--method", method, "--epochs", "1", *flags)
-    log = read_log(out)
-    assert [line["phase"] for line in log] == phases
-    result = evaluate.main([str(out), "--split", "val"])
-    assert result["method"] == method
-    assert result["splits"]["val"]["acc@0.5"] == max(line["val_acc@0.5"] for line in log)
-
-
-def test_the_attention_loss_trains_where_reg_looks():
-    """[D49] With its weight alone, a step changes the queries and keys of the last layer, and makes
-    the share of [REG]'s attention in the box larger."""
-    args, model, loader = without_dropout(8, "--batch-size", "8", "--l1", "0", "--giou", "0",
-                                          "--attention-loss", "1", "--lr", "1e-3")
-    train.set_epoch(loader, 1)
-    batch = next(iter(loader))
-    optimizer = train.make_optimizer(model, args, train.plan(args)[0])
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    losses_of_steps = []
-    for _ in range(5):
-        values, _ = train.train_step(model, batch, optimizer, scaler, args)
-        losses_of_steps.append(values["attention"])
-    assert losses_of_steps == sorted(losses_of_steps, reverse=True)
-    for name in ("q", "k"):
-        full = f"grounding.layers.{len(model.grounding.layers) - 1}.{name}.weight"
-        assert not torch.equal(model.get_parameter(full), before[full])
-
-
-def test_test_writes_what_evaluate_finds(tmp_path):
-    """test.json holds the accuracy of the best weights on every split but train and val."""
-    out = run(tmp_path / "a", "--test", "--epochs", "1")
-    found = json.loads((out / "test.json").read_text())
-    evaluate.main([str(out), "--split", "testA", "--split", "testB", "--json", str(tmp_path / "e")])
-    expected = json.loads((tmp_path / "e").read_text())["splits"]
-    assert list(found) == ["testA", "testB"]
-    for split, row in found.items():
-        for name in ("acc@0.5", "mean_iou"):
-            assert row[name] == pytest.approx(expected[split][name], rel=1e-5)
-
-
-def test_test_without_a_test_split_is_refused_before_training(tmp_path):
-    """A file with train and val alone, and a test picture that is missing."""
-    picture = tmp_path / "p.png"
-    Image.new("RGB", (64, 64)).save(picture)
-    row = {"image": str(picture), "text": "the thing", "box": [3, 4, 30, 40]}
-    lines = [{**row, "split": "train"}, {**row, "split": "val"}]
-    (tmp_path / "two.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-    lines.append({**row, "image": "nowhere.png", "split": "test"})
-    (tmp_path / "three.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-    flags = ["--size", "tiny", "--device", "cpu", "--test", "--out", str(tmp_path / "out")]
-    with pytest.raises(InputError, match="--test: .*two.jsonl has no split but train and val"):
-        train.main([*flags, "--dataset", str(tmp_path / "two.jsonl")])
-    with pytest.raises(InputError, match="nowhere.png"):
-        train.main([*flags, "--dataset", str(tmp_path / "three.jsonl")])
-    assert not (tmp_path / "out").exists()
-
-
-# --- Recipes and schedules ------------------------------------------------------------------------
-
-BASE = ["--size", "base", "--dataset", "x.jsonl"]
-
-
-def test_the_recipe_of_m2ist_is_that_of_section_iv_b():
-    """90 epochs in batches of 64, rates of 1e-4 and 1e-5 [D12], a tenth after 60 epochs."""
-    args = train.parse_args(BASE)
-    assert args.method == "m2ist"
-    assert args.epochs == 90
-    assert args.batch_size == 64
-    assert args.lr == 1e-4
-    assert args.lr_encoder == 1e-5
-    assert args.weight_decay == 1e-4
-    assert (args.l1, args.giou) == (1, 1)
-    assert (args.contrast, args.focal, args.dice) == (0, 0, 0)
-
-    factors = [train.rate_factor(args, epoch * 10, 10, 90) for epoch in (0, 59, 60, 89)]
-    assert factors == [1, 1, 0.1, 0.1]
-    assert train.rate_factor(args, 599, 10, 90) == 1    # the last step before the drop
-
-    warm = train.parse_args([*BASE, "--warmup", "10"])
-    assert [train.rate_factor(warm, step, 10, 90) for step in (4, 9, 600)] == [0.5, 1, 0.1]
-
-    plus = train.parse_args(["--size", "base", "--dataset", "refcoco+"])
-    assert (plus.epochs, plus.lr_drop) == (180, 120)
-
-
-def test_the_default_run_is_m2ist_on_shapes():
-    """`python train.py` alone: 1,500 steps, a warm-up of 100, a rate that falls to zero, more weight
-    decay than at full size, and the attention loss [D49]."""
-    args = train.parse_args([])
-    assert (args.method, args.dataset, args.size) == ("m2ist", "shapes", "tiny")
-    assert args.weights == "shapes"
-    assert args.workers == 0
-    assert args.out == "runs/shapes-m2ist-0"
-    assert args.epochs * (24_000 // args.batch_size) == 1500
-    assert args.weight_decay == 0.1
-    assert args.attention_loss == 0.3
-    assert train.parse_args(BASE).attention_loss == 0
-    assert train.rate_factor(args, 0, 750, 2) == pytest.approx(1 / 100)
-    assert train.rate_factor(args, 750, 750, 2) == pytest.approx(0.5)
-    assert train.rate_factor(args, 1499, 750, 2) == pytest.approx(1 / 1500)
-
-
-def test_the_cosine_falls_to_zero():
-    """It is one half in the middle of the phase."""
-    args = train.parse_args(["--schedule", "cosine"])
-    assert train.rate_factor(args, 1500, 750, 4) == pytest.approx(0.5)
-    assert train.rate_factor(args, 2999, 750, 4) < 1e-5
-
-
-def test_the_defaults_depend_on_dataset_and_size():
-    """Other datasets take size base, pretrained weights, and two workers."""
-    args = train.parse_args(["--dataset", "refcoco"])
-    assert (args.size, args.weights, args.workers) == ("base", "pretrained", 2)
-    tiny = train.parse_args(["--dataset", "refcoco", "--size", "tiny"])
-    assert tiny.weights == "shapes"
-    full = train.parse_args(["--method", "full"])
-    assert (full.lr, full.lr_encoder) == (1e-3, 1e-4)
-
-
-def test_the_optimizer_has_two_groups_with_all_that_is_tuned():
-    """The grounding encoder has one rate, and the adapters have the other."""
-    args = train.parse_args(BASE)
-    model = m.build_model("m2ist", "tiny", "random")
-    optimizer = train.make_optimizer(model, args, train.plan(args)[0])
-    head, rest = optimizer.param_groups
-    assert (head["lr"], rest["lr"]) == (1e-4, 1e-5)
-    assert (head["weight_decay"], rest["weight_decay"]) == (1e-4, 1e-4)
-
-    assert {id(p) for p in head["params"]} == {id(p) for p in model.grounding.parameters()}
-    assert {id(p) for p in rest["params"]} == {id(p) for p in model.adapters.parameters()}
-    in_groups = sorted(id(p) for group in (head, rest) for p in group["params"])
-    tuned = sorted(id(p) for p in model.parameters() if p.requires_grad)
-    assert in_groups == tuned
-
-
-def phases(*flags):
-    """(name, stage, epochs before, epochs at its end, both rates) of each phase."""
-    rows = []
-    for phase in train.plan(train.parse_args(flags)):
-        assert phase.lr == phase.lr_encoder    # HiVG has one rate
-        rows.append((phase.name, phase.stage, phase.first, phase.last, phase.lr))
-    return rows
-
-
-def test_phases_of_hivg_b_follow_section_4_1_and_table_8():
-    """A warm-up of 50 epochs, then three stages with 20 epochs each."""
-    assert phases("--method", "hivg", *BASE) == [
-        ("warm-up", 0, 0, 50, 2.5e-4),
-        ("stage 1", 1, 50, 70, 1e-4),
-        ("stage 2", 2, 70, 90, 0.5e-4),
-        ("stage 3", 3, 90, 110, 0.25e-4)]
-    args = train.parse_args(["--method", "hivg", *BASE])
-    assert args.batch_size == 80
-    assert (args.l1, args.giou, args.contrast, args.focal, args.dice) == (2, 2, 1, 20, 2)
-    assert (args.rank, args.alpha, args.weight_decay) == (32, 16, 1e-4)
-    # Every phase has a cosine of its own, from its own rate to zero.
-    assert train.rate_factor(args, 0, 10, 20) == 1
-    assert train.rate_factor(args, 100, 10, 20) == pytest.approx(0.5)
-
-
-def test_phases_of_hivg_l_follow_table_8():
-    """A warm-up of 50 epochs, then four stages with 15 epochs each."""
-    large = ["--method", "hivg", "--size", "large", "--dataset", "x.jsonl"]
-    assert phases(*large) == [
-        ("warm-up", 0, 0, 50, 2.5e-4),
-        ("stage 1", 1, 50, 65, 1e-4),
-        ("stage 2", 2, 65, 80, 0.75e-4),
-        ("stage 3", 3, 80, 95, 0.5e-4),
-        ("stage 4", 4, 95, 110, 0.25e-4)]
-    assert train.parse_args(large).batch_size == 32
-
-
-def test_further_stages_take_the_last_rate():
-    """Four stages of HiVG-B have three rates."""
-    rows = phases("--method", "hivg", *BASE, "--stages", "4")
-    assert [lr for *_, lr in rows] == [2.5e-4, 1e-4, 0.5e-4, 0.25e-4, 0.25e-4]
-
-
-def test_stages_without_epochs_of_their_own_share_those_of_the_run():
-    """--stage-epochs 0: no warm-up, and each stage has its share of --epochs."""
-    flags = ["--method", "hivg", *BASE, "--stage-epochs", "0"]
-    rows = phases(*flags, "--epochs", "48")
-    assert [row[:4] for row in rows] == [
-        ("stage 1", 1, 0, 16), ("stage 2", 2, 16, 32), ("stage 3", 3, 32, 48)]
-    with pytest.raises(InputError, match="--epochs is 50, which --stages 3 cannot share"):
-        phases(*flags, "--epochs", "50")
-
-
-def test_plain_clip_trains_as_long_as_hivg():
-    """The runs of Fig. 4 (d) can be compared: all have as many epochs, on the box loss [D35]."""
-    assert [row[:4] for row in phases("--method", "clip-lora", *BASE)] == [
-        ("warm-up", 0, 0, 50), ("stage 1", 1, 50, 110)]
-    args = train.parse_args(["--method", "clip-lora", *BASE])
-    assert (args.contrast, args.focal, args.dice) == (0, 0, 0)
-    for method in ("hivg", "clip-lora", "clip-frozen"):
-        assert phases("--method", method)[-1][3] == 5
-
-
-def test_the_schedule_counts_the_steps_of_a_phase(monkeypatch, tmp_path):
-    """In the second epoch of a phase that began after 2 epochs, the first step is step 3 of 6."""
-    args = train.parse_args([*FAST, *HIVG])
-    model = m.build_model(**train.model_arguments(args))
-    under_way, phase = begin_run(model, args, tmp_path, number=1)
-    assert (phase.first, phase.last) == (2, 4)
-    under_way.progress.epoch = 3
-    samples = data.load_samples("shapes", "train", limit=28)
-    loader = train.make_loader(samples, model, args, train=True)
-    asked = []
-
-    def watched(args, step, steps, epochs):
-        asked.append((step, steps, epochs))
-        return 0.5
-
-    monkeypatch.setattr(train, "rate_factor", watched)
-    one_epoch(under_way, phase, loader)
-    assert asked == [(3, 3, 2), (4, 3, 2), (5, 3, 2)]
-    assert [group["lr"] for group in under_way.optimizer.param_groups] == [7.5e-4, 7.5e-4]    # half of 1.5e-3
-
-
-def test_accuracy_counts_an_iou_of_one_half_as_right():
-    """Acc@0.5 is the share of samples with IoU >= 0.5."""
-    reached = train.scores(torch.tensor([0.5, 0.49, 0.9, 0.0]))
-    assert reached["acc@0.5"] == 0.5
-    assert reached["mean_iou"] == pytest.approx((0.5 + 0.49 + 0.9) / 4)
-
-
-def test_predictions_are_cut_off_at_the_square_before_their_iou():
-    """The metric clamps a prediction as both released codes do; the true box stays as it is."""
-    truths = torch.tensor([[0.1, 0.5, 0.2, 0.2]])
-    boxes = torch.tensor([[0.0, 0.5, 0.4, 0.2]])    # half of it lies outside; the rest is right
-    assert train.measured_ious(boxes, truths).item() == pytest.approx(1)
-    whole, _ = losses.iou_and_giou(boxes, truths)
-    assert whole.item() == pytest.approx(0.5)
-
-
-def test_predict_cuts_predictions_off():
-    """A model whose boxes reach out of the square is measured by their part inside."""
-    args, model, loader = without_dropout(8, "--batch-size", "8")
-
-    def outside(**_):
-        x1, y1, x2, y2 = losses.to_corners(truths).unbind(-1)
-        # The box goes on to the left, beyond the border, by as much as there is inside of it.
-        return m.Grounding(torch.stack([x2 - x2, (y1 + y2) / 2, 2 * x2, y2 - y1], dim=-1))
-
-    # Every true box begins at the left border.
-    loader.dataset.samples = [sample._replace(box=(0.0, *sample.box[1:]))
-                              for sample in loader.dataset.samples]
-    loader.dataset.train = False    # so that the picture is not moved
-    truths = next(iter(loader))["boxes"]
-    model.forward = outside
-    train.set_epoch(loader, 0)      # the order of `truths`
-    predictions = train.predict(model, loader, args)
-    assert torch.allclose(predictions.ious, torch.ones(8), atol=1e-5)
-
-
-def test_mixed_precision_is_off_unless_asked_for():
-    """--amp bf16 computes in bfloat16, --amp off in float32."""
-    x = torch.ones(2, 2)
-    for amp, dtype in (("off", torch.float32), ("bf16", torch.bfloat16)):
-        args = train.parse_args([*FAST, "--amp", amp])
-        with train.autocast(args):
-            assert (x @ x).dtype == dtype
-
-
-# --- Phases ---------------------------------------------------------------------------------------
-
-
-def begin(method, number, capsys, *flags):
-    """Begin the phase with this number, from 0 -> (model, what was printed)."""
-    args = train.parse_args([*FAST, "--method", method, *flags])
-    model = m.build_model(**train.model_arguments(args))
-    capsys.readouterr()
-    train.begin_phase(model, train.plan(args)[number], args)
-    return model, capsys.readouterr().out
-
-
-def test_a_phase_begins_by_saying_what_it_trains(capsys):
-    """m2ist trains its adapters and the grounding encoder."""
-    model, printed = begin("m2ist", 0, capsys)
-    head = sum(p.numel() for p in model.grounding.parameters())
-    adapters = sum(p.numel() for p in model.adapters.parameters())
-    assert printed == (f"training trains {head:,} grounding encoder and box head; "
-                       f"{adapters:,} adapters\n")
-
-
-def test_a_stage_of_hivg_begins_by_saying_what_it_trains(capsys):
-    """Stage 2 of 3 has pairs in vision layers 1-4 of six, and in all text layers [D34]."""
-    model, printed = begin("hivg", 2, capsys)
-    assert printed.startswith("stage 2 trains ")
-    pair = 32 * (64 + 64)    # A (r, k) and B (d, r) of one linear
-    assert f"{4 * 4 * pair:,} LoRA pairs on q/k/v/out of vision layers 1 2 3 4;" in printed
-    assert f"{3 * 4 * pair:,} LoRA pairs on q/k/v/out of text layers 1 2 3;" in printed
-    bridges = 0
-    for layer in (2, 4, 6):
-        bridge = model.clip.vision.layers[layer - 1].plugs["attention"]
-        bridges += sum(p.numel() for p in bridge.parameters())
-    assert f"{bridges:,} cross-modal bridges at vision layers 2 4 6" in printed
-
-    groups = printed.removeprefix("stage 2 trains ").split("; ")
-    counts = [int(group.split()[0].replace(",", "")) for group in groups]
-    assert sum(counts) == m.count_parameters(model)["trainable"]
-
-
-def test_a_warm_up_has_no_pairs(capsys):
-    """HiVG's warm-up trains the bridges and the grounding encoder [D27]."""
-    model, printed = begin("hivg", 0, capsys)
-    assert "LoRA" not in printed
-    assert "cross-modal bridges" in printed
-    assert hilora.find_pairs(model) == []
-
-
-def test_a_stage_draws_its_pairs_from_the_seed_and_the_stage(capsys):
-    """The start of A is the same whenever a stage begins, and differs between stages."""
-    def drawn(number, *flags):
-        model, _ = begin("hivg", number, capsys, *flags)
-        return hilora.find_pairs(model.clip.text)[0].pair.A
-
-    first = drawn(1)
-    torch.randn(7)    # random numbers that are drawn in between change nothing
-    assert torch.equal(drawn(1), first)
-    assert not torch.equal(drawn(2), first)
-    assert not torch.equal(drawn(1, "--seed", "1"), first)
+    said = capsys.readouterr().out
+    assert "stage 1 ends worse on val (0.5000 at best) than it began (0.7000)" in said
+    assert "stage 2 ends worse on val (0.3000 at best) than it began (0.7000)" in said
+    assert "warm-up ends worse" not in said
+    best = dict(evaluate.load_checkpoint(out)[0].named_parameters())
+    for start, same_as_best in zip(starts, (False, True, True)):
+        shared = {name: p for name, p in start.items() if name in best}
+        assert same(shared, {name: best[name] for name in shared}) is same_as_best
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------
 
-CHECKPOINT = [*FAST, "--method", "m2ist", "--bottleneck", "4"]
 
-
-@pytest.fixture
-def small_model():
-    """A model of m2ist with a small bottleneck, and the options of its run."""
-    torch.manual_seed(1)
-    args = train.parse_args(CHECKPOINT)
-    return m.build_model(**train.model_arguments(args)).eval(), args
-
-
-def test_a_checkpoint_holds_the_tuned_weights_alone_and_rebuilds_the_model(tmp_path, small_model):
-    """The frozen encoders come from where they came from in training."""
-    model, args = small_model
-    path = save_best(model, args, tmp_path)
+@pytest.mark.parametrize("flags, stage", [(["--bottleneck", "4"], 0), (HIVG, 1)])
+def test_a_checkpoint_holds_what_was_tuned_and_rebuilds_the_model(tmp_path, flags, stage):
+    """Within a stage the factors are merged. The frozen encoders come from where they came from in
+    training."""
+    args, model, loader = set_up(8, *flags)
+    frozen = train.frozen_fingerprint(model)
+    model.begin_stage(stage)
+    lora = hilora.lora_modules(model)
+    for module in lora.values():
+        nn.init.normal_(module.B)
+    path = tmp_path / "best.safetensors"
+    train.save_checkpoint(path, model, {"model": train.model_arguments(args), "frozen": frozen,
+                                        "args": vars(args), "epoch": 1})
     tuned = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert set(load_file(path)) == tuned
+    names = {name.removesuffix(".A") + ".weight" if name.endswith(".A") else name
+             for name in tuned if not name.endswith(".B")}
+    assert set(load_file(path)) == names
+    assert bool(lora) is (stage > 0)
 
-    loaded, config = evaluate.load_checkpoint(tmp_path)
-    assert not loaded.training
-    assert config["model"] == train.model_arguments(args)
-    assert config["epoch"] == 1
-    images = torch.randn(2, 3, 64, 64)
-    image_padding = torch.zeros(2, 64, 64, dtype=torch.bool)
-    tokens = torch.ones(2, 5, dtype=torch.long)
-    token_padding = torch.zeros(2, 5, dtype=torch.bool)
-    batch = (images, image_padding, tokens, token_padding)
-    assert torch.equal(loaded(*batch).boxes, model(*batch).boxes)
-
-
-def save_best(model, args, out, epoch=1):
-    """Write the checkpoint of a run in the first phase -> its path."""
-    args.out = str(out)
-    train.save_checkpoint(train.Run(model, args), {"epoch": epoch})
-    return out / "best.safetensors"
-
-
-@pytest.mark.parametrize("change", [{"method": "frozen"}, {"bottleneck": 5}])
-def test_a_checkpoint_of_another_model_is_refused(tmp_path, small_model, change):
-    """Another method has other names, another bottleneck other shapes."""
-    model, args = small_model
-    for name, value in change.items():
-        setattr(args, name, value)
-    if args.method == "frozen":
-        for option in m.MODEL_OPTIONS:
-            setattr(args, option.name, None)
-    path = save_best(model, args, tmp_path)
-    with pytest.raises(InputError, match="another method or size"):
-        evaluate.load_checkpoint(path)
-
-
-def test_tuned_weights_that_do_not_fit_are_named(small_model):
-    """A weight that is missing, one too many, or of another shape is never passed over."""
-    model, _ = small_model
-    state = train.tuned_state(model)
-    name = "grounding.head.0.bias"
-
-    without = {key: value for key, value in state.items() if key != name}
-    with pytest.raises(InputError, match=f"x.pt: .*1 weights do not fit, {name}"):
-        train.load_tuned(model, without, "x.pt")
-    with pytest.raises(InputError, match="1 weights do not fit, extra"):
-        train.load_tuned(model, {**state, "extra": torch.zeros(1)}, "x.pt")
-    with pytest.raises(InputError, match=f"1 weights do not fit, {name}"):
-        train.load_tuned(model, {**state, name: torch.zeros(1)}, "x.pt")
-    train.load_tuned(model, state, "x.pt")
-
-
-def test_a_checkpoint_of_other_encoders_is_refused(tmp_path, small_model):
-    """The metadata holds a hash of all that is frozen."""
-    model, args = small_model
-    model.text.word.weight.data[7] += 1
-    path = save_best(model, args, tmp_path)
-    with pytest.raises(InputError, match="other encoder weights"):
-        evaluate.load_checkpoint(path)
-
-
-def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
-    """A file of something else, a file without our metadata, and no file at all."""
-    (tmp_path / "y.safetensors").write_bytes(b"no")
-    save_file({"a": torch.zeros(1)}, tmp_path / "z.safetensors", metadata={"config": "{}"})
-    for name, message in (("y.safetensors", "not a checkpoint"),
-                          ("z.safetensors", "not a checkpoint"), ("gone", "no such checkpoint")):
-        with pytest.raises(InputError, match=message):
-            evaluate.load_checkpoint(tmp_path / name)
-
-
-def test_a_checkpoint_within_a_stage_has_its_pairs_merged(tmp_path):
-    """The box of a loaded checkpoint is the box of the model with its pairs."""
-    args = train.parse_args([*FAST, *HIVG])
-    model = m.build_model(**train.model_arguments(args))
-    under_way, _ = begin_run(model, args, tmp_path, number=1)
-    for found in hilora.find_pairs(model):
-        torch.nn.init.normal_(found.pair.B)
-    train.save_checkpoint(under_way, {"epoch": 3})
     loaded, _ = evaluate.load_checkpoint(tmp_path)
-    assert hilora.find_pairs(loaded) == []
-
-    batch = (torch.randn(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.bool),
-             torch.ones(2, 5, dtype=torch.long), torch.zeros(2, 5, dtype=torch.bool))
+    assert not loaded.training and not hilora.lora_modules(loaded)
+    inputs = inputs_of(next(iter(loader)))
     with torch.no_grad():
-        boxes = model.eval()(*batch).boxes
-        assert torch.allclose(loaded(*batch).boxes, boxes, atol=1e-5)
-        hilora.discard(model)
-        assert not torch.allclose(model(*batch).boxes, boxes, atol=1e-3)
+        boxes = model.eval()(**inputs).boxes
+        assert torch.allclose(loaded(**inputs).boxes, boxes, atol=1e-5)
+        if lora:
+            hilora.merge(model, discard=True)
+            assert not torch.allclose(model(**inputs).boxes, boxes, atol=1e-3)
 
 
-# --- Datasets that people have --------------------------------------------------------------------
+# --- Several processes ----------------------------------------------------------------------------
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+# The second of two processes hears SIGTERM in step 2 of the first epoch.
+STOPPED = """
+import os, signal, sys, train
+real = train.seed_of_step
+def watched(args, epoch, step):
+    if (epoch, step, os.environ["RANK"]) == (1, 1, "1"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(args, epoch, step)
+train.seed_of_step = watched
+train.main()
+"""
 
 
-def test_a_dataset_in_refer_format_trains_and_evaluates(tmp_path):
-    """RefCOCO as its authors ship it."""
-    root = tmp_path / "data"
-    flags = write_refcoco(root)
-    out = run(tmp_path / "a", *flags, "--workers", "1", "--batch-size", "2")
-    result = evaluate.main([str(out), "--device", "cpu"])
-    found = {split: row["expressions"] for split, row in result["splits"].items()}
-    assert found == {"val": 1, "testA": 2}
-    assert result["dataset"] == "refcoco"
-    assert json.loads((out / "args.json").read_text())["args"]["root"] == str(root)
+def two_processes(*command):
+    """Run a command in two processes, as torchrun does -> their exit statuses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in ("0", "1"):
+        environment = {**ENVIRONMENT, "TORCHELASTIC_RUN_ID": "x", "RANK": rank, "LOCAL_RANK": rank,
+                       "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        started.append(subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment,
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+    return [process.wait(timeout=300) for process in started]
 
 
-def test_mixed_datasets_train_and_are_evaluated_one_by_one(tmp_path):
-    """The papers' mixed setting: several datasets, joined by commas."""
-    root = tmp_path / "data"
-    write_refcoco(root)
-    as_refer(root, "refcoco+", refs=[(70, "train", ["one", "two"]), (80, "val", ["three"])])
-    out = run(tmp_path / "a", "--dataset", "refcoco,refcoco+", "--root", str(root), "--epochs", "1",
-              "--workers", "0")
-    result = evaluate.main([str(out), "--device", "cpu", "--figures", str(tmp_path / "figures")])
-    assert list(result["splits"]) == ["val", "refcoco/val", "refcoco/testA", "refcoco+/val"]
-    assert result["splits"]["val"]["expressions"] == 2
-    assert (tmp_path / "figures/refcoco+-val.png").exists()
-
-    args = train.parse_args(["--dataset", "refcoco,a/refcoco+", "--size", "tiny"])
-    assert args.out == "runs/refcoco,refcoco+-m2ist-0-size=tiny"
-
-
-def test_a_split_that_is_not_there_is_named(tmp_path):
-    """evaluate.py lists the splits that there are."""
-    flags = write_refcoco(tmp_path / "data")
-    out = run(tmp_path / "a", *flags, "--epochs", "1", "--workers", "0")
-    with pytest.raises(InputError, match="no such split|choose one of"):
-        evaluate.main([str(out), "--split", "train2", "--device", "cpu"])
+def assert_same_but_for_rounding(a, b):
+    """Sums of floats depend on how a batch is divided."""
+    for line, other in zip(computed(a), computed(b), strict=True):
+        assert line.keys() == other.keys()
+        for name, value in line.items():
+            if isinstance(value, float):
+                value = pytest.approx(value, rel=1e-3, abs=1e-6)
+            assert other[name] == value, name
+    ours, theirs = last_weights(a), last_weights(b)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        # Softmax does not change with a bias of the keys, so the gradient of this bias is rounding.
+        if not name.endswith(".k.bias"):
+            assert torch.allclose(value, theirs[name], atol=1e-4), name
 
 
-def test_boxes_without_area_are_left_out_of_training_and_are_misses_in_evaluation(tmp_path, capsys):
-    """Some boxes of real datasets have no area."""
-    flags = write_refcoco(tmp_path / "data")
-    path = tmp_path / "data/refcoco/instances.json"
-    instances = json.loads(path.read_text())
-    for annotation in (0, 3):    # two expressions of train, and both of testA
-        instances["annotations"][annotation]["bbox"][2] = 0
-    path.write_text(json.dumps(instances))
+def test_two_processes_train_stop_and_resume_as_one(tmp_path):
+    """2 × 4 samples a step are 1 × 8. Where one process is stopped, both end after the step with
+    one last.pt, from which two processes or one go on. Evaluation counts each sample once."""
+    flags = [*FAST, "--epochs", "2", "--micro-batch", "3", "--log-every", "1"]
+    whole, stopped, alone = (tmp_path / name for name in ("whole", "stopped", "alone"))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc-per-node", "2", str(ROOT / "train.py"), *flags, "--out",
+                           str(whole)], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes share each batch, 4 samples for each" in done.stdout
+    assert len(re.findall("^epoch 2 .* val_acc", done.stdout, re.MULTILINE)) == 1    # one is silent
 
-    out = run(tmp_path / "a", *flags, "--epochs", "1", "--workers", "0")
-    assert "1 expressions to train on (2 left out, without area)" in capsys.readouterr().out
-    result = evaluate.main([str(out), "--split", "testA", "--device", "cpu"])
-    row = result["splits"]["testA"]
-    seconds = row.pop("seconds")
-    assert 0 <= seconds < 61
-    assert row == {"acc@0.5": 0.0, "mean_iou": 0.0, "expressions": 2, "images": 1}
+    assert two_processes("-c", STOPPED, *flags, "--out", str(stopped)) == [143, 143]
+    last = torch.load(stopped / "last.pt", weights_only=True)
+    assert (last["epoch"], last["step"]) == (0, 2)
+    shutil.copytree(stopped, alone)
 
-
-def test_boxes_outside_of_their_pictures_are_told_before_training(tmp_path, capsys):
-    """They are left out of training, and are misses in evaluation, from which nothing is left out.
-    The first of them is named with its file and line."""
-    data.render(0).save(tmp_path / "a.png")
-    lines = []
-    for split in ("train", "val"):
-        for number in range(3):
-            lines.append({"image": "a.png", "text": f"it {number}", "box": [1, 2, 30, 40],
-                          "split": split})
-        lines.append({"image": "a.png", "text": f"gone in {split}", "box": [500, 2, 530, 40],
-                      "split": split})
-    path = tmp_path / "my.jsonl"
-    path.write_text("\n".join(json.dumps(line) for line in lines))
-
-    out = run(tmp_path / "out", "--dataset", str(path), "--epochs", "1", "--workers", "0")
-    printed = capsys.readouterr().out
-    for split, number, fate in (("train", 4, "left out"), ("val", 8, "misses")):
-        assert (f"1 boxes of {split} lie outside of their pictures and are {fate}; one is in "
-                f"{path}, line {number}: [500.0, 2.0, 530.0, 40.0] of 'gone in {split}' in "
-                f"{tmp_path / 'a.png'}") in printed
-    assert "3 expressions to train on (0 left out, without area), 4 to validate" in printed
-    result = evaluate.main([str(out), "--split", "val", "--device", "cpu"])
-    assert result["splits"]["val"]["expressions"] == 4
+    assert two_processes("train.py", "--out", str(stopped), "--resume") == [0, 0]
+    assert computed(stopped) == computed(whole)
+    assert same(last_weights(stopped), last_weights(whole))
+    train.main(["--out", str(alone), "--resume"])
+    assert_same_but_for_rounding(alone, whole)
+    assert_same_but_for_rounding(run(tmp_path / "one", *flags), whole)
 
 
-def test_joined_datasets_take_the_longest_recipe_and_the_most_tokens(tmp_path, capsys):
-    """RefCOCO+ has 180 epochs, RefCOCOg texts have 40 tokens; the default of each alone differs."""
-    args = train.parse_args(["--dataset", "refcoco,refcoco+,refcocog-umd"])
-    assert (args.epochs, args.lr_drop, args.max_tokens) == (180, 120, 40)
-    args = train.parse_args(["--dataset", "refcocog-umd,refcoco"])
-    assert (args.epochs, args.lr_drop, args.max_tokens) == (90, 60, 40)
-    args = train.parse_args(["--dataset", "refcoco,referit"])
-    assert (args.epochs, args.lr_drop, args.max_tokens) == (90, 60, 20)
-    capsys.readouterr()
-    train.print_recipe(args)
-    assert "joined datasets: the default of epochs is the longest of the parts" in (
-        capsys.readouterr().out)
-    given = train.parse_args(["--dataset", "refcoco,refcoco+", "--epochs", "3"])
-    assert given.epochs == 3
+def test_processes_share_what_they_can_and_save_the_device_that_was_asked(monkeypatch, tmp_path):
+    """`cuda` stays `cuda` in args.json, whichever GPU a process has. 15 samples are not two halves,
+    and one sample is none."""
+    called = []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "set_device", called.append)
+    monkeypatch.setattr(train.dist, "init_process_group", called.append)
+    monkeypatch.setattr(train, "processes", lambda: 2)
+    args = argparse.Namespace(device="cuda", batch_size=16)
+    train.join_processes(args)
+    assert called == [3, "nccl"] and args.device == "cuda"
 
-
-def test_a_missing_picture_of_val_is_named_before_anything_is_trained(tmp_path):
-    """A long run must not end at the pictures of val."""
-    flags = write_refcoco(tmp_path / "data")
-    (tmp_path / "data/images/train2014" / coco(8)).unlink()
-    with pytest.raises(InputError, match=f"{coco(8)}: no such picture"):
-        run(tmp_path / "a", *flags)
-    assert not (tmp_path / "a").exists()
-
-
-def test_a_truncated_picture_of_val_is_named_before_anything_is_trained(tmp_path):
-    """Its header is whole, and the first epoch would be lost at it."""
-    flags = write_refcoco(tmp_path / "data")
-    picture = tmp_path / "data/images/train2014" / coco(8)
-    Image.effect_noise((90, 120), 80).save(picture)
-    picture.write_bytes(picture.read_bytes()[:-1000])
-    assert data.header_size(picture) == (90, 120)
-    with pytest.raises(InputError, match=f"{coco(8)}: the file cannot be decoded"):
-        run(tmp_path / "a", *flags)
-    assert not (tmp_path / "a").exists()
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_boxes_that_are_not_in_pixels_are_refused(tmp_path, split):
-    """The error names the split."""
-    data.render(0).save(tmp_path / "a.png")
-    good = {"image": "a.png", "text": "it", "box": [1, 2, 30, 40]}
-    lines = [{**good, "split": "train"}, {**good, "split": "val"},
-             {**good, "box": [0.1, 0.1, 0.9, 0.9], "split": split}]
-    (tmp_path / "my.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-    with pytest.raises(InputError, match=f"my.jsonl, {split}: 1 of 2 boxes .* are they in pixels"):
-        run(tmp_path / "out", "--dataset", str(tmp_path / "my.jsonl"))
-
-
-def test_texts_that_are_cut_are_told_before_training(tmp_path, capsys):
-    """The texts of train and val are counted by the tokenizer of the model."""
-    flags = write_refcoco(tmp_path / "data")
-    run(tmp_path / "a", *flags, "--epochs", "1", "--workers", "0", "--max-tokens", "8")
-    assert ("2 of 4 expressions are cut at 8 tokens, such as 'the bright cup'; --max-tokens sets "
-            "another limit") in capsys.readouterr().out
-
-
-def test_a_jsonl_without_val_keeps_the_last_epoch(tmp_path, capsys):
-    """Without val no epoch is known to be the best."""
-    data.render(0).save(tmp_path / "a.png")
-    line = json.dumps({"image": "a.png", "text": "it", "box": [1, 2, 30, 40], "split": "train"})
-    (tmp_path / "my.jsonl").write_text("\n".join([line, line, line]))
-    out = run(tmp_path / "out", "--dataset", str(tmp_path / "my.jsonl"), "--workers", "1")
-    assert "no split 'val'" in capsys.readouterr().out
-    assert "val_acc@0.5" not in read_log(out)[-1]
-    _, config = evaluate.load_checkpoint(out)
-    assert config["epoch"] == 3
-    assert list(evaluate.main([str(out)])["splits"]) == ["train"]
-
-
-@pytest.mark.parametrize("method, size, augmented, mirror, pixels", [
-    ("m2ist", "base", True, True, "detr"),
-    ("hivg", "base", True, False, "clip"),
-    ("hivg", "large", True, False, "clip"),
-    ("m2ist", "tiny", False, True, "detr"),
-    ("hivg", "tiny", False, False, "clip"),
-])
-def test_each_paper_gets_its_transforms_and_pixels(tmp_path, method, size, augmented, mirror,
-                                                   pixels):
-    """HiVG mirrors nothing; the tiny size is not augmented; --pixels overrides the encoder's."""
-    flags = ["--method", method, "--size", size, "--weights", "random", *write_refcoco(tmp_path)]
-    samples = data.load_samples("refcoco", "train", tmp_path)
-    for more, expected in (([], pixels), (["--pixels", "detr"], "detr")):
-        args = train.parse_args([*flags, *more])
-        with torch.device("meta"):
-            model = m.build_model(**train.model_arguments(args))
-        in_training = train.make_loader(samples, model, args, train=True).dataset
-        assert in_training.train
-        assert in_training.augmented == augmented
-        if augmented:
-            assert in_training.mirror == mirror
-        assert in_training.size == m.SIZES[size][m.METHODS[method]["encoders"]]["image_size"]
-        assert in_training.pixels == data.PIXELS[expected]
-        in_evaluation = train.make_loader(samples, model, args).dataset
-        assert not in_evaluation.train
-        assert not in_evaluation.augmented
-        assert in_evaluation.pixels == data.PIXELS[expected]
-
-
-def test_each_epoch_has_an_order_and_transforms_of_its_own():
-    """Order and transforms are drawn from seed and epoch alone."""
-    args = train.parse_args(FAST)
-    model = m.build_model(**train.model_arguments(args))
-    samples = data.load_samples("shapes", "train", limit=32)
-    loader = train.make_loader(samples, model, args, train=True)
-
-    def drawn(seed, epoch):
-        loader.dataset.seed = loader.batch_sampler.seed = seed
-        train.set_epoch(loader, epoch)
-        batches = list(loader)
-        order = torch.cat([batch["index"] for batch in batches])
-        boxes = torch.cat([batch["boxes"] for batch in batches])
-        return order.tolist(), boxes[order.argsort()].tolist()
-
-    order, boxes = drawn(0, 1)
-    assert sorted(order) == list(range(32))
-    assert order != sorted(order)
-    assert drawn(0, 1) == (order, boxes)
-    for seed, epoch in ((0, 2), (1, 1)):
-        other_order, other_boxes = drawn(seed, epoch)
-        assert other_order != order
-        assert other_boxes != boxes
-
-
-def test_a_batch_that_is_not_full_is_dropped_in_training_alone():
-    """Of 28 samples, training sees three batches of 8, and validation sees all samples."""
-    args = train.parse_args(FAST)
-    model = m.build_model(**train.model_arguments(args))
-    samples = data.load_samples("shapes", "val", limit=28)
-    assert len(train.make_loader(samples, model, args, train=True)) == 3
-    loader = train.make_loader(samples, model, args)
-    assert len(loader) == 4
-    assert torch.cat([batch["index"] for batch in loader]).tolist() == list(range(28))
-    # Fewer samples than a batch are one batch.
-    assert len(train.make_loader(samples[:5], model, args, train=True)) == 1
-
-
-def test_refcocog_takes_40_tokens_as_its_texts_are_longer():
-    """20 tokens for M²IST, 40 for RefCOCOg, 77 for CLIP."""
-    for dataset, tokens in (("refcoco", 20), ("refcocog-umd", 40), ("refcocog-google", 40)):
-        assert train.parse_args(["--dataset", dataset]).max_tokens == tokens
-    clip = train.parse_args(["--dataset", "refcocog-umd", "--method", "hivg"])
-    assert clip.max_tokens == 77
-    given = train.parse_args(["--dataset", "refcocog-umd", "--max-tokens", "25"])
-    assert given.max_tokens == 25
-
-
-def test_a_file_of_clip_takes_the_hubs_tokenizer(tmp_path, monkeypatch):
-    """A file holds weights alone; a folder and a hub name have a tokenizer, too."""
-    asked = []
-
-    def cached_tokenizer(max_tokens, name, vocabulary, flag):
-        asked.append(name)
-        return data.Tokenizer(max_tokens)
-
-    monkeypatch.setattr(m, "cached_tokenizer", cached_tokenizer)
-    (tmp_path / "clip.pth").write_bytes(b"")
-    for weights in (str(tmp_path / "clip.pth"), str(tmp_path), "somebody/clip"):
-        args = train.parse_args(["--method", "hivg", "--dataset", "refcoco",
-                                 "--clip-weights", weights])
-        spec = m.architecture("hivg", "base", clip_weights=weights)
-        model = torch.nn.Module()
-        model.spec = {**spec, "weights": args.weights}
-        train.make_loader([], model, args)
-    assert asked == ["openai/clip-vit-base-patch16", str(tmp_path), "somebody/clip"]
-
-
-def test_leaky_pretraining_is_known_for_detr_and_unknown_for_clip():
-    """DETR was pretrained on COCO's training pictures, which hold those of RefCOCO's val."""
-    def leaky(*flags):
-        return train.leaky_pretraining(train.parse_args(flags))
-
-    assert leaky() is False
-    assert leaky("--dataset", "refcoco", "--weights", "random") is False
-    assert leaky("--dataset", "refcoco") is True
-    assert leaky("--dataset", "referit", "--method", "hivg") is None
+    with pytest.raises(InputError, match="--batch-size is 15, which 2 processes cannot share"):
+        train.join_processes(argparse.Namespace(device="cpu", batch_size=15))
+    assert called[-1] == "gloo"
+    samples = data.load_samples("shapes", "train", limit=1)
+    with pytest.raises(InputError, match="1 samples cannot be shared by 2 processes"):
+        data.TrainingBatches(samples, 8, seed=0, rank=1, processes=2)
