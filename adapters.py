@@ -540,6 +540,7 @@ class CrossModalBridge(nn.Module):
         texts, padding = context
         if self.only is not None:
             texts = [texts[self.only]]
-        # The query is the residual stream after the self-attention, x + out, as released. The result
-        # returns "back to the block as residuals" (Section 3.2).
+        # [D53] The query is the residual stream after the self-attention, x + out, as released: the
+        # paper does not say which features attend. The result returns "back to the block as
+        # residuals" (Section 3.2).
         return out + self.semantic(x + out, texts, padding)

@@ -155,7 +155,8 @@ def run_command(main):
     """Run a command line. Wrong input gives one line on stderr and exit status 2, and Ctrl-C one
     line and 130. Neither gives a traceback."""
     # A path may hold bytes that are no text, and a print must not end a run for them.
-    sys.stdout.reconfigure(errors="backslashreplace")
+    # Line by line, so that a file shows at once that a run is under way.
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
     except KeyboardInterrupt:
@@ -200,6 +201,11 @@ def write_text(path, text):
     # escapes, which a reader of JSON turns back into the same path.
     content = text.encode("utf-8", errors="backslashreplace")
     write_atomically(path, lambda partial: partial.write_bytes(content))
+
+
+def shortened(text):
+    """Return a text as a message shows it: in quotes, and a hundred characters at most."""
+    return repr(text) if len(text) <= 100 else f"{text[:100]!r}..."
 
 
 # --- Samples --------------------------------------------------------------------------------------
@@ -477,7 +483,7 @@ def check(annotation, where, needs_area):
     such a box. In a published dataset you cannot, and evaluation must still count it."""
     box = annotation.box
     if not isinstance(box, list) or len(box) != 4 or not all(is_coordinate(v) for v in box):
-        raise InputError(f"{where}: box is {box}, not four numbers [x1, y1, x2, y2]")
+        raise InputError(f"{where}: box is {str(box)[:100]}, not four numbers [x1, y1, x2, y2]")
     x1, y1, x2, y2 = box
     if needs_area and (x2 <= x1 or y2 <= y1):
         raise InputError(f"{where}: box {box} has no area; a box is [x1, y1, x2, y2] in pixels, "
@@ -518,8 +524,21 @@ def load_samples(dataset, split, root=None, limit=None):
 
     Raises InputError for an unknown dataset or split, a missing file or folder, and a bad line.
     """
-    one_of(f"split of {dataset}", split, split_names(dataset, root))
+    names = split_names(dataset, root)
+    if split not in names and dataset in DATASETS:
+        files, _ = find_files(dataset, root)
+        if files[0].suffix != ".p":    # which holds all splits
+            missing = files[0].with_stem(f"{files[0].stem.rpartition('_')[0]}_{split}")
+            raise InputError(f"{missing} is missing; there are {', '.join(names)}")
+    one_of(f"split of {dataset}{misspelt_splits(names)}", split, names)
     return samples_by_split(str(dataset), root and str(root))[split][:limit]
+
+
+def misspelt_splits(names):
+    """Return what to say of splits that are nearly called train or val; "" if there is none."""
+    meant = {"train": "train", "training": "train", "val": "val", "validation": "val", "valid": "val"}
+    odd = [name for name in names if meant.get(name.strip().lower(), name) != name]
+    return "".join(f" (write {meant[name.strip().lower()]!r} for {name!r})" for name in odd)
 
 
 @functools.lru_cache(maxsize=8)
@@ -633,7 +652,8 @@ def load_for_training(dataset, root=None, limit=None):
     if "val" in split_names(dataset, root):
         val = load_samples(dataset, "val", root, limit)
     else:
-        print(f"{dataset} has no split 'val': the last epoch is kept as the best")
+        print(f"{dataset} has no split 'val'{misspelt_splits(split_names(dataset, root))}: the last "
+              f"epoch is kept as the best")
 
     check_images_exist([*train, *val])
     for split, samples in (("train", train), ("val", val)):
@@ -655,7 +675,11 @@ def load_for_training(dataset, root=None, limit=None):
     if broken:
         raise InputError(f"{broken[0]}. Of the images to validate on, {len(broken):,} cannot be "
                          f"decoded: fetch them again, or take their expressions out of val")
-    return [sample for sample in with_area if sample not in outside], val
+    kept = [sample for sample in with_area if sample not in outside]
+    if not kept:
+        raise InputError(f"{dataset}: there is nothing to train on, as no box of train has an area "
+                         f"within its image")
+    return kept, val
 
 
 def warn_outside(split, samples, action):
@@ -663,7 +687,7 @@ def warn_outside(split, samples, action):
     if samples:
         first = min(samples, key=str)
         print(f"{len(samples)} boxes of {split} lie outside of their images and are {action}; one is "
-              f"{list(first.box)} of {first.text!r} in {first.image}")
+              f"{list(first.box)} of {shortened(first.text)} in {first.image}")
 
 
 def doubt_about_boxes(samples):
@@ -698,7 +722,8 @@ def check_images_exist(samples):
     paths = {sample.image for sample in samples if isinstance(sample.image, Path)}
     missing = sorted(path for path in paths if not os.path.isfile(path))
     if missing:
-        raise InputError(f"{missing[0]}: no such image ({len(missing):,} are missing in all); "
+        hint = "write / in place of \\ in paths; " if "\\" in str(missing[0]) else ""
+        raise InputError(f"{missing[0]}: no such image ({len(missing):,} are missing in all); {hint}"
                          f"image paths start from the folder of the .jsonl file or from --root; "
                          f"`python data.py DATASET --root DIR` reports what is there")
 
@@ -791,11 +816,37 @@ def image_sizes(samples):
 
 # Words that a crop or a horizontal flip may make false.
 #
-# [D36] In a horizontal flip left and right change places wherever they begin a word: "lefty",
-# "rightmost", "left_side". Inside a word they name no side: "bright", "Wright", "cleft". "Right" is
-# exchanged in "right behind him" and in "all right", too, as TransVG does, since one cannot tell
-# from the letters whether a side is meant. But "leftover" never means one.
-SIDE_WORD = re.compile(r"(?<![a-z])(left(?!over)|right)", re.IGNORECASE)
+# [D36] In a horizontal flip left and right change places wherever they begin a word ("lefty",
+# "rightmost", "left_side") or end one that is glued to another ("onright", "topleft"). Elsewhere they
+# name no side: "bright", "cleft". "Right" is exchanged in "right behind him" and in "all right", too,
+# as TransVG does, since one cannot tell from the letters whether a side is meant. But "leftover"
+# never means one.
+NO_SIDES = ("[a-z]*bright|[a-z]*wright|upright|outright|downright|forthright|copyright|alright"
+            "|birthright|fright|cleft|theft")
+SIDE_WORD = re.compile(rf"(?<![a-z])(left(?!over)|right)|"
+                       rf"(?<![a-z])(?!(?:{NO_SIDES})(?![a-z]))([a-z]+)(left|right)(?![a-z])",
+                       re.IGNORECASE)
+
+
+def misspelt_sides():
+    """Return all words that are one letter, or one exchange of letters, away from left or right, but
+    for those that mean something else. ("lefty" begins with a side, and is none of them.)"""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = set()
+    for side in ("left", "right"):
+        for i in range(len(side) + 1):
+            before, after = side[:i], side[i:]
+            words.add(before + after[1:])                     # a letter is missing
+            words.add(before + after[1:2] + after[:1] + after[2:])
+            for letter in letters:
+                words.add(before + letter + after)            # one too many
+                words.add(before + letter + after[1:])        # another one
+    meaningful = {"light", "night", "sight", "tight", "eight", "fight", "might", "bright", "wright",
+                  "fright", "lift", "loft", "let", "lent", "lest", "weft", "deft", "heft", "cleft"}
+    return {word for word in words if not word.startswith(("left", "right"))} - meaningful
+
+
+MISSPELT_SIDES = misspelt_sides()
 
 
 def whole_words(words):
@@ -807,8 +858,8 @@ def whole_words(words):
 OTHER_SIDES = whole_words(
     "l|r|lf|lft|lt|rt|rht|rgt|rght|lhs|rhs"                  # abbreviations
     "|[tblu][lr]"                                            # such as "br" for "bottom right"
-    "|lef|letf|rigt|rigth|rihgt"                             # typing errors
-    "|(top|bottom|upper|lower|far|front|back|mid|middle|center|centre)(left|right)(most)?"
+    "|laft|lefy|righ|rite|rigth|rihgt|rihgt"                 # typing errors
+    "|(top|bottom|upper|lower|far|front|back|mid|middle|center|centre)(left|right)most"
     "|(north|south|mid)?(east|west)[a-z]*|[ns][ew]"          # "northwest", "eastern", "SE"
     r"|o\W*clock"                                            # "o'clock", "oclock"
     r"|starboard|port\W?side")
@@ -840,11 +891,12 @@ def augment(image, boxes, texts, rng, flip):
                                      canvas_size=(height, width))
 
     # [D36] A crop would make words about places false, and must keep the centre of each box.
-    if rng.random() < 0.5 and not found_in(PLACE_WORD, texts):
+    if rng.random() < 0.5 and not (found_in(PLACE_WORD, texts) or misspells_side(texts)):
         top_left_height_width = random_crop(image, boxes, rng)
         image = transforms.crop(image, *top_left_height_width)
         boxes = transforms.crop(boxes, *top_left_height_width)
 
+    # [D51] Colours change before the one resampling of `letterbox`; TransVG resamples twice.
     if rng.random() < 0.8:
         adjust = (transforms.adjust_brightness, transforms.adjust_contrast,
                   transforms.adjust_saturation)
@@ -852,7 +904,7 @@ def augment(image, boxes, texts, rng, flip):
             image = change(image, rng.uniform(0.6, 1.4))
 
     # [D36] A horizontal flip exchanges left and right, but other words would become false.
-    if flip and rng.random() < 0.5 and not found_in(UNFLIPPED_WORD, texts):
+    if flip and rng.random() < 0.5 and not any(stays_unflipped(text) for text in texts):
         image = transforms.horizontal_flip(image)
         boxes = transforms.horizontal_flip(boxes)
         texts = [SIDE_WORD.sub(opposite_side, text) for text in texts]
@@ -864,9 +916,21 @@ def found_in(pattern, texts):
     return any(pattern.search(text) for text in texts)
 
 
+def stays_unflipped(text):
+    """Return whether a horizontal flip would make a text false even if left and right change places."""
+    return misspells_side([text]) or UNFLIPPED_WORD.search(text) is not None
+
+
+def misspells_side(texts):
+    """Return whether any of the texts has a word of MISSPELT_SIDES."""
+    words = re.findall("[a-z]+", " ".join(texts).lower())
+    return not MISSPELT_SIDES.isdisjoint(words)
+
+
 def opposite_side(match):
-    """Return the word that replaces a match of SIDE_WORD in a horizontal flip."""
-    return "right" if match[0].lower() == "left" else "left"
+    """Return what replaces a match of SIDE_WORD in a horizontal flip."""
+    glued = match[2] or ""
+    return glued + ("right" if match[0].lower().endswith("left") else "left")
 
 
 def random_crop(image, boxes, rng):
@@ -1495,11 +1559,12 @@ def report(dataset, root, max_tokens, text_weights):
     images = {}     # split: set of images
     sizes = {}      # image: (width, height), for those that could be opened
 
-    print(f"{'split':12}{'images':>9}{'objects':>9}{'expressions':>13}{'the papers':>12}")
+    papers = f"{'the papers':>12}" if expected else ""
+    print(f"{'split':12}{'images':>9}{'objects':>9}{'expressions':>13}{papers}")
     for split, samples in samples_by_split(dataset, root).items():
         images[split] = {sample.image for sample in samples}
         objects = {(sample.image, sample.box) for sample in samples}
-        paper = f"{expected[split]:12,}" if split in expected else f"{'-':>12}"
+        paper = f"{expected[split]:12,}" if split in expected else ""
         differs = "  differs" if expected.get(split, len(samples)) != len(samples) else ""
         print(f"{split:12}{len(images[split]):9,}{len(objects):9,}{len(samples):13,}{paper}{differs}")
 
@@ -1507,12 +1572,12 @@ def report(dataset, root, max_tokens, text_weights):
             faults.setdefault("images that are missing or broken", []).append(error)
         for sample in samples:
             for fault in faults_of(sample.box, sizes.get(sample.image, (math.inf, math.inf))):
-                case = f"{sample.image}, {sample.text!r}, {list(sample.box)}"
+                case = f"{sample.image}, {shortened(sample.text)}, {list(sample.box)}"
                 faults.setdefault(fault, []).append(case)
         cut = cut_samples(samples, length, max_tokens)
         if cut:
             fault = f"expressions that are cut at {max_tokens} tokens{how}"
-            faults.setdefault(fault, []).extend(repr(sample.text) for sample in cut)
+            faults.setdefault(fault, []).extend(shortened(sample.text) for sample in cut)
         doubt = doubt_about_boxes(samples)
         if doubt:
             doubts.append(f"{split}: {doubt}")
@@ -1522,6 +1587,8 @@ def report(dataset, root, max_tokens, text_weights):
         # The val of joined datasets repeats the val of each dataset.
         if both and first != "val":
             faults.setdefault(f"images both in {first} and in {second}", []).extend(both)
+    if misspelt_splits(list(images)):
+        print(f"training looks for train and val{misspelt_splits(list(images))}")
     for doubt in doubts:
         print(doubt)
     for fault, cases in faults.items():
@@ -1570,11 +1637,19 @@ def write_jsonl(splits, path, absolute):
         for sample in samples:
             image = os.path.abspath(sample.image)
             if not absolute:
-                # The way up from a folder that is a link begins at the place that the link names.
-                image = os.path.relpath(os.path.realpath(image), os.path.realpath(path.parent))
+                image = relative_path(image, path.parent)
             line = {"image": image, "text": sample.text, "box": sample.box, "split": split}
             lines.append(json.dumps(line) + "\n")
     write_text(path, "".join(lines))
+
+
+def relative_path(image, folder):
+    """Return the path of an image from a folder. Below the folder it leads through links."""
+    relative = os.path.relpath(image, folder)
+    if relative.startswith(os.pardir):
+        # The way up from a folder that is a link begins at the place that the link names.
+        return os.path.relpath(os.path.realpath(image), os.path.realpath(folder))
+    return relative
 
 
 def build_parser():

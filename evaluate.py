@@ -32,6 +32,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -92,8 +93,9 @@ def peak_bytes(device):
 
 
 @contextlib.contextmanager
-def memory_explained(device, flag, batch):
-    """Turn an error of too little memory, on any device, into one line. flag: what sets the batch"""
+def memory_explained(device, flag, batch, fitting=None):
+    """Turn an error of too little memory, on any device, into one line. flag: what sets the batch.
+    fitting: a function that finds a batch that fits; else half of the batch is proposed."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -102,7 +104,9 @@ def memory_explained(device, flag, batch):
         if not isinstance(error, MemoryError) and not re.search(words, str(error)):
             raise
         reason = str(error).partition("\n")[0]
-        smaller = f"{flag} {batch // 2}, or" if batch > 1 else "another device, or"
+        smaller = "another device, or"
+        if batch > 1:
+            smaller = f"{flag} {fitting() if fitting else batch // 2}, or"
         raise InputError(f"out of memory; the peak was {(peak_bytes(device) or 0) / 2 ** 30:.1f} GiB "
                          f"({reason}): try {smaller} --amp bf16") from None
 
@@ -176,10 +180,24 @@ def make_loader(samples, model, args, train=False, batch_size=None):
                                        rank(), processes())
     else:
         batches = data.evaluation_batches(samples, batch_size, rank(), processes())
+    if args.workers > 0:
+        check_shared_memory(spec["image_size"], batch_size // processes(), args.workers)
     return DataLoader(dataset, batch_sampler=batches, num_workers=args.workers,
                       collate_fn=functools.partial(data.collate, pad=tokenizer.pad),
                       pin_memory="cuda" in args.device, worker_init_fn=begin_worker,
                       persistent_workers=train and args.workers > 0)
+
+
+def check_shared_memory(side, batch_size, workers):
+    """Raise InputError if /dev/shm has no room for the batches that workers hold there: two for each
+    worker, of images as uint8 and of their padding. A container has 64 MB by default, and training
+    would hang."""
+    needed = 2 * workers * batch_size * 4 * side ** 2
+    free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else needed
+    if free < needed:
+        raise InputError(f"/dev/shm has {free / 2 ** 20:.0f} MiB free, and {workers} workers need "
+                         f"{needed / 2 ** 20:.0f}: give --workers 0, or a container with a larger "
+                         f"--shm-size")
 
 
 def begin_worker(worker):
@@ -304,7 +322,8 @@ def evaluate_dataset(model, args, asked):
         samples = data.load_samples(args.dataset, split, args.root, args.limit)
         splits[split], predictions = evaluate_split(model, samples, args, split)
         if asked.predictions:
-            lines += prediction_lines(split, samples, predictions, model.spec["image_size"])
+            lines += prediction_lines(split, samples, predictions, model.spec["image_size"],
+                                      args.trained_on)
         if asked.figures:
             path = Path(asked.figures) / f"{split.replace('/', '-')}.png"
             draw_predictions(model, data.spread(samples), args, path)
@@ -315,13 +334,13 @@ def evaluate_dataset(model, args, asked):
             "leaky_pretraining": leaky_pretraining(args), "splits": splits}
 
 
-def prediction_lines(split, samples, predictions, side):
+def prediction_lines(split, samples, predictions, side, trained_on):
     """A line of JSON for each sample of a split. Boxes are (x1, y1, x2, y2) in pixels of the image.
     The IoU is the one that accuracy counts, in the padded square. side: of that square, in pixels"""
     sizes = data.image_sizes(samples)
     lines = []
     for sample, box, iou in zip(samples, predictions.boxes, predictions.ious.tolist()):
-        line = {"split": split, "image": sample.image, "text": sample.text, "box": sample.box,
+        line = {"trained_on": trained_on, "split": split, "image": sample.image, "text": sample.text, "box": sample.box,
                 "predicted": data.from_square(box, sizes[sample.image], side), "iou": iou}
         lines.append(json.dumps(line, ensure_ascii=False, default=str) + "\n")    # paths as str
     return lines
@@ -482,10 +501,13 @@ def drawing_paths(asked, paths):
 
 
 def tuned_state(model, merged=False):
-    """{name: tensor} of all that training has changed: what requires a gradient, and the weights
-    that LoRA's earlier stages were merged into, which are those that the present stage adapts, too.
+    """{name: tensor} of all that training has changed: what requires a gradient, the weights that
+    LoRA's earlier stages were merged into, which are those that the present stage adapts, too, and
+    those that were loaded merged.
     merged: whether the present stage's factors are added to their weights, or kept beside them."""
     state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    for name in model.carried:
+        state[name] = model.get_parameter(name).detach()
     for name, module in hilora.lora_modules(model).items():
         state[f"{name}.weight"] = module.weight.detach()
         if merged:
@@ -509,6 +531,7 @@ def load_tuned(model, state, source):
     if misfits:
         raise InputError(f"{source}: is of another method or size; {len(misfits)} weights do not "
                          f"fit: {misfits[0].strip()[:200]}")
+    model.carried |= {name for name in state if name not in tuned}
 
 
 def frozen_fingerprint(model):
@@ -824,6 +847,7 @@ def main(argv=None):
         # The options of the training, and what is asked here in place of them.
         given = {name: value for name, value in vars(asked).items() if value is not None}
         args = argparse.Namespace(**{"draft": False, **trained, **given})
+        args.trained_on = trained["dataset"]
         if asked.dataset:
             args.root = asked.root    # the training's folder is not another dataset's
         set_precision(args.amp)
@@ -833,10 +857,16 @@ def main(argv=None):
             result = evaluate_images(model, args, asked)
         else:
             title = trained.get("title") or trained.get("row") or trained["method"]
-            print(f"{title} {args.size} on {args.dataset}, epoch {config['epoch']}; "
-                  f"leaky pretraining {leaky_pretraining(args)}")
+            trained_on = trained["dataset"]
+            if is_released(asked.checkpoint):
+                trained_on = None    # its file does not say
+            started = trained.get("init_from")
+            print(f"{title} {args.size}, trained on {trained_on}"
+                  f"{f' from {started}' if started else ''}, epoch {config['epoch']}, evaluated on "
+                  f"{args.dataset}; leaky pretraining {leaky_pretraining(args)}")
             result = {"checkpoint": asked.checkpoint, "method": title, "epoch": config["epoch"],
-                      "seed": trained["seed"], **evaluate_dataset(model, args, asked)}
+                      "seed": trained["seed"], "trained_on": trained_on, "init_from": started,
+                      **evaluate_dataset(model, args, asked)}
     if asked.json:
         data.write_text(asked.json, json.dumps(result, indent=1) + "\n")
     return result

@@ -176,7 +176,7 @@ class RegionText(nn.Module):
         h = self.fc1(self.norm(v))                     # (B, N, hidden)
         h = h * torch.sigmoid(1.702 * h)               # QuickGELU, the activation of CLIP
         t = F.normalize(t, dim=-1)[..., None]          # (B, C, 1)
-        scores = self.fc2(h) @ t                       # HiVG Eq. (12), <t_eos, MLP(v_i)>; (B, N, 1)
+        scores = torch.matmul(self.fc2(h), t)          # HiVG Eq. (12), <t_eos, MLP(v_i)>; (B, N, 1)
         return scores[..., 0]                          # (B, N)
 
 

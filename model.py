@@ -32,6 +32,7 @@ assets/deviations.md says how.
 import argparse
 import math
 import re
+import socket
 from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
@@ -581,6 +582,7 @@ class GroundingModel(nn.Module):
         super().__init__()
         self.spec = spec
         self.stage = 0
+        self.carried = set()    # names of frozen weights that LoRA of earlier stages is merged into
         pixels = PIXELS[spec["pixels"] or spec["encoders"]]
         self.register_buffer("pixels", pixels.clone(), persistent=False)
 
@@ -813,6 +815,7 @@ def checked_layers(spec, name, count):
 # SIZES[encoders, size] holds the architecture, and the options that depend on it.
 SIZES = {
     # M²IST Sections III-A and IV-B. Dropout, heads and the side of the image as in the released code.
+    # [D54] Text layers 7-12 are best in Table VIII c, where Section IV-B b says "same indices".
     ("detr", "base"): dict(
         image_size=640, stride=32, max_tokens=20, backbone="resnet50",
         vision=dict(channels=2048, dim=256, heads=8, hidden=2048, layers=6, dropout=0.1),
@@ -967,8 +970,10 @@ def make_spec(method, size, **options):
     if spec["stages"] > spec["vision"]["layers"]:
         raise ModelError(f"--stages is {spec['stages']}; there are {spec['vision']['layers']} layers "
                          f"to divide")
-    if spec["pixels"] is not None:
-        one_of("--pixels", spec["pixels"], PIXELS)
+    for name, valid in (("pixels", PIXELS), ("insertion", ("side", "sequential", "parallel")),
+                        ("side_start", ("input", "paired"))):
+        if spec.get(name) is not None:
+            one_of(f"--{name.replace('_', '-')}", spec[name], valid)
     return spec
 
 
@@ -1124,7 +1129,9 @@ def import_weights(module, state, table, ignored, source):
     try:
         module.load_state_dict(renamed)
     except RuntimeError as error:
-        raise ModelError(f"{source}: these weights do not fit: {shortened(error)}") from None
+        theirs, ours = next(iter(state), None), next(iter(module.state_dict()))
+        raise ModelError(f"{source}: these weights do not fit (their first name is {theirs}, ours is "
+                         f"{ours}): {shortened(error)}") from None
 
 
 def our_name(key, table):
@@ -1165,10 +1172,17 @@ def read_state(path):
 
 
 def state_in(content, source):
-    """The state dict in the content of a file: all of it, or its part named "model"."""
-    state = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise ModelError(f"{source}: not a file of weights (it holds no names)")
+    """The state dict in the content of a file: all of it, or its part named "model", "state_dict" or
+    "model_state_dict". Prefixes of DDP and of torch.compile are taken off."""
+    state = content
+    for name in ("model", "state_dict", "model_state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            state = content[name]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ModelError(f"{source}: not a file of weights (it holds no tensors by their names)")
+    for prefix in ("module.", "_orig_mod.", "module."):
+        if state and all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
 
 
@@ -1197,12 +1211,16 @@ def load_detr(vision, weights=None):
     if weights is not None:
         load_hub(vision, weights, "--vision-weights", DETR_TABLE, DETR_IGNORED)
         return
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(10)    # PyTorch would wait for minutes for an address that is dead
     try:
         state = torch.hub.load_state_dict_from_url(DETR_URL, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ModelError(f"cannot fetch {DETR_URL} ({error}): put the file into "
                          f"{torch.hub.get_dir()}/checkpoints, give --vision-weights FILE, or "
                          f"--weights random") from None
+    finally:
+        socket.setdefaulttimeout(before)
     import_weights(vision, state["model"], DETR_TABLE, DETR_IGNORED, DETR_URL)
 
 

@@ -24,31 +24,41 @@ from a paper or from its released code; assets/deviations.md says how.
 import argparse
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import sys
 import textwrap
 import time
+import weakref
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
+import hilora
 import losses
-from adapters import ADAPTERS, BRIDGE_WEIGHTS
+from adapters import ADAPTERS
 from data import InputError, run_command
 from evaluate import (at_least, autocast, check_device, default_device, default_workers,
                       draw_predictions, frozen_fingerprint, go_offline_without_hub,
-                      leaky_pretraining, load_tuned, make_loader, make_tokenizer, measured_ious,
+                      leaky_pretraining, load_checkpoint, load_tuned, make_loader, make_tokenizer, measured_ious,
                       memory_explained, model_inputs, peak_bytes, predict, processes, rank,
                       save_checkpoint, scores, set_precision, sum_over_processes, tuned_state)
 from model import (METHODS, OPTIONS, PIXELS, build_model, count_parameters, make_spec,
@@ -115,6 +125,9 @@ def build_parser():
     add = parser.add_argument_group("weights").add_argument
     add("--weights", choices=("pretrained", "shapes", "random"),
         help="weights of the encoders; shapes for tiny, else pretrained")
+    add("--init-from", metavar="RUN",
+        help="start from the tuned weights of a run of the same method and size: its folder or its "
+             "best.safetensors")
     add("--vision-weights", metavar="NAME",
         help="DETR R-50: a file in official naming (TransVG's too), a folder, or a hub name; if "
              "not given, DETR's official file [M²IST IV-B a]")
@@ -225,15 +238,15 @@ def build_parser():
 
 # The same for all runs.
 COMMON = dict(
-    method="m2ist", dataset="shapes", row=None, resume=False, save_minutes=10.0, log_every=100,
+    method="m2ist", dataset="shapes", row=None, init_from=None, resume=False, save_minutes=10.0, log_every=100,
     test=False, seed=0, root=None, limit=None, draft=False, expressions_per_image=1, warmup=0,
     weight_decay=1e-4, clip_norm=0.0, last_stage=None, beta=0.0, contrast=0.0, focal=0.0, dice=0.0,
     attention_loss=0.0, amp="off", compile=False)
 
 # PRESETS[encoders, size], and what a method changes of it, PRESETS[method, size].
 PRESETS = {
-    # M²IST Section IV-B c; the batch of Table I. 1e-5 is the paper's rate for M³ISA, and TransVG's
-    # for encoders that are trained in full [D12].
+    # M²IST Section IV-B c; the batch of Table I [D55]. 1e-5 is the paper's rate for M³ISA, and
+    # TransVG's for encoders that are trained in full [D12].
     ("detr", "base"): dict(
         epochs=90, batch_size=64, lr=1e-4, lr_encoder=1e-5, schedule="step", lr_drop=60,
         l1=1.0, giou=1.0, stage_epochs=0, stage_lr=[]),
@@ -353,7 +366,7 @@ ROWS = {
     "hivg/4/6": {},
     "hivg/4/7": dict(layer_to_layer=True, bridge_weights="none", text_layers=[4, 8, 12],
                      tiny=dict(text_layers=[1, 2, 3])),
-    "hivg/4/8": dict(text_layers=[12], tiny=dict(text_layers=[3])),
+    "hivg/4/8": dict(text_layers=[12], tiny=dict(text_layers=[3])),    # as 10/2, other figures [D52]
     # Table 5: HiLoRA
     "hivg/5/1": dict(last_stage=1),
     "hivg/5/2": dict(last_stage=2),
@@ -428,28 +441,36 @@ CHANGES_NOTHING = ("device", "workers", "save_minutes", "log_every", "resume", "
 
 
 def parse_args(argv=None):
-    """The options of a run as a Namespace, in two passes: the first one finds what is given, by which
-    the preset is chosen; in the second one the preset's values are the defaults."""
+    """The options of a run as a Namespace: what is on the command line and, for the rest, what the
+    papers use with this method, size and dataset."""
     parser = build_parser()
     given = vars(parser.parse_args(argv))
     asks_for_help = given.pop("help", False)
     if given.get("row") == "list":
         print_rows()
         sys.exit()
+    if "cost" in given and not asks_for_help:
+        print_costs(given)
+        sys.exit()
 
     out = given.get("out") or default_out(given)
     if given.get("resume"):
         saved = read_args(Path(out))
         refuse_changes(given, saved)
-        parser.set_defaults(**saved)
+        args = argparse.Namespace(**{**saved, **given, "out": out})
     else:
-        parser.set_defaults(**defaults(given))
-    args = parser.parse_args(argv)
-    args.out = out
+        args = resolve({**given, "out": out})
     if asks_for_help:
+        parser.set_defaults(**vars(args))    # so that each flag shows its default
         parser.print_help()
         sys.exit()
+    return args
 
+
+def resolve(given):
+    """The options of a new run as a Namespace. given: {option: value} of the command line. Raises
+    InputError for what does not go together."""
+    args = argparse.Namespace(**{**defaults(given), **given})
     if METHODS[args.method]["encoders"] == "clip":
         # Without the losses of Eq. (13) there is nothing that would train the MLP of Eq. (12).
         args.region_text = args.focal > 0 or args.dice > 0
@@ -468,7 +489,7 @@ def defaults(given):
     """The defaults of a command line: {option: value}, None for what its method does not use. Where
     several places have a value, a later one wins: the model's default, the preset, the row.
 
-    given: {option: value} of the command line. Raises InputError for what does not go together."""
+    given: {option: value} of the command line."""
     dataset = given.get("dataset", COMMON["dataset"])
     size = given.get("size", "tiny" if dataset == "shapes" else "base")
     row = row_options(given["row"], size) if given.get("row") else {}
@@ -540,6 +561,8 @@ def refuse_changes(given, saved):
     for name, value in given.items():
         if name in CHANGES_NOTHING or value == saved.get(name):
             continue
+        if name == "root" or (name == "dataset" and value.endswith(".jsonl")):
+            continue    # data may have moved; read_last checks that the samples are the same
         if name == "micro_batch" and not saved.get("contrast"):
             continue    # which changes HiVG's contrast, and nothing else
         if name == "epochs" and not saved.get("stages") and value > saved[name]:
@@ -603,16 +626,16 @@ def make_optimizer(model, args, phase):
     rest = [p for name, p in tuned if not name.startswith("grounding.")]
     groups = [dict(params=head, lr=phase.lr, peak=phase.lr),
               dict(params=rest, lr=phase.lr_encoder, peak=phase.lr_encoder)]
-    fused = next(model.parameters()).device.type != "meta"
-    return torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=fused)
+    return torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
 
 
 def rate_factor(args, step, steps, epochs):
     """What the peak rates are multiplied by at a step (from 0) of a phase that has `epochs` epochs
-    with `steps` steps each. As the released code of HiVG does by epoch, cosine falls by step [D50]."""
+    with `steps` steps each. [D50] Cosine falls by step; in HiVG's released code by epoch."""
     warm = 1.0
-    if args.warmup > 0:
-        warm = min(1.0, (step + 1) / args.warmup)
+    warmup = min(args.warmup, epochs * steps // 10)    # a tenth of the phase at most
+    if warmup > 0:
+        warm = min(1.0, (step + 1) / warmup)
     if args.schedule == "cosine":
         return warm * 0.5 * (1 + math.cos(math.pi * step / (epochs * steps)))
     if args.schedule == "linear":
@@ -642,11 +665,13 @@ class State:
     epoch: int = 0             # epochs that are trained
     step: int = 0              # steps of the next epoch that are done
     evaluated: bool = True     # whether all epochs that are trained are evaluated, too
+    warned: bool = False       # whether it was looked at if the loss moves, see warn_standstill
     best: float = -1.0         # the best accuracy on val so far
     log: list = dataclasses.field(default_factory=list)       # a dictionary a line of log.jsonl
     sums: dict = dataclasses.field(default_factory=dict)      # over the epoch under way, see add_step
     recent: dict = dataclasses.field(default_factory=dict)    # since the last --log-every
     frozen: str = ""           # fingerprint of the encoders as they were built
+    samples: str = ""          # fingerprint of the samples to train on
     model: dict = None         # tuned weights ...
     optimizer: dict = None     # ... and AdamW's state, as they were when last.pt was written
     scaler: dict = None
@@ -663,6 +688,10 @@ def train(args):
     torch.manual_seed(in_range(args.seed))    # for the new weights of the model
     model = build_model(**model_arguments(args)).to(args.device)
     print(f"parameters {count_parameters(model)}")
+    if "cuda" in args.device:
+        peak = simulate(last_model(args, "meta"), args, args.micro_batch)["peak"]
+        print(f"a step with {args.micro_batch} samples at once needs {peak / 2 ** 30:.2f} GiB "
+              f"(simulated), and CUDA's context and workspaces")
     warn_truncated([*train_samples, *val_samples], make_tokenizer(model.spec))
     train_loader = make_loader(train_samples, model, args, train=True)
     val_loader = None
@@ -671,11 +700,14 @@ def train(args):
         val_loader = make_loader(val_samples, model, args, batch_size=args.micro_batch)
     write_args(out, args)
 
-    state = read_last(out / "last.pt", frozen_fingerprint(model))
+    state = read_last(out / "last.pt", frozen_fingerprint(model), fingerprint(train_samples))
+    if args.init_from and state.model is None:
+        init_from(model, args)
     scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.amp == "fp16")
     if state.scaler is not None:
         scaler.load_state_dict(state.scaler)
     phases = plan(args)
+    warn_of_schedule(args, phases, train_samples, len(train_loader))
     # A file would be filled with progress bars; lines of the log go there instead.
     silent = rank() > 0 or not sys.stderr.isatty()
     steps = len(train_loader)
@@ -692,6 +724,8 @@ def train(args):
                     # What is trained is saved before it is evaluated: hours of training are not
                     # lost to what may happen there.
                     save_last(out, state, model, optimizer, scaler)
+                    if stop.number:    # a signal came after the last step had asked for one
+                        raise Stopped(stop.number)
                 evaluate_epoch(model, val_loader, state, args)
                 save_last(out, state, model, optimizer, scaler)
             warn_worse(phase, state.log)
@@ -702,7 +736,18 @@ def train(args):
     if args.test:
         test(model, args, out / "test.json")
     print(f"{(time.time() - began) / 60:.1f} minutes; look at {out}/val.png; "
-          f"python evaluate.py {out}")
+          f"python evaluate.py {shlex.quote(str(out))}")
+
+
+def init_from(model, args):
+    """Put the tuned weights of another run into a new model."""
+    initial, config = load_checkpoint(args.init_from)
+    theirs = (config["model"]["method"], config["model"]["size"])
+    if theirs != (args.method, args.size):
+        raise InputError(f"--init-from {args.init_from}: is a run of --method {theirs[0]} --size "
+                         f"{theirs[1]}, not of {args.method} {args.size}")
+    load_tuned(model, tuned_state(initial), args.init_from)
+    print(f"starts from {args.init_from}, which was trained on {config['args']['dataset']}")
 
 
 def begin_phase(model, phase, state, args):
@@ -763,25 +808,25 @@ def train_epoch(model, loader, optimizer, scaler, phase, state, args, bar):
         samples = len(batch["boxes"]) * processes()
         for sums in (state.sums, state.recent):
             add_step(sums, metrics, samples, time.time() - began, waited)
-        head, rest = optimizer.param_groups
-        rates = {"lr": head["lr"], "lr_encoder": rest["lr"]}
         if state.step % args.log_every == 0:
-            state.log.append({"epoch": epoch, "phase": phase.name, "step": state.step, **rates,
-                              **means_of(state.recent, args)})
+            state.log.append({"epoch": epoch, "phase": phase.name, "step": state.step,
+                              **rates_of(optimizer), **means_of(state.recent, args)})
             state.recent = {}
             write_log(args, state)
             if bar.disable:
                 print_line(state.log[-1])
+            warn_standstill(state, steps, plan(args)[-1].last)
         if stopping or time.time() - stop.saved > 60 * args.save_minutes:
             save_last(Path(args.out), state, unwrapped(model), optimizer, scaler)
         if stopping:
-            raise Stopped(stopping, epoch)
+            raise Stopped(stop.number or signal.SIGTERM)    # or another process was asked to stop
         bar.set_postfix_str(f"{phase.name}, epoch {epoch}, loss {metrics['train_loss']:.3f}")
         bar.update()
         began = time.time()
 
     stop.in_epoch = False
-    state.log.append({"epoch": epoch, "phase": phase.name, **rates, **means_of(state.sums, args)})
+    state.log.append({"epoch": epoch, "phase": phase.name, **rates_of(optimizer),
+                      **means_of(state.sums, args)})
     state.epoch = epoch
     state.step = 0
     state.sums = {}
@@ -790,8 +835,8 @@ def train_epoch(model, loader, optimizer, scaler, phase, state, args, bar):
 
 
 def train_step(model, batch, optimizer, scaler, args):
-    """One optimizer step -> metrics, and the number of a signal that asks for the end of the run, or
-    0. metrics: means over the batch, {"train_loss", each term of the loss by its name,
+    """One optimizer step -> metrics, and whether this process or another one is asked to stop.
+    metrics: means over the batch, {"train_loss", each term of the loss by its name,
     "train_acc@0.5", "grad_norm"}. fp16 skips a step whose gradients overflow and goes on with a
     smaller scale; "grad_norm" is then missing."""
     optimizer.zero_grad(set_to_none=True)
@@ -836,7 +881,7 @@ def train_step(model, batch, optimizer, scaler, args):
     if not overflow or scaler.is_enabled():    # gradients that are not finite must not reach weights
         scaler.step(optimizer)
         scaler.update()
-    return metrics, math.ceil(stopping)
+    return metrics, stopping > 0
 
 
 def weighted_losses(outputs, boxes, args):
@@ -844,6 +889,13 @@ def weighted_losses(outputs, boxes, args):
     return losses.loss_terms(outputs, boxes, l1=args.l1, giou=args.giou, beta=args.beta,
                              contrast=args.contrast, focal=args.focal, dice=args.dice,
                              attention=args.attention_loss)
+
+
+def rates_of(optimizer):
+    """The rates of the last step. A resumed run, which may have no step left in its epoch, has them
+    from the optimizer's state."""
+    head, rest = optimizer.param_groups
+    return {"lr": head["lr"], "lr_encoder": rest["lr"]}
 
 
 def add_step(sums, metrics, samples, seconds, waited):
@@ -913,12 +965,42 @@ def warn_worse(phase, log):
                    f"({before:.4f}): the weights that it began with are kept")
 
 
+def warn_of_schedule(args, phases, samples, steps):
+    """Say what does not fit a run this short."""
+    if len(samples) < args.batch_size:
+        print(f"--batch-size is {args.batch_size}, but there are {len(samples)} samples: each step "
+              f"has all of them")
+    for phase in phases:
+        longest = (phase.last - phase.first) * steps // 10
+        if args.warmup > longest:
+            print(f"{phase.name}: --warmup {args.warmup} is cut to {longest} steps, a tenth of the "
+                  f"phase")
+    if args.contrast and min(args.micro_batch, len(samples)) // processes() == 1:
+        print("HiVG's contrast among one sample is 0: give a larger --micro-batch, or --contrast 0")
+
+
+def warn_standstill(state, steps, epochs):
+    """Say so once if the loss has not moved over the first fifth of a run: if the second half of its
+    lines in the log is no better than the first."""
+    losses = [line["train_loss"] for line in state.log]
+    half = len(losses) // 2
+    done = state.epoch * steps + state.step
+    if state.warned or half < 5 or done < epochs * steps / 5:
+        return
+    state.warned = True
+    before, after = sum(losses[:half]) / half, sum(losses[half:]) / (len(losses) - half)
+    if after > 0.97 * before:
+        tqdm.write(f"the training loss has not moved yet ({before:.3f}, then {after:.3f}): try "
+                   f"another --lr, and a run on a handful of images first, which must reach an "
+                   f"accuracy of 1")
+
+
 def warn_truncated(samples, tokenizer):
     """Say how many expressions have more tokens than the model sees, and show one of them."""
     cut = data.cut_samples(samples, tokenizer.length, tokenizer.max_tokens)
     if cut:
         print(f"{len(cut)} of {len(samples)} expressions are cut at {tokenizer.max_tokens} tokens, "
-              f"such as {cut[0].text!r}; --max-tokens sets another limit")
+              f"such as {data.shortened(cut[0].text)}; --max-tokens sets another limit")
 
 
 def test(model, args, path):
@@ -971,12 +1053,12 @@ def save_last(out, state, model, optimizer, scaler):
     stop.saved = time.time()
 
 
-def read_last(path, frozen):
+def read_last(path, frozen, samples):
     """The state of the run that is to be resumed, or that of a new one. Raises InputError if the file
-    is damaged, or if the encoders are not those that the run began with.
-    frozen: the frozen_fingerprint of the model as it is now."""
+    is damaged, or if encoders or samples are not those that the run began with.
+    frozen, samples: the fingerprints as they are now."""
     if not path.exists():
-        return State(frozen=frozen)
+        return State(frozen=frozen, samples=samples)
     try:
         state = State(**torch.load(path, map_location="cpu", weights_only=True))
     except Exception:
@@ -985,8 +1067,19 @@ def read_last(path, frozen):
     if state.frozen != frozen:
         raise InputError(f"{path}: the run began with other encoder weights than these; give it "
                          f"the same files")
+    if state.samples != samples:
+        raise InputError(f"{path}: the run began with other samples than these; give it the same "
+                         f"--dataset and --root, which may have moved")
     print(f"resumed after epoch {state.epoch}, step {state.step} of the next")
     return state
+
+
+def fingerprint(samples):
+    """A hash of texts, boxes and names of images. It is the same where the files have moved."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(f"{sample.image_id} {sample.text} {sample.box}".encode())
+    return f"{len(samples)} {digest.hexdigest()}"
 
 
 def read_args(out):
@@ -1118,6 +1211,254 @@ def wait_for_all():
         dist.barrier()
 
 
+# --- Cost: parameters, multiplications, and the memory of a training step (M²IST Tables I, V-X) ----
+
+BATCHES = (1, 8, 16, 32, 64, 128)
+CARDS = (8, 12, 16, 24)      # GB
+RESERVE = 2 * 2 ** 30        # for what is not simulated: CUDA's context, workspaces, fragments
+
+# What M²IST says: tuned parameters in millions, and GB of memory for training with a batch of 64.
+PAPER_COSTS = {
+    "full": (151, 38.95), "frozen": (0, 14.32), "adapter": (3.27, 28.52), "lora": (2.37, 20.37),
+    "adaptformer": (2.38, 20.37), "cm-adapter": (3.27, 27.19), "mrs-adapter": (1.58, 20.07),
+    "m2ist": (3.19, 15.44), "m2ist/V/b": (0.59, 14.90), "m2ist/V/c": (1.02, 14.52),
+    "m2ist/V/d": (1.61, 15.09), "m2ist/V/e": (1.58, 14.84), "m2ist/VI/a": (3.22, 15.65),
+    "m2ist/VI/b": (3.17, 14.84), "m2ist/VI/c": (3.19, 15.38), "m2ist/VII/a": (3.19, 27.19),
+    "m2ist/VII/b": (3.19, 20.37), "m2ist/IX/a": (2.00, 15.34), "m2ist/IX/b": (2.40, 15.35),
+    "m2ist+lora": (6.46, 21.68)}
+
+
+@contextlib.contextmanager
+def as_on_gpu(half):
+    """Let operators on the meta device save what they save on a GPU: fused attention no map, dropout
+    a byte for each element. half: let what autocast would compute in bf16 do so, and the rest in
+    float32; the casts of a weight are not shared between its uses."""
+    def low(function):
+        return lambda *args: function(*[cast(value, torch.bfloat16) for value in args])
+
+    def high(function):
+        return lambda *args, **kwargs: function(*[cast(value, torch.float32) for value in args],
+                                                **kwargs)
+
+    def attention(q, k, v, mask, dropout, causal):
+        bias = None
+        if mask is not None:
+            bias = q.new_zeros(mask.shape).expand(*q.shape[:3], k.shape[2])
+        fused = torch.ops.aten._scaled_dot_product_efficient_attention
+        return fused(q, k, v, bias, torch.is_grad_enabled(), dropout, causal)[0]
+
+    def dropout(x, p, training, inplace):
+        return torch.native_dropout(x, p, True)[0] if training and p > 0 else x
+
+    replaced = {"scaled_dot_product_attention": low(attention) if half else attention,
+                "dropout": dropout}
+    if half:
+        for name in ("linear", "conv2d"):
+            replaced[name] = low(getattr(F, name))
+        for name in ("layer_norm", "normalize", "cross_entropy"):
+            replaced[name] = high(getattr(F, name))
+    matmul = low(torch.matmul) if half else torch.matmul
+    with mock.patch.multiple(F, **replaced), mock.patch.object(torch, "matmul", matmul):
+        yield
+
+
+def cast(value, dtype):
+    """A float tensor in another precision; anything else as it is."""
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.to(dtype)
+    return value
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that are alive, as a GPU allocates them: in blocks of 512."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                self.add(value)
+        return result
+
+    def add(self, tensor):
+        """Count the storage of a tensor until it is freed, once."""
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self.known:
+            return
+        size = math.ceil(storage.nbytes() / 512) * 512
+        self.known.add(address)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self.free, address, size)
+
+    def free(self, address, size):
+        self.known.remove(address)
+        self.live -= size
+
+
+def random_batch(model, batch, device):
+    """The inputs of a model, and boxes. No text is padded, so none is trimmed."""
+    side, length = model.spec["image_size"], model.spec["max_tokens"]
+    with torch.device(device):
+        tokens = torch.randint(100, 200, (batch, length))
+        inputs = {"images": torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8),
+                  "image_padding": torch.zeros(batch, side, side, dtype=torch.bool),
+                  "tokens": tokens, "token_padding": torch.zeros_like(tokens, dtype=torch.bool)}
+        return inputs, torch.full((batch, 4), 0.5)
+
+
+def last_model(args, device):
+    """The model of a run in the last phase of its plan, where all its LoRA is in place."""
+    with torch.device(device):
+        model = build_model(**{**model_arguments(args), "weights": "random"})
+        model.begin_stage(plan(args)[-1].stage)
+        return model
+
+
+def simulate(model, args, batch):
+    """The memory of a training step on a GPU, simulated on the meta device, in bytes: {"parameters",
+    "optimizer", "gradients", "activations" (saved for the backward pass), "peak"}. model: on the
+    meta device. It is what PyTorch allocates: CUDA's context and workspaces come on top."""
+    model.train()
+    model.zero_grad(set_to_none=True)
+    tuned = [p for p in model.parameters() if p.requires_grad]
+    inputs, boxes = random_batch(model, batch, "meta")
+    memory = LiveBytes()
+    for tensor in [*model.parameters(), *model.buffers()]:
+        memory.add(tensor)
+    parts = {"parameters": memory.live}
+    states = [torch.zeros_like(p) for p in tuned for _ in range(2)]    # AdamW's m and v
+    for tensor in states:
+        memory.add(tensor)
+    parts["optimizer"] = memory.live - parts["parameters"]
+    parts["gradients"] = parts["optimizer"] // 2
+    for tensor in [*inputs.values(), boxes]:
+        memory.add(tensor)
+    before = memory.live
+    with as_on_gpu(args.amp in ("bf16", "fp16")), memory:
+        outputs = model(**inputs, attention=args.attention_loss > 0)
+        loss = sum(weighted_losses(outputs, boxes, args).values())
+        del outputs
+        parts["activations"] = memory.live - before
+        loss.backward()
+    return {**parts, "peak": memory.peak}
+
+
+def largest_fit(peaks, capacity):
+    """The largest batch whose peak and RESERVE fit into `capacity` bytes; 0 if none does. peaks:
+    {batch: bytes}. Between and beyond the batches of `peaks` memory is taken to grow linearly."""
+    points = sorted(peaks.items())
+    fits = 0
+    for (b1, p1), (b2, p2) in zip(points, points[1:]):
+        slope = (p2 - p1) / (b2 - b1)
+        reached = int(b1 + (capacity - RESERVE - p1) / slope)
+        if reached >= b1:
+            fits = reached if b2 == points[-1][0] else min(reached, b2)
+    return fits
+
+
+def fitting_micro_batch(args):
+    """A micro-batch to try where that of a run had too little memory."""
+    half = max(1, args.micro_batch // 2)
+    if "cuda" not in args.device:
+        return half
+    model = last_model(args, "meta")
+    peaks = {batch: simulate(model, args, batch)["peak"] for batch in (1, 8, 16)}
+    capacity = torch.cuda.get_device_properties(args.device).total_memory
+    return max(1, min(half, largest_fit(peaks, capacity)))
+
+
+def count_macs(model):
+    """Multiply-accumulates of a forward pass on one sample, with LoRA merged."""
+    hilora.merge(model, discard=True)
+    inputs, _ = random_batch(model, 1, "meta")
+    # FlopCounterMode needs autograd's graph to follow the modules, so this runs without no_grad.
+    with FlopCounterMode(display=False) as flops:
+        model.eval()(**inputs)
+    return flops.get_total_flops() // 2    # a product and a sum are one MAC
+
+
+def cost_of(name, args):
+    """What a method or row costs, as --json writes it."""
+    model = last_model(args, "meta")
+    peaks = {batch: simulate(model, args, batch)["peak"] for batch in BATCHES}
+    row = {"method": name, "size": args.size, **count_parameters(model),
+           "groups": tuned_groups(model), "batch": args.batch_size,
+           "parts": simulate(model, args, args.batch_size),
+           "peak_bytes": {str(batch): peak for batch, peak in peaks.items()},
+           "fits": {str(card): largest_fit(peaks, card * 2 ** 30) for card in CARDS},
+           "simulated": True}
+    row["macs"] = count_macs(model)
+    if "cuda" in args.device:
+        row["measured"] = measure(args)
+    return row
+
+
+def measure(args):
+    """What training steps of the run take on this GPU: {"batch", "peak_bytes", "samples_per_second"}."""
+    model = last_model(args, args.device).train()
+    optimizer = make_optimizer(model, args, plan(args)[-1])
+    inputs, boxes = random_batch(model, args.micro_batch, args.device)
+    torch.cuda.reset_peak_memory_stats()
+    for step in range(8):
+        if step == 3:    # the first ones choose algorithms
+            torch.cuda.synchronize()
+            began = time.time()
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(args):
+            outputs = model(**inputs, attention=args.attention_loss > 0)
+        sum(weighted_losses(outputs, boxes, args).values()).backward()
+        optimizer.step()
+    torch.cuda.synchronize()
+    speed = 5 * args.micro_batch / (time.time() - began)
+    return {"batch": args.micro_batch, "peak_bytes": peak_bytes(args.device),
+            "samples_per_second": speed}
+
+
+def print_costs(given):
+    """Print what methods and rows cost with the other flags of the command line, beside what the
+    paper says. Where full fine-tuning is among them, each share of it is printed, too."""
+    flags = {name: value for name, value in given.items() if name not in ("cost", "json")}
+    runs = []
+    for name in given["cost"]:    # all are checked before the first is simulated
+        kind = "row" if "/" in name else "method"
+        runs.append((name, resolve({"size": "base", **flags, kind: name, "weights": "random"})))
+    results = []
+    full = None
+    for name, args in runs:
+        row = cost_of(name, args)
+        results.append(row)
+        peak, saved = row["parts"]["peak"], row["parts"]["activations"]
+        if args.method == "full":
+            full = peak
+        share = f" ({peak / full:.1%} of full)" if full and args.method in PAPER_COSTS else ""
+        print(f"{name}: {row['encoder_tunable']:,} tuned in or beside the encoders, "
+              f"{row['trainable']:,} trainable, {row['total']:,} in all; {row['macs'] / 1e9:.2f} GMACs")
+        print(f"    training with {args.amp if args.amp != 'off' else 'float32'}, simulated: batch "
+              f"{row['batch']} {peak / 2 ** 30:.2f} GiB{share}, of which {saved / 2 ** 30:.2f} are "
+              f"saved activations")
+        by_batch = [f"{batch}: {bytes_ / 2 ** 30:.2f}" for batch, bytes_ in row["peak_bytes"].items()]
+        print(f"    GiB by samples at once (--micro-batch)   {'   '.join(by_batch)}")
+        fits = [f"{card} GB: {batch}" for card, batch in row["fits"].items()]
+        print(f"    samples that fit, {RESERVE / 2 ** 30:.0f} GiB kept free   {'   '.join(fits)}")
+        if "measured" in row:
+            found = row["measured"]
+            print(f"    measured: batch {found['batch']} {found['peak_bytes'] / 2 ** 30:.2f} GiB, "
+                  f"{found['samples_per_second']:.1f} samples a second")
+        if name.removeprefix("m2ist/I/") in PAPER_COSTS:
+            millions, memory = PAPER_COSTS[name.removeprefix("m2ist/I/")]
+            print(f"    the paper: {millions} M tuned, {memory} GB with a batch of 64 "
+                  f"({memory / PAPER_COSTS['full'][1]:.1%} of full)")
+    if "json" in given:
+        data.write_text(given["json"], json.dumps(results, indent=1) + "\n")
+
+
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1137,11 +1478,14 @@ def main(argv=None):
             if rank() == 0:
                 held.enter_context(hold_folder(args))
             wait_for_all()
-            with memory_explained(args.device, "--micro-batch", args.micro_batch):
+            fitting = functools.partial(fitting_micro_batch, args)
+            with memory_explained(args.device, "--micro-batch", args.micro_batch, fitting):
                 train(args)
     except Stopped as stopped:
-        print(f"\nstopped; python train.py --out {args.out} --resume goes on from there",
-              file=sys.stderr)
+        how = ""
+        if Path(args.out, "args.json").exists():
+            how = f"; python train.py --out {shlex.quote(args.out)} --resume goes on from there"
+        print(f"\nstopped{how}", file=sys.stderr)
         sys.exit(128 + stopped.args[0])
     finally:
         for number, handler in handlers.items():
