@@ -682,6 +682,8 @@ def train(args):
     began = time.time()
     out = Path(args.out)
     train_samples, val_samples = data.load_for_training(args.dataset, args.root, args.limit)
+    if args.test and not test_splits(args):
+        raise InputError(f"--test: {args.dataset} has no split but train and val; leave --test out")
     print(f"{args.title} {args.size} on {args.dataset}: {len(train_samples)} expressions to train "
           f"on, {len(val_samples)} to validate; leaky pretraining {leaky_pretraining(args)}")
 
@@ -1003,12 +1005,15 @@ def warn_truncated(samples, tokenizer):
               f"such as {data.shortened(cut[0].text)}; --max-tokens sets another limit")
 
 
+def test_splits(args):
+    names = data.split_names(args.dataset, args.root)
+    return [name for name in names if name not in ("train", "val")]
+
+
 def test(model, args, path):
     """Evaluate a model on the splits but train and val, and write {split: scores} to a file."""
     splits = {}
-    for split in data.split_names(args.dataset, args.root):
-        if split in ("train", "val"):
-            continue
+    for split in test_splits(args):
         samples = data.load_samples(args.dataset, split, args.root, args.limit)
         loader = make_loader(samples, model, args, batch_size=args.micro_batch)
         splits[split] = scores(predict(model, loader, args).ious)

@@ -13,12 +13,6 @@ def cpu(monkeypatch):
         monkeypatch.setattr(module, "default_device", lambda: "cpu")
 
 
-@pytest.fixture
-def cpu_with_dropout(cpu, monkeypatch):
-    """The same, with dropout in the tiny models."""
-    add_dropout(monkeypatch)
-
-
 @pytest.fixture(scope="session")
 def m2ist_run(tmp_path_factory):
     """The folder of a whole run of m2ist, three epochs long, with dropout."""
