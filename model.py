@@ -1176,10 +1176,10 @@ def state_in(content, source):
     "model_state_dict". Prefixes of DDP and of torch.compile are taken off."""
     state = content
     for name in ("model", "state_dict", "model_state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
+        if isinstance(content, dict) and name in content:
             state = content[name]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ModelError(f"{source}: not a file of weights (it holds no tensors by their names)")
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise ModelError(f"{source}: not a file of weights (it holds no names)")
     for prefix in ("module.", "_orig_mod.", "module."):
         if state and all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
