@@ -86,7 +86,7 @@ class ExpertAdapter(nn.Module):
             out = x + out
         return out
 
-    def start_at_zero(self):
+    def zero_init(self):
         """Let the output be 0 at first."""
         nn.init.zeros_(self.up.weight)
 
@@ -155,7 +155,7 @@ class InteractionAdapter(nn.Module):
         """x_v: (B, N_v, C_v), x_l: (B, N_l, C_l). Returns both, adapted."""
         return self.vision(x_v), self.text(x_l)
 
-    def start_at_zero(self):
+    def zero_init(self):
         """Let the outputs be 0 at first."""
         for up in (self.shared_up, self.vision_up, self.text_up):
             if up is not None:
@@ -187,17 +187,17 @@ class ExpertPair(nn.Module):
         """x_l: (B, N, C_l). Returns (B, N, C_l)."""
         return self.lea(x)
 
-    def start_at_zero(self):
+    def zero_init(self):
         """Let the outputs be 0 at first."""
         for expert in (self.vea, self.lea):
             if expert is not None:
-                expert.start_at_zero()
+                expert.zero_init()
 
 
 # --- Stacks of adapters: M²IST Section III-B b ----------------------------------------------------
 
 # What may stand at a port. To add an adapter, write a class with `vision`, `text`, `modalities` and
-# `start_at_zero`, add its name here, and build it in M3ISA.
+# `zero_init`, add its name here, and build it in M3ISA.
 ADAPTERS = ("none", "iea", "ea", "vea", "lea")
 
 
@@ -326,7 +326,7 @@ class AdapterNetworks(nn.Module):
                     layers[layer - 1].plugs[port] = Inserted(adapt, insertion)
                     # [D38] Inside an encoder an adapter starts as the identity, as in AdaptFormer's
                     # own code: noise would disturb the frozen encoder.
-                    adapter.start_at_zero()
+                    adapter.zero_init()
 
 
 # --- The ports of third-party encoders ------------------------------------------------------------

@@ -639,7 +639,7 @@ def leaky_pretraining(dataset, detr_file):
     return None if others else False   # a file of one's own may hold any images
 
 
-# --- What is wrong with samples, said before hours of training have passed ------------------------
+# --- What is wrong with samples, reported before training ----------------------------------------
 
 MAX_BAD_SHARE = 0.1   # of odd boxes; more say that the unit or the order of all of them is wrong
 
@@ -858,13 +858,13 @@ def whole_words(words):
 OTHER_SIDES = whole_words(
     "l|r|lf|lft|lt|rt|rht|rgt|rght|lhs|rhs"                  # abbreviations
     "|[tblu][lr]"                                            # such as "br" for "bottom right"
-    "|laft|lefy|righ|rite|rigth|rihgt|rihgt"                 # typing errors
+    "|rite"                                                  # for others see misspelt_sides
     "|(top|bottom|upper|lower|far|front|back|mid|middle|center|centre)(left|right)most"
     "|(north|south|mid)?(east|west)[a-z]*|[ns][ew]"          # "northwest", "eastern", "SE"
     r"|o\W*clock"                                            # "o'clock", "oclock"
     r"|starboard|port\W?side")
 
-# Words that count, for example from left to right, and figures, which a flip turns round.
+# Words that count, for example from left to right, and figures, which a flip reverses.
 ORDER_WORDS = whole_words(
     "first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh|twelfth"
     "|[a-z]+teenth|[a-z]+tieth|last|final|penultimate|numbers?|(counter|anti)?clockwise")
@@ -1224,7 +1224,7 @@ class GroundingDataset(torch.utils.data.Dataset):
         fill = 1.0
         augmented = self.train and self.augmented
         if self.draft:
-            # A crop may keep a half of a side, and should not be made larger.
+            # A crop may keep only half of a side, and should not be enlarged.
             image, boxes = load_draft(image, boxes, 2 * self.size if augmented else self.size)
         elif augmented or not isinstance(image, int):    # letterbox keeps the scenes of `shapes`
             image = load_image(image)
@@ -1369,7 +1369,7 @@ def draw(image, caption, boxes, attention=None, side=256):
     for (x1, y1, x2, y2), colour in boxes:
         cx, cy, w, h = to_square((x1, y1, x2, y2), place, side)
         corners = torch.tensor([[cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]]) * side
-        corners[:, 2:] = corners[:, 2:].maximum(corners[:, :2])   # inside out, it becomes a line
+        corners[:, 2:] = corners[:, 2:].maximum(corners[:, :2])   # a box with x2 < x1 becomes a line
         view = draw_bounding_boxes(view, corners, colors=colour, width=2)
     return torch.cat([view, text_strip(caption, side)], dim=1)
 

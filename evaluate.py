@@ -15,9 +15,9 @@ From Python, `locate` gives the boxes of any number of expressions in one image:
     locate(model, "a.jpg", ["the red cup"])
         [{"text": "the red cup", "box": (x1, y1, x2, y2)}]
 
-The file reads in this order: prediction and accuracy (M²IST Section IV-A b, HiVG Section 4.1 and
-Fig. 4 c), one's own images, checkpoints of train.py, checkpoints of HiVG's authors, the
-command line. train.py uses the first part for its validation.
+The file reads in this order: device and processes, prediction and accuracy (M²IST Section IV-A b,
+HiVG Section 4.1 and Fig. 4 c), one's own images, checkpoints of train.py, checkpoints of HiVG's
+authors, the command line. train.py uses the first two parts.
 
     B batch    S side of the padded square image    T text tokens    Nv vision tokens
 
@@ -94,7 +94,7 @@ def peak_bytes(device):
 
 @contextlib.contextmanager
 def memory_explained(device, flag, batch, fitting=None):
-    """Turn an error of too little memory, on any device, into one line. flag: what sets the batch.
+    """Turn an out-of-memory error of any device into one line. flag: what sets the batch.
     fitting: a function that finds a batch that fits; else half of the batch is proposed."""
     try:
         yield
@@ -228,7 +228,6 @@ def model_inputs(batch, start, end, device):
 class Predictions(NamedTuple):
     """What a model predicts for a whole loader, on the CPU."""
     boxes: Tensor                # (N, 4)   predicted
-    truths: Tensor               # (N, 4)
     ious: Tensor                 # (N,)
 
 
@@ -249,7 +248,7 @@ def predict(model, loader, args):
     # A process has zeros for the samples of the others.
     boxes = sum_over_processes(boxes).cpu()
     truths = sum_over_processes(truths).cpu()
-    return Predictions(boxes, truths, measured_ious(boxes, truths))
+    return Predictions(boxes, measured_ious(boxes, truths))
 
 
 def measured_ious(boxes, truths):
@@ -340,7 +339,8 @@ def prediction_lines(split, samples, predictions, side, trained_on):
     sizes = data.image_sizes(samples)
     lines = []
     for sample, box, iou in zip(samples, predictions.boxes, predictions.ious.tolist()):
-        line = {"trained_on": trained_on, "split": split, "image": sample.image, "text": sample.text, "box": sample.box,
+        line = {"trained_on": trained_on, "split": split, "image": sample.image,
+                "text": sample.text, "box": sample.box,
                 "predicted": data.from_square(box, sizes[sample.image], side), "iou": iou}
         lines.append(json.dumps(line, ensure_ascii=False, default=str) + "\n")    # paths as str
     return lines
@@ -501,10 +501,9 @@ def drawing_paths(asked, paths):
 
 
 def tuned_state(model, merged=False):
-    """{name: tensor} of all that training has changed: what requires a gradient, the weights that
-    LoRA's earlier stages were merged into, which are those that the present stage adapts, too, and
-    those that were loaded merged.
-    merged: whether the present stage's factors are added to their weights, or kept beside them."""
+    """{name: tensor} of all weights that differ from a fresh build: those that require a gradient, the
+    frozen weights under LoRA, and `model.carried`, into which earlier stages were merged.
+    merged: add the present LoRA factors to their weights, in place of keeping them beside."""
     state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     for name in model.carried:
         state[name] = model.get_parameter(name).detach()
@@ -847,7 +846,7 @@ def main(argv=None):
         # The options of the training, and what is asked here in place of them.
         given = {name: value for name, value in vars(asked).items() if value is not None}
         args = argparse.Namespace(**{"draft": False, **trained, **given})
-        args.trained_on = trained["dataset"]
+        args.trained_on = None if is_released(asked.checkpoint) else trained["dataset"]
         if asked.dataset:
             args.root = asked.root    # the training's folder is not another dataset's
         set_precision(args.amp)
@@ -857,15 +856,12 @@ def main(argv=None):
             result = evaluate_images(model, args, asked)
         else:
             title = trained.get("title") or trained.get("row") or trained["method"]
-            trained_on = trained["dataset"]
-            if is_released(asked.checkpoint):
-                trained_on = None    # its file does not say
             started = trained.get("init_from")
-            print(f"{title} {args.size}, trained on {trained_on}"
+            print(f"{title} {args.size}, trained on {args.trained_on}"
                   f"{f' from {started}' if started else ''}, epoch {config['epoch']}, evaluated on "
                   f"{args.dataset}; leaky pretraining {leaky_pretraining(args)}")
             result = {"checkpoint": asked.checkpoint, "method": title, "epoch": config["epoch"],
-                      "seed": trained["seed"], "trained_on": trained_on, "init_from": started,
+                      "seed": trained["seed"], "trained_on": args.trained_on, "init_from": started,
                       **evaluate_dataset(model, args, asked)}
     if asked.json:
         data.write_text(asked.json, json.dumps(result, indent=1) + "\n")

@@ -13,7 +13,7 @@ This file imports torch alone.
                                                before j, and A and B are the factors of stage j
 
 Symbols (paper = here):
-    W_0 = weight before stage 1     A, B = A, B         r = rank       α = alpha     x = x
+    W_0 = weight before stage 1     r = rank            α = alpha
     l = layer, or number            L = len(layers)     G = groups     j = stage
     ceil(l G / L) = layer_group     C = the layers with a bridge
 

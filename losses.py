@@ -17,8 +17,8 @@ Symbols (paper = here):
 Shapes: B samples of a batch, N image tokens, C channels. (N in Eqs. (9), (10) is B here.)
 
 A box is (cx, cy, w, h) in [0, 1] of the padded square image. All losses are computed in float32,
-whatever precision the model runs in: the area of a small box is a product of two small numbers, and
-half precision rounds this product to zero. Tags such as [D1] mark where a line differs from a paper
+whatever precision the model runs in: half precision keeps two or three digits of the area of a small
+box, and IoU divides such areas. Tags such as [D1] mark where a line differs from a paper
 or from its released code; assets/deviations.md says how.
 """
 import math
@@ -27,8 +27,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# The smallest divisor. It is far below the area of any real box: one pixel of a 640 px image has
-# the area 2.4e-6.
+# The smallest divisor, and the smallest share in a logarithm. It is far below the area of any real
+# box: one pixel of a 640 px image has the area 2.4e-6.
 EPS = 1e-7
 
 
@@ -80,30 +80,27 @@ def clamp_to_square(boxes):
     return torch.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], dim=-1)
 
 
-def box_terms(pred, target, beta=0.0):
-    """The two terms of M²IST Eq. (6): smooth L1, and 1 - GIoU.
+def box_terms(pred, target, l1=1.0, giou=1.0, beta=0.0):
+    """The two terms of M²IST Eq. (6) and HiVG Eq. (14), {"l1": l1 · smooth L1, "giou": giou · (1 -
+    GIoU)}.
 
     pred, target: (B, 4) as (cx, cy, w, h) in [0, 1]. beta: β of smooth L1; an error below β costs
-    error² / 2β, a larger one costs error - β / 2. Returns two float32 scalars. The four coordinates
-    are summed and the batch is averaged, as in the released code of both papers.
+    error² / 2β, a larger one costs error - β / 2. Returns float32 scalars. The four coordinates are
+    summed and the batch is averaged, as in the released code of both papers.
     """
     pred = pred.float()
     target = target.float()
 
     # [D1] Both papers write smooth L1 without a β; both released codes have plain L1, which is β = 0.
     smooth_l1 = F.smooth_l1_loss(pred, target, reduction="none", beta=beta).sum(-1).mean()
-    _, giou = iou_and_giou(pred, target)    # (B,)
-    return smooth_l1, (1 - giou).mean()
+    _, giou_of_boxes = iou_and_giou(pred, target)    # (B,)
+    # [D2] M²IST does not give its λ, which is `giou` here; its released code has 1.
+    return {"l1": l1 * smooth_l1, "giou": giou * (1 - giou_of_boxes).mean()}
 
 
 def box_loss(pred, target, l1=1.0, giou=1.0, beta=0.0):
-    """L of M²IST Eq. (6), and L_BOX of HiVG Eq. (14): l1 · smooth L1 + giou · (1 - GIoU).
-
-    pred, target: (B, 4) as (cx, cy, w, h) in [0, 1]. Returns a float32 scalar.
-    """
-    smooth_l1, one_minus_giou = box_terms(pred, target, beta)
-    # [D2] M²IST does not give its λ, which is `giou` here; its released code has 1.
-    return l1 * smooth_l1 + giou * one_minus_giou    # M²IST Eq. (6), HiVG Eq. (14)
+    """L of M²IST Eq. (6), and L_BOX of HiVG Eq. (14): the sum of `box_terms`, a float32 scalar."""
+    return sum(box_terms(pred, target, l1, giou, beta).values())    # M²IST Eq. (6), HiVG Eq. (14)
 
 
 # --- The contrastive constraint: HiVG Eqs. (9)-(11) -----------------------------------------------
@@ -241,8 +238,7 @@ def loss_terms(outputs, boxes, l1, giou, beta=0.0, contrast=0.0, focal=0.0, dice
     boxes: (B, 4), the true boxes. HiVG's Table 8 has l1 = 2, giou = 2, focal = 20, dice = 2, and
     Eq. (15) has contrast = 1. A term whose weight is 0 is not computed.
     """
-    smooth_l1, one_minus_giou = box_terms(outputs.boxes, boxes, beta)
-    terms = {"l1": l1 * smooth_l1, "giou": giou * one_minus_giou}    # HiVG Eq. (14)
+    terms = box_terms(outputs.boxes, boxes, l1, giou, beta)    # M²IST Eq. (6), HiVG Eq. (14)
 
     # [D26] The paper sums three losses; the released code adds that of a segmentation head.
     if contrast:

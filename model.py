@@ -22,7 +22,9 @@ Symbols     paper                            here
     M²IST   z_0, the image                   images
             f_v, f_l, encoded tokens         Encoded.x
             C_p, width of the V-L encoder    GroundingEncoder's dim
-    HiVG    f_v^i, f_l^i, layer i's output   Encoded.states[i - 1]
+    HiVG    f_v^l, output of layer l         Encoded.states[l - 1]
+            f_v^i of Eq. (1), i = 1 .. m     that of layer levels[i - 1]
+            f_l^i of Eq. (3), i = 1 .. n     that of layer text_layers[i - 1]
             W_mvp                            vision_projection
             H_g                              GroundingEncoder's dim
 
@@ -80,7 +82,7 @@ class TransformerLayer(nn.Module):
     """
 
     def __init__(self, dim, heads, hidden, activation="relu", pre_norm=False, dropout=0.0,
-                 ffn_dropout=0.0, eps=1e-5, causal=False, packed_start=False):
+                 ffn_dropout=0.0, eps=1e-5, causal=False, packed_init=False):
         super().__init__()
         self.heads = heads
         self.activation = ACTIVATIONS[activation]
@@ -98,30 +100,30 @@ class TransformerLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.ffn_dropout = nn.Dropout(ffn_dropout)
         self.plugs = nn.ModuleDict()
-        self.init_weights(packed_start)
+        self.init_weights(packed_init)
 
-    def init_weights(self, packed_start):
+    def init_weights(self, packed_init):
         """M²IST Section IV-B a: Xavier for the V-L encoder. Loaded weights replace it elsewhere.
 
-        packed_start: begin as nn.TransformerEncoderLayer does after Xavier, with q, k, v packed in
-        one (3C, C) matrix. Xavier's deviation falls with the number of rows, so that q, k, v begin
+        packed_init: initialise as nn.TransformerEncoderLayer does after Xavier, with q, k, v packed in
+        one (3C, C) matrix. Xavier's deviation falls with the number of rows, so that q, k, v are
         smaller, by 1 / √2, than as matrices of their own [D45].
         """
-        gain = 1 / math.sqrt(2) if packed_start else 1.0
+        gain = 1 / math.sqrt(2) if packed_init else 1.0
         for linear in (self.q, self.k, self.v):
             nn.init.xavier_uniform_(linear.weight, gain)
             nn.init.zeros_(linear.bias)
         for linear in (self.out, self.fc1, self.fc2):
             nn.init.xavier_uniform_(linear.weight)
         nn.init.zeros_(self.out.bias)
-        if not packed_start:    # else the biases of the feed-forward network keep nn.Linear's start
+        if not packed_init:    # else the biases of the feed-forward network keep nn.Linear's start
             nn.init.zeros_(self.fc1.bias)
             nn.init.zeros_(self.fc2.bias)
 
     def forward(self, x, padding=None, position=None, context=None, num_queries=None):
         """x, position: (B, N, C). padding: (B, N), not together with causal. context: anything
-        that the layer's inserted modules need. num_queries: compute the outputs of the first so
-        many tokens alone, which still attend to all N. Returns x, a, g, each (B, num_queries or N,
+        that the layer's inserted modules need. num_queries: compute the outputs of only the
+        first num_queries tokens, which still attend to all N. Returns x, a, g, each (B, num_queries or N,
         C)."""
         h = self.norm1(x) if self.pre_norm else x
         a = self.attention(h, padding, position, num_queries)
@@ -184,7 +186,7 @@ def make_layers(layers, *shape, **options):
 
 
 def run_layers(layers, x, padding=None, position=None, context=None, checkpointing=False):
-    """Send tokens x (B, N, C) through layers and keep all that somebody may read -> Encoded.
+    """Send tokens x (B, N, C) through layers and keep what side networks, bridges and levels read -> Encoded.
     checkpointing: save only the input of each layer for the backward pass, which then computes the
     layer again, with the same random numbers."""
     x0 = x
@@ -240,7 +242,7 @@ class ResNetBody(nn.Sequential):
 
     def fold_batch_norms(self):
         """Move each batch norm, a scale and a shift, into the convolution before it where that is
-        frozen, too. Features are then passed over once. Call this when the weights are in place."""
+        frozen, too: one pass over the features then does both. Call this when the weights are in place."""
         names = [("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")]    # 0: downsample
         for module in list(self.modules()):
             for conv_name, norm_name in names:
@@ -373,9 +375,9 @@ class ClipVision(nn.Module):
         x = self.pre_norm(x + self.position)
         padding = F.pad(self.patch_padding(padding), (1, 0))    # [CLS] is never padding
 
-        bridge = self.first_bridge()
-        below = run_layers(self.layers[:bridge], x, checkpointing=self.checkpointing)
-        above = run_layers(self.layers[bridge:], expand_to_texts(below.x, image_index),
+        first = self.first_bridge()
+        below = run_layers(self.layers[:first], x, checkpointing=self.checkpointing)
+        above = run_layers(self.layers[first:], expand_to_texts(below.x, image_index),
                            context=context, checkpointing=self.checkpointing)
         states = [expand_to_texts(state, image_index) for state in below.states] + above.states
         return Encoded(above.x, expand_to_texts(padding, image_index), states=states,
@@ -466,7 +468,7 @@ class GroundingEncoder(nn.Module):
     """
 
     def __init__(self, vision_dim, text_dim, vision_tokens, max_tokens, dim, heads, hidden, layers,
-                 dropout, pre_norm=False, position_std=1.0, packed_start=True, clip=False,
+                 dropout, pre_norm=False, position_std=1.0, packed_init=True, clip=False,
                  region_hidden=None, checkpointing=False):
         super().__init__()
         self.max_tokens = max_tokens
@@ -480,7 +482,7 @@ class GroundingEncoder(nn.Module):
         tokens = 1 + max_tokens + vision_tokens
         self.position = nn.Parameter(position_std * torch.randn(tokens, dim))
         self.layers = make_layers(layers, dim, heads, hidden, "relu", pre_norm, dropout, dropout,
-                                  packed_start=packed_start)
+                                  packed_init=packed_init)
         # A post-norm layer ends in a norm of its own; a pre-norm stack needs a last one.
         self.norm = nn.LayerNorm(dim) if pre_norm else nn.Identity()
         # [D29] Three linear layers with a ReLU between them, and the sigmoid in forward. HiVG writes
@@ -555,7 +557,9 @@ PIXELS = {
 
 def normalise(images, padding, pixels):
     """uint8 images (P, 3, S, S) -> floats, with 0, the mean colour, where padding (P, S, S) is True.
-    pixels: a row of PIXELS, on the device of the images."""
+    Floats are taken as normalised already. pixels: an entry of PIXELS, on the device of the images."""
+    if images.dtype != torch.uint8:
+        return images
     mean, std = pixels
     x = images.to(pixels.dtype).div_(255).sub_(mean).div_(std)
     return x.masked_fill_(padding[:, None], 0)
@@ -574,14 +578,12 @@ class GroundingModel(nn.Module):
         vision = model.encode_image(images, image_padding, text)
         grounding = model.ground(vision, text)
 
-    spec: the dictionary from `make_spec`. stage: the LoRA stage whose factors are in place now; 0
-    means that there are none.
+    spec: the dictionary from `make_spec`.
     """
 
     def __init__(self, spec):
         super().__init__()
         self.spec = spec
-        self.stage = 0
         self.carried = set()    # names of frozen weights that LoRA of earlier stages is merged into
         pixels = PIXELS[spec["pixels"] or spec["encoders"]]
         self.register_buffer("pixels", pixels.clone(), persistent=False)
@@ -596,11 +598,6 @@ class GroundingModel(nn.Module):
         vision = self.encode_image(images, image_padding, text, image_index)
         return self.ground(vision, text, attention)
 
-    def normalised(self, images, padding):
-        if images.dtype == torch.uint8:
-            return normalise(images, padding, self.pixels)
-        return images
-
     def trim(self, tokens, padding):
         """Cut tokens and padding, both (B, T), to max_tokens. Only padding may be cut off."""
         limit = self.spec["max_tokens"]
@@ -609,10 +606,9 @@ class GroundingModel(nn.Module):
         return tokens[:, :limit], padding[:, :limit]
 
     def lora_stacks(self):
-        """The layers that LoRA adapts, in the order in which the stages reach them, and their number
-        of groups G, HiVG Eq. (6): [(layers, G), ...]. A stack with one group takes part in every
-        stage, as the text tower does, both in HiVG [D34] and in M²IST's "two pairs into each" layer
-        of both encoders [D39]."""
+        """[(layers, G), ...]: the layers of each encoder that LoRA adapts, in the order of the stages,
+        and G of HiVG Eq. (6). The text layers are one group, so every stage adapts all of them [D34];
+        on DETR and BERT there is one stage [D39]."""
         vision, text = self.encoders()
         vision_layers = list(vision.layers)
         if self.spec["deep_to_shallow"]:
@@ -624,7 +620,6 @@ class GroundingModel(nn.Module):
         trains. Stage 0 has none. First merge the stage before (hilora.merge), or load merged
         weights: factors that are still in place are dropped."""
         hilora.merge(self, discard=True)
-        self.stage = stage
         if stage == 0:
             return
         for layers, groups in self.lora_stacks():
@@ -679,7 +674,7 @@ class DetrBert(GroundingModel):
         """images (P, 3, S, S), image_padding (P, S, S) -> Encoded, x (P, Nv, C_v), or (B, Nv, C_v)
         with image_index (B,). M²IST's vision encoder never sees the text: one encoded image serves
         any number of texts."""
-        images = self.normalised(images, image_padding)
+        images = normalise(images, image_padding, self.pixels)
         encoded = self.encode("vision", self.vision, images, image_padding)
         return Encoded(expand_to_texts(encoded.x, image_index),
                        expand_to_texts(encoded.padding, image_index))
@@ -788,7 +783,7 @@ class ClipGrounding(GroundingModel):
         masked = text.padding    # the text tokens that the bridges do not see
         if self.spec["released_rules"]:
             masked = torch.zeros_like(text.padding)    # [D47] Their bridges see padding too.
-        images = self.normalised(images, image_padding)
+        images = normalise(images, image_padding, self.pixels)
         vision = self.clip.vision(images, image_padding, (seen, masked), image_index)
         levels = [vision.states[level - 1] for level in self.levels]
         return vision._replace(x=torch.cat(levels, dim=-1))                   # HiVG Eq. (1)
@@ -825,8 +820,8 @@ SIZES = {
         text_layers=[7, 8, 9, 10, 11, 12], bottleneck=128, interaction_dim=256,
         interaction_bottleneck=128, rank=55, alpha=55.0, text_weights="bert-base-uncased"),
     # HiVG Section 4.1 and Table 7. The hidden widths of the grounding encoder and of the region-text
-    # MLP as in the released code. [D16] Bridges and levels as in the paper. [D31] Plain CLIP: the
-    # paper's figures start from a CLIP that was adapted to detection on COCO.
+    # MLP as in the released code. [D16] Bridges as in the paper; as released they are in other
+    # layers. [D31] Plain CLIP: the paper's figures start from a CLIP adapted to detection on COCO.
     ("clip", "base"): dict(
         image_size=224, stride=16, max_tokens=77,
         vision=dict(dim=768, heads=12, hidden=3072, layers=12, embedding=512),
@@ -851,7 +846,7 @@ SIZES = {
         vision=dict(channels=64, dim=64, heads=4, hidden=128, layers=2, dropout=0.0),
         text=dict(vocabulary=256, positions=32, dim=96, heads=4, hidden=192, layers=4, dropout=0.0),
         grounding=dict(dim=96, heads=6, hidden=192, layers=3, dropout=0.0, pre_norm=True,
-                       position_std=0.1, packed_start=False),
+                       position_std=0.1, packed_init=False),
         text_layers=[3, 4], bottleneck=32, interaction_dim=64, interaction_bottleneck=32,
         rank=14, alpha=14.0),
     ("clip", "tiny"): dict(
@@ -859,7 +854,7 @@ SIZES = {
         vision=dict(dim=64, heads=4, hidden=128, layers=6, embedding=64),
         text=dict(vocabulary=256, positions=32, dim=64, heads=4, hidden=128, layers=3, embedding=64),
         grounding=dict(dim=96, heads=6, hidden=192, layers=3, dropout=0.0, pre_norm=True,
-                       position_std=0.1, packed_start=False),
+                       position_std=0.1, packed_init=False),
         region_hidden=96, vision_layers=[1, 2, 4, 6], bridge_layers=[2, 4, 6],
         stages=3, rank=32, alpha=16.0)}
 
@@ -873,7 +868,8 @@ DEFAULTS = {
     "clip": dict(
         bridge_weights="nxLxH", cross_attention=True, layer_to_layer=False, text_layers=None,
         region_text=True, released_rules=False, pixels=None, checkpointing=False,
-        lora_targets=("q", "k", "v", "out"), first_stage=0, deep_to_shallow=False)}    # [D25]
+        lora_targets=("q", "k", "v", "out"),    # [D25] as released, also in the bridges
+        first_stage=0, deep_to_shallow=False)}
 
 # LoRA on DETR and BERT is one stage that lasts the whole training [D39]. build_model begins it at
 # once, so that count_parameters includes its factors. On CLIP the stages follow a warm-up without
@@ -883,8 +879,8 @@ LORA = dict(lora_targets=("q", "v"), stages=1, first_stage=1)
 # constraint.
 PLAIN_CLIP = dict(encoders="clip", vision_layers=None, bridge_layers=[], region_text=False)
 
-# A method is one row: its encoders, and what makes it what it is. Where text_layers is None, all text
-# layers have adapters.
+# A method is one row: its encoders, and the options in which it differs from DEFAULTS. Where
+# text_layers is None, all text layers have adapters.
 METHODS = {
     "full": dict(encoders="detr", tune_encoders=True),                      # M²IST Table I [D10]
     "frozen": dict(encoders="detr"),                                        # Table V (a)
@@ -904,37 +900,37 @@ METHODS = {
     "hivg": dict(encoders="clip")}                                          # [D23]
 
 # The options of build_model, by what a model must have to use them.
-ANY = ("max_tokens", "pixels", "checkpointing")
-DETR = ("image_size", "vision_weights", "text_weights", "attention_port", "ffn_port")
-ADAPTERS_AT_PORTS = ("insertion", "bottleneck", "interaction_dim", "interaction_bottleneck", "scale",
+ANY_OPTIONS = ("max_tokens", "pixels", "checkpointing")
+DETR_OPTIONS = ("image_size", "vision_weights", "text_weights", "attention_port", "ffn_port")
+ADAPTER_OPTIONS = ("insertion", "bottleneck", "interaction_dim", "interaction_bottleneck", "scale",
                      "text_layers")
-SIDE_NETWORK = ("residual", "side_start")
-CLIP = ("clip_weights", "vision_layers", "bridge_layers", "region_text", "released_rules")
-BRIDGE = ("text_layers", "bridge_weights", "cross_attention", "layer_to_layer")
-CAN_HAVE_LORA = ("stages",)
-HAS_LORA = ("rank", "alpha", "deep_to_shallow")
-OPTIONS = (ANY + DETR + ADAPTERS_AT_PORTS + SIDE_NETWORK + CLIP + BRIDGE[1:] + CAN_HAVE_LORA
-           + HAS_LORA)
+SIDE_NETWORK_OPTIONS = ("residual", "side_start")
+CLIP_OPTIONS = ("clip_weights", "vision_layers", "bridge_layers", "region_text", "released_rules")
+BRIDGE_OPTIONS = ("text_layers", "bridge_weights", "cross_attention", "layer_to_layer")
+STAGE_OPTIONS = ("stages",)
+LORA_OPTIONS = ("rank", "alpha", "deep_to_shallow")
+OPTIONS = tuple(dict.fromkeys(ANY_OPTIONS + DETR_OPTIONS + ADAPTER_OPTIONS + SIDE_NETWORK_OPTIONS
+                              + CLIP_OPTIONS + BRIDGE_OPTIONS + STAGE_OPTIONS + LORA_OPTIONS))
 
 
 def used_options(spec):
     """The options that a model with this spec uses."""
-    used = [*ANY]
+    used = [*ANY_OPTIONS]
     if spec["encoders"] == "detr":
-        used += DETR
+        used += DETR_OPTIONS
         if not spec["attention_port"] == spec["ffn_port"] == "none":
-            used += ADAPTERS_AT_PORTS
+            used += ADAPTER_OPTIONS
             # An inserted adapter is always added to its port, so --residual is not for it.
             if spec["insertion"] == "side":
-                used += SIDE_NETWORK
+                used += SIDE_NETWORK_OPTIONS
     else:
-        used += CLIP
+        used += CLIP_OPTIONS
         if spec["bridge_layers"]:
-            used += BRIDGE
+            used += BRIDGE_OPTIONS
     if spec["lora_targets"]:
-        used += CAN_HAVE_LORA
+        used += STAGE_OPTIONS
         if spec["stages"]:
-            used += HAS_LORA
+            used += LORA_OPTIONS
     return used
 
 
@@ -1276,7 +1272,7 @@ DETR_LAYER = r"(?:transformer|model)\.encoder\.layers\.(\d+)\."
 DETR_TABLE = [    # official DETR's and TransVG's names | transformers' names
     (r"(?:backbone\.0\.body|model\.backbone\.conv_encoder\.model)\.(.+)", r"backbone.\1"),
     (r"(?:input_proj|model\.input_projection)\.(.+)", r"projection.\1"),
-    (DETR_LAYER + r"self_attn\.in_proj_(.+)", r"layers.\1.q,k,v.\2"),    # three linears packed
+    (DETR_LAYER + r"self_attn\.in_proj_(.+)", r"layers.\1.q,k,v.\2"),    # three linear layers packed
     (DETR_LAYER + r"self_attn\.(q|k|v|out)_proj\.(.+)", r"layers.\1.\2.\3"),
     (DETR_LAYER + r"(?:linear|fc)([12])\.(.+)", r"layers.\1.fc\2.\3"),
     (DETR_LAYER + r"(?:norm1|self_attn_layer_norm)\.(.+)", r"layers.\1.norm1.\2"),

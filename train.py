@@ -15,11 +15,11 @@ The folder --out receives
     best.safetensors   the tuned weights of the best epoch, for evaluate.py
     last.pt            everything that --resume needs
     val.png            predictions of the best weights
-    test.json          with --test, the accuracy on the splits but train and val
+    test.json          with --test, the accuracy on all splits except train and val
 
-The file reads in this order: flags, presets, rows of the papers' tables, optimizer and schedule, the
-loop, saving and resuming, several GPUs, cost, main. Tags such as [D12] mark where a line differs
-from a paper or from its released code; assets/deviations.md says how.
+The file reads in this order: flags, presets, rows of the papers' tables, options of a run, optimizer
+and schedule, the loop, saving and resuming, several GPUs, cost, main. Tags such as [D12] mark where a
+line differs from a paper or from its released code; assets/deviations.md says how.
 """
 import argparse
 import contextlib
@@ -58,9 +58,9 @@ from adapters import ADAPTERS
 from data import InputError, run_command
 from evaluate import (at_least, autocast, check_device, default_device, default_workers,
                       draw_predictions, frozen_fingerprint, go_offline_without_hub,
-                      leaky_pretraining, load_checkpoint, load_tuned, make_loader, make_tokenizer, measured_ious,
-                      memory_explained, model_inputs, peak_bytes, predict, processes, rank,
-                      save_checkpoint, scores, set_precision, sum_over_processes, tuned_state)
+                      leaky_pretraining, load_checkpoint, load_tuned, make_loader, make_tokenizer,
+                      measured_ious, memory_explained, model_inputs, peak_bytes, predict, processes,
+                      rank, save_checkpoint, scores, set_precision, sum_over_processes, tuned_state)
 from model import (METHODS, OPTIONS, PIXELS, build_model, count_parameters, make_spec,
                    read_state, tuned_groups, used_options)
 
@@ -104,7 +104,7 @@ def build_parser():
     add("--log-every", type=at_least(1), metavar="N",
         help="write a line to log.jsonl each N steps, too")
     add("--test", action="store_true",
-        help="at the end, evaluate the best weights on the splits but train and val, too")
+        help="at the end, evaluate the best weights on all splits except train and val, too")
     add("--seed", type=int, metavar="N", help="seed of new weights, order and transforms")
 
     add = parser.add_argument_group("data").add_argument
@@ -113,8 +113,8 @@ def build_parser():
     add("--limit", type=at_least(1), metavar="N",
         help="use only the first N expressions of each split")
     add("--image-size", type=at_least(32), metavar="N",
-        help="side of the padded square in pixels, a multiple of 32; CLIP has positions for its "
-             "own side alone [released code]")
+        help="side of the padded square in pixels, a multiple of the encoder's stride (32; tiny: 8); "
+             "CLIP has positions for its own side alone [released code]")
     add("--max-tokens", type=at_least(3), metavar="N",
         help="cut texts at this many tokens, first and last included [released code, HiVG Appendix "
              "B]")
@@ -241,45 +241,46 @@ COMMON = dict(
     method="m2ist", dataset="shapes", row=None, init_from=None, resume=False, save_minutes=10.0, log_every=100,
     test=False, seed=0, root=None, limit=None, draft=False, expressions_per_image=1, warmup=0,
     weight_decay=1e-4, clip_norm=0.0, last_stage=None, beta=0.0, contrast=0.0, focal=0.0, dice=0.0,
-    attention_loss=0.0, amp="off", compile=False)
+    attention_loss=0.0, amp="off", compile=False, l1=1.0, giou=1.0, stage_epochs=0, stage_lr=[],
+    lr_drop=60)
+
+HIVG_LOSSES = dict(l1=2.0, giou=2.0, contrast=1.0, focal=20.0, dice=2.0)    # HiVG Table 8, Eq. (15)
+# HiVG Fig. 4 (d): the loss of original CLIP [D35]
+BOX_LOSS_ALONE = dict(contrast=0.0, focal=0.0, dice=0.0)
 
 # PRESETS[encoders, size], and what a method changes of it, PRESETS[method, size].
 PRESETS = {
     # M²IST Section IV-B c; the batch of Table I [D55]. 1e-5 is the paper's rate for M³ISA, and
     # TransVG's for encoders that are trained in full [D12].
     ("detr", "base"): dict(
-        epochs=90, batch_size=64, lr=1e-4, lr_encoder=1e-5, schedule="step", lr_drop=60,
-        l1=1.0, giou=1.0, stage_epochs=0, stage_lr=[]),
+        epochs=90, batch_size=64, lr=1e-4, lr_encoder=1e-5, schedule="step"),
     # Ours, found on `shapes`: 1,500 steps in all, so a larger rate and a warm-up. Without the
     # attention loss [D49] a run predicts the mean box for hundreds of steps.
     ("detr", "tiny"): dict(
-        epochs=2, batch_size=32, lr=1e-3, lr_encoder=1e-3, schedule="linear", lr_drop=1, warmup=100,
-        weight_decay=0.1, l1=1.0, giou=1.0, attention_loss=0.3, stage_epochs=0, stage_lr=[]),
+        epochs=2, batch_size=32, lr=1e-3, lr_encoder=1e-3, schedule="linear", warmup=100,
+        weight_decay=0.1, attention_loss=0.3),
     # Adapters start from nothing and take the whole rate; pretrained encoders take a tenth of it.
     ("full", "tiny"): dict(lr_encoder=1e-4),
 
-    # HiVG Section 4.1 and Table 8 [D21].
+    # HiVG Section 4.1 and Table 8. [D21] The released batches are those of several GPUs.
     ("clip", "base"): dict(
-        epochs=50, batch_size=80, lr=2.5e-4, lr_encoder=2.5e-4, schedule="cosine", lr_drop=50,
-        l1=2.0, giou=2.0, contrast=1.0, focal=20.0, dice=2.0, stage_epochs=20,
-        stage_lr=[1e-4, 0.5e-4, 0.25e-4]),
+        epochs=50, batch_size=80, lr=2.5e-4, lr_encoder=2.5e-4, schedule="cosine",
+        **HIVG_LOSSES, stage_epochs=20, stage_lr=[1e-4, 0.5e-4, 0.25e-4]),
     ("clip", "large"): dict(
-        epochs=50, batch_size=32, lr=2.5e-4, lr_encoder=2.5e-4, schedule="cosine", lr_drop=50,
-        l1=2.0, giou=2.0, contrast=1.0, focal=20.0, dice=2.0, stage_epochs=15,
-        stage_lr=[1e-4, 0.75e-4, 0.5e-4, 0.25e-4]),
+        epochs=50, batch_size=32, lr=2.5e-4, lr_encoder=2.5e-4, schedule="cosine",
+        **HIVG_LOSSES, stage_epochs=15, stage_lr=[1e-4, 0.75e-4, 0.5e-4, 0.25e-4]),
     # Ours: five epochs in all, for hivg, plain CLIP and CLIP with LoRA alike.
     ("clip", "tiny"): dict(
-        epochs=2, batch_size=32, lr=2e-3, lr_encoder=2e-3, schedule="linear", lr_drop=50, warmup=100,
-        weight_decay=0.1, l1=2.0, giou=2.0, contrast=1.0, focal=20.0, dice=2.0, attention_loss=0.3,
-        stage_epochs=1, stage_lr=[1.5e-3, 1e-3, 7e-4]),
+        epochs=2, batch_size=32, lr=2e-3, lr_encoder=2e-3, schedule="linear", warmup=100,
+        weight_decay=0.1, **HIVG_LOSSES, attention_loss=0.3, stage_epochs=1, stage_lr=[1.5e-3, 1e-3, 7e-4]),
     # HiVG Fig. 4 (d): the box loss alone [D35]. The one stage of vanilla LoRA is as long as all
     # stages of HiLoRA.
-    ("clip-frozen", "base"): dict(contrast=0.0, focal=0.0, dice=0.0),
-    ("clip-frozen", "large"): dict(contrast=0.0, focal=0.0, dice=0.0),
-    ("clip-frozen", "tiny"): dict(contrast=0.0, focal=0.0, dice=0.0, epochs=5),
-    ("clip-lora", "base"): dict(contrast=0.0, focal=0.0, dice=0.0, stage_epochs=60),
-    ("clip-lora", "large"): dict(contrast=0.0, focal=0.0, dice=0.0, stage_epochs=60),
-    ("clip-lora", "tiny"): dict(contrast=0.0, focal=0.0, dice=0.0, stage_epochs=3)}
+    ("clip-frozen", "base"): dict(BOX_LOSS_ALONE),
+    ("clip-frozen", "large"): dict(BOX_LOSS_ALONE),
+    ("clip-frozen", "tiny"): dict(BOX_LOSS_ALONE, epochs=5),
+    ("clip-lora", "base"): dict(BOX_LOSS_ALONE, stage_epochs=60),
+    ("clip-lora", "large"): dict(BOX_LOSS_ALONE, stage_epochs=60),
+    ("clip-lora", "tiny"): dict(BOX_LOSS_ALONE, stage_epochs=3)}
 
 # What a dataset changes, BY_DATASET[encoders, size, dataset].
 BY_DATASET = {
@@ -308,8 +309,9 @@ def preset(method, size, dataset):
 FEATURES_ALONE = dict(bridge_layers=[], stages=0, focal=0.0, dice=0.0)
 
 # row: what it changes of the defaults of `m2ist` or `hivg` at size base; {} is the default itself.
-# "tiny" holds its layers, bottlenecks and epochs for the tiny encoders [D43]: their share of the depth
-# (on DETR and BERT of two layers in place of six), a fourth, a twentieth.
+# "tiny" replaces options for the tiny encoders [D43]: layer numbers in proportion to their depth (on
+# DETR and BERT two paired layers in place of six), a fourth of the bottlenecks, a twentieth of the
+# epochs of a stage.
 ROWS = {
     "m2ist/I/full": dict(method="full"),
     "m2ist/I/frozen": dict(method="frozen"),    # V (a), beside the methods of Table I
@@ -665,7 +667,7 @@ class State:
     epoch: int = 0             # epochs that are trained
     step: int = 0              # steps of the next epoch that are done
     evaluated: bool = True     # whether all epochs that are trained are evaluated, too
-    warned: bool = False       # whether it was looked at if the loss moves, see warn_standstill
+    warned: bool = False       # whether warn_standstill has looked
     best: float = -1.0         # the best accuracy on val so far
     log: list = dataclasses.field(default_factory=list)       # a dictionary a line of log.jsonl
     sums: dict = dataclasses.field(default_factory=dict)      # over the epoch under way, see add_step
@@ -704,13 +706,13 @@ def train(args):
 
     state = read_last(out / "last.pt", frozen_fingerprint(model), fingerprint(train_samples))
     if args.init_from and state.model is None:
-        init_from(model, args)
+        init_from(model, state.frozen, args)
     scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.amp == "fp16")
     if state.scaler is not None:
         scaler.load_state_dict(state.scaler)
     phases = plan(args)
     warn_of_schedule(args, phases, train_samples, len(train_loader))
-    # A file would be filled with progress bars; lines of the log go there instead.
+    # Where stderr is a file, lines of the log are printed in place of a progress bar.
     silent = rank() > 0 or not sys.stderr.isatty()
     steps = len(train_loader)
     with tqdm(total=phases[-1].last * steps, initial=state.epoch * steps + state.step,
@@ -741,13 +743,16 @@ def train(args):
           f"python evaluate.py {shlex.quote(str(out))}")
 
 
-def init_from(model, args):
-    """Put the tuned weights of another run into a new model."""
+def init_from(model, frozen, args):
+    """Put the tuned weights of another run into a new model. frozen: the fingerprint of its encoders"""
     initial, config = load_checkpoint(args.init_from)
     theirs = (config["model"]["method"], config["model"]["size"])
     if theirs != (args.method, args.size):
         raise InputError(f"--init-from {args.init_from}: is a run of --method {theirs[0]} --size "
                          f"{theirs[1]}, not of {args.method} {args.size}")
+    if config["frozen"] != frozen:
+        raise InputError(f"--init-from {args.init_from}: was trained on other encoder weights; give "
+                         f"the same --vision-weights, --text-weights or --clip-weights")
     load_tuned(model, tuned_state(initial), args.init_from)
     print(f"starts from {args.init_from}, which was trained on {config['args']['dataset']}")
 
@@ -924,7 +929,8 @@ def means_of(sums, args):
 
 
 def refuse_to_go_on(metrics, args, epoch, step, batch):
-    """Stop a run whose loss or gradients are not finite. No file of the run has seen them."""
+    """Stop a run whose loss or gradients are not finite. Neither last.pt nor best.safetensors has
+    them."""
     name, value = next(item for item in metrics.items() if not math.isfinite(item[1]))
     kept = ""
     if Path(args.out, "last.pt").exists():
@@ -984,13 +990,14 @@ def warn_of_schedule(args, phases, samples, steps):
 def warn_standstill(state, steps, epochs):
     """Say so once if the loss has not moved over the first fifth of a run: if the second half of its
     lines in the log is no better than the first."""
-    losses = [line["train_loss"] for line in state.log]
-    half = len(losses) // 2
+    history = [line["train_loss"] for line in state.log]
+    half = len(history) // 2
     done = state.epoch * steps + state.step
     if state.warned or half < 5 or done < epochs * steps / 5:
         return
     state.warned = True
-    before, after = sum(losses[:half]) / half, sum(losses[half:]) / (len(losses) - half)
+    before = sum(history[:half]) / half
+    after = sum(history[half:]) / (len(history) - half)
     if after > 0.97 * before:
         tqdm.write(f"the training loss has not moved yet ({before:.3f}, then {after:.3f}): try "
                    f"another --lr, and a run on a handful of images first, which must reach an "
@@ -1096,7 +1103,7 @@ def read_args(out):
                          f"--resume out to start one there")
     try:
         saved = json.loads(path.read_text())["args"]
-        return {**COMMON, "title": saved["method"], **saved}
+        return {**COMMON, **saved}
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: not what train.py writes; start a new run in another "
                          f"--out") from None
@@ -1116,8 +1123,11 @@ def write_args(out, args):
 
 @contextlib.contextmanager
 def hold_folder(args):
-    """Hold the folder --out for this process alone. What another run has left there is refused
-    before any slow work, and what a killed run has half written is removed."""
+    """Hold the folder --out for this run alone. What another run has left there is refused before any
+    slow work, and what a killed run has half written is removed."""
+    if rank() > 0:
+        yield    # the first process holds it for all
+        return
     out = Path(args.out)
     for path in (out, *out.parents):
         if path.exists() and not path.is_dir():
@@ -1235,9 +1245,9 @@ PAPER_COSTS = {
 
 @contextlib.contextmanager
 def as_on_gpu(half):
-    """Let operators on the meta device save what they save on a GPU: fused attention no map, dropout
-    a byte for each element. half: let what autocast would compute in bf16 do so, and the rest in
-    float32; the casts of a weight are not shared between its uses."""
+    """Patch torch.nn.functional so that operators on the meta device save what they save on a GPU:
+    fused attention no attention map, dropout one byte an element. half: cast as autocast to bf16
+    does, but without caching the cast of a weight."""
     def low(function):
         return lambda *args: function(*[cast(value, torch.bfloat16) for value in args])
 
@@ -1479,9 +1489,7 @@ def main(argv=None):
     stop.number, stop.in_epoch, stop.saved = 0, False, time.time()
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with contextlib.ExitStack() as held:
-            if rank() == 0:
-                held.enter_context(hold_folder(args))
+        with hold_folder(args):
             wait_for_all()
             fitting = functools.partial(fitting_micro_batch, args)
             with memory_explained(args.device, "--micro-batch", args.micro_batch, fitting):
