@@ -51,7 +51,7 @@ import torch.nn.functional as F
 def init_adapter(module):
     """Initialise a linear layer as M²IST Section IV-B a says. Any other module is left as it is."""
     if isinstance(module, nn.Linear):
-        # [D3] As the paper says; the released code ends up with three other initialisations.
+        # [D3] As the paper says; the released code ends up with two others, neither Kaiming.
         nn.init.kaiming_normal_(module.weight)
         nn.init.zeros_(module.bias)
 
@@ -70,7 +70,7 @@ class ExpertAdapter(nn.Module):
         super().__init__()
         # Fig. 2 leaves this LayerNorm out: "we do not show the LayerNorm for simplicity".
         self.norm = nn.LayerNorm(dim)
-        self.down = nn.Linear(dim, bottleneck)
+        self.down = nn.Linear(dim, bottleneck)    # with biases, as released; Eqs. (1)-(3) have none
         self.up = nn.Linear(bottleneck, dim)
         self.scale = scale
         self.residual = residual
@@ -542,5 +542,6 @@ class CrossModalBridge(nn.Module):
             texts = [texts[self.only]]
         # [D53] The query is the residual stream after the self-attention, x + out, as released: the
         # paper does not say which features attend. The result returns "back to the block as
-        # residuals" (Section 3.2).
+        # residuals" (Section 3.2). [D44] Eqs. (7) and (8) write it into the layer's input; here q, k,
+        # v and out of this layer do not see it.
         return out + self.semantic(x + out, texts, padding)

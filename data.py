@@ -577,8 +577,8 @@ def read_checked(file):
 
 
 def mixed(datasets, root):
-    """Join several datasets, as in the papers' mixed training. An image that is in val or test of
-    any of them is in train of none.
+    """Join several datasets, as in HiVG's mixed training (Section 4.2). [D57] An image that is in val
+    or test of any of them is in train of none: the datasets share COCO's images.
 
     The joint splits are train and val, and each dataset's own splits as DATASET/SPLIT.
     """

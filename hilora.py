@@ -120,7 +120,8 @@ def stage_targets(layers, stage, groups, targets):
     """List what stage j trains: [(layer number from 1, target name), ...], shallow first.
 
     layers: a list of modules, shallow first; only their number matters. targets: names within each
-    layer. A single group takes part in every stage, as HiVG's text tower does.
+    layer. [D34] A single group takes part in every stage, as the text tower does here; by Eq. (6) it
+    would have one stage.
     """
     trained = []
     for number in range(1, len(layers) + 1):

@@ -502,8 +502,8 @@ class GroundingEncoder(nn.Module):
         V = vision.padding.shape[1]    # vision tokens: Nv cells, and with `clip` [CLS] before them
         reg = self.reg.expand(B, 1, -1)
         reg_padding = text.padding.new_zeros(B, 1)
-        x_v = self.vision_projection(vision.x)                                # HiVG Eq. (1)
-        x_l = self.text_projection(text.x)
+        x_v = self.vision_projection(vision.x)    # HiVG Eq. (1), the product with W_mvp; M²IST's f'_v
+        x_l = self.text_projection(text.x)        # HiVG's g_l; M²IST's f'_l
         if self.clip:
             # HiVG Eq. (2): [REG], [CLS], the cells of the image, the text.
             x = torch.cat([reg, x_v, x_l], dim=1)
@@ -786,7 +786,7 @@ class ClipGrounding(GroundingModel):
         images = normalise(images, image_padding, self.pixels)
         vision = self.clip.vision(images, image_padding, (seen, masked), image_index)
         levels = [vision.states[level - 1] for level in self.levels]
-        return vision._replace(x=torch.cat(levels, dim=-1))                   # HiVG Eq. (1)
+        return vision._replace(x=torch.cat(levels, dim=-1))    # HiVG Eq. (1), the concatenation
 
     def ground(self, vision, text, attention=False):
         grounding = self.grounding(vision, text, attention)
@@ -819,8 +819,8 @@ SIZES = {
         grounding=dict(dim=256, heads=8, hidden=2048, layers=6, dropout=0.1),
         text_layers=[7, 8, 9, 10, 11, 12], bottleneck=128, interaction_dim=256,
         interaction_bottleneck=128, rank=55, alpha=55.0, text_weights="bert-base-uncased"),
-    # HiVG Section 4.1 and Table 7. The hidden widths of the grounding encoder and of the region-text
-    # MLP as in the released code. [D16] Bridges as in the paper; as released they are in other
+    # HiVG Section 4.1 and Table 7. Dropout, and the hidden widths of the grounding encoder and of the
+    # region-text MLP, as in the released code. [D16] Bridges as in the paper; as released they are in other
     # layers. [D31] Plain CLIP: the paper's figures start from a CLIP adapted to detection on COCO.
     ("clip", "base"): dict(
         image_size=224, stride=16, max_tokens=77,

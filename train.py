@@ -114,7 +114,7 @@ def build_parser():
         help="use only the first N expressions of each split")
     add("--image-size", type=at_least(32), metavar="N",
         help="side of the padded square in pixels, a multiple of the encoder's stride (32; tiny: 8); "
-             "CLIP has positions for its own side alone [released code]")
+             "CLIP has positions for its own side alone [released code, HiVG Table 7]")
     add("--max-tokens", type=at_least(3), metavar="N",
         help="cut texts at this many tokens, first and last included [released code, HiVG Appendix "
              "B]")
@@ -156,7 +156,7 @@ def build_parser():
     add("--warmup", type=at_least(0), metavar="N",
         help="steps over which the rates rise linearly at the start of a phase [released code]")
     add("--weight-decay", type=at_least(0, float), metavar="X",
-        help="weight decay of AdamW [M²IST IV-B c]")
+        help="weight decay of AdamW [M²IST IV-B c, HiVG Table 8]")
     add("--clip-norm", type=at_least(0, float), metavar="X",
         help="scale gradients down to this norm; 0 leaves them [released code]")
 
@@ -238,20 +238,23 @@ def build_parser():
 
 # The same for all runs.
 COMMON = dict(
-    method="m2ist", dataset="shapes", row=None, init_from=None, resume=False, save_minutes=10.0, log_every=100,
-    test=False, seed=0, root=None, limit=None, draft=False, expressions_per_image=1, warmup=0,
-    weight_decay=1e-4, clip_norm=0.0, last_stage=None, beta=0.0, contrast=0.0, focal=0.0, dice=0.0,
-    attention_loss=0.0, amp="off", compile=False, l1=1.0, giou=1.0, stage_epochs=0, stage_lr=[],
-    lr_drop=60)
+    method="m2ist", dataset="shapes", row=None, init_from=None, resume=False, save_minutes=10.0,
+    log_every=100, test=False, seed=0, root=None, limit=None, draft=False, expressions_per_image=1,
+    amp="off", compile=False, last_stage=None, stage_epochs=0, stage_lr=[],
+    warmup=0, clip_norm=0.0,      # as both released codes
+    weight_decay=1e-4,            # M²IST IV-B c, HiVG Table 8
+    lr_drop=60,                   # M²IST IV-B c
+    l1=1.0, giou=1.0, beta=0.0,   # M²IST Eq. (6) [D1] [D2]
+    contrast=0.0, focal=0.0, dice=0.0, attention_loss=0.0)
 
 HIVG_LOSSES = dict(l1=2.0, giou=2.0, contrast=1.0, focal=20.0, dice=2.0)    # HiVG Table 8, Eq. (15)
-# HiVG Fig. 4 (d): the loss of original CLIP [D35]
+# HiVG Fig. 4 (d): the loss of original CLIP, with and without vanilla LoRA [D35]
 BOX_LOSS_ALONE = dict(contrast=0.0, focal=0.0, dice=0.0)
 
 # PRESETS[encoders, size], and what a method changes of it, PRESETS[method, size].
 PRESETS = {
-    # M²IST Section IV-B c; the batch of Table I [D55]. 1e-5 is the paper's rate for M³ISA, and
-    # TransVG's for encoders that are trained in full [D12].
+    # M²IST Section IV-B c; the batch of Table I [D55]. 1e-5 is the paper's rate for M³ISA, taken for
+    # the other adapters and LoRA too [D39], and TransVG's for encoders that are trained in full [D12].
     ("detr", "base"): dict(
         epochs=90, batch_size=64, lr=1e-4, lr_encoder=1e-5, schedule="step"),
     # Ours, found on `shapes`: 1,500 steps in all, so a larger rate and a warm-up. Without the
@@ -321,7 +324,7 @@ ROWS = {
     "m2ist/I/cm-adapter": dict(method="cm-adapter"),
     "m2ist/I/mrs-adapter": dict(method="mrs-adapter"),
     "m2ist/I/m2ist": {},
-    # Table II, by C_d
+    # Table II, by the C_d of VEA and LEA; IEA's stays 128, as the paper's counts need
     "m2ist/II/8": dict(bottleneck=8, tiny=dict(bottleneck=2)),
     "m2ist/II/32": dict(bottleneck=32, tiny=dict(bottleneck=8)),
     "m2ist/II/128": {},
@@ -366,6 +369,7 @@ ROWS = {
     "hivg/4/4": dict(bridge_weights="nx1xH"),
     "hivg/4/5": dict(bridge_weights="nxLx1"),
     "hivg/4/6": {},
+    # Layer-to-layer: a bridge at layer l reads text layer l alone [D40]
     "hivg/4/7": dict(layer_to_layer=True, bridge_weights="none", text_layers=[4, 8, 12],
                      tiny=dict(text_layers=[1, 2, 3])),
     "hivg/4/8": dict(text_layers=[12], tiny=dict(text_layers=[3])),    # as 10/2, other figures [D52]
@@ -373,6 +377,8 @@ ROWS = {
     "hivg/5/1": dict(last_stage=1),
     "hivg/5/2": dict(last_stage=2),
     "hivg/5/3": {},
+    # Neither epochs nor rates of two or four stages are given: each has the default's epochs, and a
+    # fourth stage the third's rate.
     "hivg/5/4": dict(stages=2),
     "hivg/5/5": dict(stages=4),
     "hivg/5/6": dict(rank=16),
