@@ -162,6 +162,8 @@ def run_command(main):
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:    # the reader of our output, say `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         # An error inside a worker of a DataLoader arrives as a whole traceback, whose last line has
         # the name of the error and its message.
@@ -520,7 +522,7 @@ def load_samples(dataset, split, root=None, limit=None):
     dataset: "shapes", a name in DATASETS, the path of a FILE.jsonl, or several joined by commas
     root: the folder with annotations and images; for a FILE.jsonl, the folder that its image paths
         start from (default: the folder of the file)
-    limit: the first so many samples alone; None for all
+    limit: only the first N samples; None for all
 
     Raises InputError for an unknown dataset or split, a missing file or folder, and a bad line.
     """
@@ -587,6 +589,9 @@ def mixed(datasets, root):
     joint = {"train": [], "val": []}
     held_out = set()   # the names of all images outside of the training splits
     for dataset in datasets:
+        misspelt = misspelt_splits(split_names(dataset, root))
+        if misspelt:
+            raise InputError(f"{dataset}: its splits are to be called train and val{misspelt}")
         for split, samples in samples_by_split(dataset, root).items():
             if split == "val":
                 joint["val"].extend(samples)
@@ -775,6 +780,8 @@ def load_image(image, upright=False, at_least=None):
         if upright:
             opened = ImageOps.exif_transpose(opened)
         return to_rgb(opened)
+    except FileNotFoundError:
+        raise InputError(f"{image}: no such file") from None
     except IMAGE_ERRORS as error:
         raise InputError(f"{image}: the file cannot be decoded as an image ({error})") from None
 
@@ -803,6 +810,8 @@ def image_size(image):
     try:
         with Image.open(image) as opened:
             return opened.size
+    except FileNotFoundError:
+        raise InputError(f"{image}: no such file") from None
     except IMAGE_ERRORS as error:
         raise InputError(f"{image}: the file cannot be decoded as an image ({error})") from None
 
@@ -1311,8 +1320,9 @@ def evaluation_batches(samples, batch_size, rank=0, processes=1):
     return batches[rank::processes]
 
 
-def collate(items, pad):
-    """Join a list of Item into a batch. pad: the tokenizer's id of padding.
+def collate(items, pad, length=0):
+    """Join a list of Item into a batch. pad: the tokenizer's id of padding. length: pad texts to so
+    many tokens at least; else to the longest of the batch.
 
     Returns a dict of, for P images of B samples,
         images         (P, 3, S, S)   image_padding   (P, S, S)
@@ -1328,6 +1338,7 @@ def collate(items, pad):
         rows.append(len(first_items) - 1)
     texts = [torch.tensor(item.tokens) for item in items]
     tokens = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=pad)   # (B, T)
+    tokens = torch.nn.functional.pad(tokens, (0, max(0, length - tokens.shape[1])), value=pad)
     lengths = torch.tensor([len(text) for text in texts])                                  # (B,)
     positions = torch.arange(tokens.shape[1])                                              # (T,)
     return {
@@ -1582,6 +1593,10 @@ def report(dataset, root, max_tokens, text_weights):
         if doubt:
             doubts.append(f"{split}: {doubt}")
 
+    turned = [image for image in sizes if isinstance(image, Path) and is_turned(image)]
+    if turned:
+        fault = "images are stored turned (EXIF), and boxes must be in the stored pixels"
+        faults[fault] = turned
     for first, second in itertools.combinations(images, 2):
         both = sorted(images[first] & images[second])
         # The val of joined datasets repeats the val of each dataset.
@@ -1593,6 +1608,12 @@ def report(dataset, root, max_tokens, text_weights):
         print(doubt)
     for fault, cases in faults.items():
         print(f"{len(cases):,} {fault}, such as {cases[0]}")
+
+
+def is_turned(path):
+    """Return whether the EXIF data of an image say that it is to be turned before it is seen."""
+    with Image.open(path) as opened:
+        return opened.getexif().get(0x0112, 1) != 1
 
 
 def faults_of(box, size):
@@ -1707,6 +1728,7 @@ def main(argv=None):
             download(name, root, args.mirror)
 
     splits = samples_by_split(dataset, root)
+    report(dataset, root, args.max_tokens, args.text_weights)
     if args.draw > 0:
         args.save.mkdir(parents=True, exist_ok=True)
         for split in splits:
@@ -1714,8 +1736,6 @@ def main(argv=None):
             if path.exists():
                 raise InputError(f"--draw would write {path}, which is there already; choose another "
                                  f"folder by --save")
-    report(dataset, root, args.max_tokens, args.text_weights)
-    if args.draw > 0:
         draw_splits(splits, args.draw, args.save)
     if args.write:
         args.write.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ From Python, `locate` gives the boxes of any number of expressions in one image:
 
 The file reads in this order: device and processes, prediction and accuracy (M²IST Section IV-A b,
 HiVG Section 4.1 and Fig. 4 c), one's own images, checkpoints of train.py, checkpoints of HiVG's
-authors, the command line. train.py uses the first two parts.
+authors, the command line. train.py uses all but one's own images and HiVG's checkpoints.
 
     B batch    S side of the padded square image    T text tokens    Nv vision tokens
 
@@ -180,10 +180,12 @@ def make_loader(samples, model, args, train=False, batch_size=None):
                                        rank(), processes())
     else:
         batches = data.evaluation_batches(samples, batch_size, rank(), processes())
+    # A compiled model takes batches of one shape; otherwise texts are trimmed to the longest.
+    length = spec["max_tokens"] if train and args.compile else 0
     if args.workers > 0:
         check_shared_memory(spec["image_size"], batch_size // processes(), args.workers)
     return DataLoader(dataset, batch_sampler=batches, num_workers=args.workers,
-                      collate_fn=functools.partial(data.collate, pad=tokenizer.pad),
+                      collate_fn=functools.partial(data.collate, pad=tokenizer.pad, length=length),
                       pin_memory="cuda" in args.device, worker_init_fn=begin_worker,
                       persistent_workers=train and args.workers > 0)
 
@@ -291,7 +293,10 @@ def leaky_pretraining(args):
     if METHODS[args.method]["encoders"] == "clip":
         return None
     # [D48] The one DETR with an address of its own has seen the images of RefCOCO's val and test.
-    return data.leaky_pretraining(args.dataset, args.vision_weights or DETR_URL)
+    leaky = data.leaky_pretraining(args.dataset, args.vision_weights or DETR_URL)
+    if vars(args).get("init_from") and not leaky:
+        return None    # what the other run has seen may hold images of this val and test
+    return leaky
 
 
 def evaluate_split(model, samples, args, split):
@@ -305,7 +310,7 @@ def evaluate_split(model, samples, args, split):
     print(f"{split:8}  Acc@0.5 {row['acc@0.5']:.4f}  mean IoU {row['mean_iou']:.4f}  "
           f"{row['expressions']:6} expressions of {row['images']} images in "
           f"{row['seconds']:.1f} s")
-    print(f"{'':8}  {by_length(samples, predictions.ious)}")
+    print(f"{'':8}  Acc@0.5 by length: {by_length(samples, predictions.ious)}")
     return row, predictions
 
 
@@ -434,7 +439,7 @@ def evaluate_images(model, args, asked):
 
 def draw_predictions(model, samples, args, path):
     """Save a sheet of samples with expression, IoU, true box, predicted box and [REG]'s attention.
-    Of several processes the first alone does so."""
+    With several processes, only the first one does."""
     if rank() > 0:
         return
     size = model.spec["image_size"]
@@ -816,7 +821,13 @@ def parse_args(argv=None):
         files["save"] = asked.save
         if Path(asked.save).suffix.lower() not in (".png", ".jpg", ".jpeg"):
             raise InputError(f"--save {asked.save}: give the name of a .png or .jpg file")
+    taken = [Path(image).resolve() for image in asked.image or []]
     for flag, path in files.items():
+        if path is not None and Path(path).resolve() in taken:
+            raise InputError(f"--{flag} {path}: would overwrite what another flag names; give another "
+                             f"name")
+        if path is not None:
+            taken.append(Path(path).resolve())
         if path is not None and Path(path).is_dir():
             raise InputError(f"--{flag} {path}: is a folder; give the name of a file")
         if path is not None:

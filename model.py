@@ -123,8 +123,8 @@ class TransformerLayer(nn.Module):
     def forward(self, x, padding=None, position=None, context=None, num_queries=None):
         """x, position: (B, N, C). padding: (B, N), not together with causal. context: anything
         that the layer's inserted modules need. num_queries: compute the outputs of only the
-        first num_queries tokens, which still attend to all N. Returns x, a, g, each (B, num_queries or N,
-        C)."""
+        first num_queries tokens, which still attend to all N. Returns x, a, g, each (B, N, C), with
+        num_queries in place of N where it is given."""
         h = self.norm1(x) if self.pre_norm else x
         a = self.attention(h, padding, position, num_queries)
         x = x[:, :num_queries]    # all tokens, where num_queries is None
@@ -186,7 +186,8 @@ def make_layers(layers, *shape, **options):
 
 
 def run_layers(layers, x, padding=None, position=None, context=None, checkpointing=False):
-    """Send tokens x (B, N, C) through layers and keep what side networks, bridges and levels read -> Encoded.
+    """Send tokens x (B, N, C) through layers, and keep what side networks, bridges and levels read
+    -> Encoded.
     checkpointing: save only the input of each layer for the backward pass, which then computes the
     layer again, with the same random numbers."""
     x0 = x
@@ -242,7 +243,8 @@ class ResNetBody(nn.Sequential):
 
     def fold_batch_norms(self):
         """Move each batch norm, a scale and a shift, into the convolution before it where that is
-        frozen, too: one pass over the features then does both. Call this when the weights are in place."""
+        frozen, too: one pass over the features then does both. Call this when the weights are in
+        place."""
         names = [("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")]    # 0: downsample
         for module in list(self.modules()):
             for conv_name, norm_name in names:
@@ -820,8 +822,8 @@ SIZES = {
         text_layers=[7, 8, 9, 10, 11, 12], bottleneck=128, interaction_dim=256,
         interaction_bottleneck=128, rank=55, alpha=55.0, text_weights="bert-base-uncased"),
     # HiVG Section 4.1 and Table 7. Dropout, and the hidden widths of the grounding encoder and of the
-    # region-text MLP, as in the released code. [D16] Bridges as in the paper; as released they are in other
-    # layers. [D31] Plain CLIP: the paper's figures start from a CLIP adapted to detection on COCO.
+    # region-text MLP, as in the released code. [D16] Bridges as in the paper; as released they are in
+    # other layers. [D31] Plain CLIP: the paper's figures start from a CLIP adapted to detection.
     ("clip", "base"): dict(
         image_size=224, stride=16, max_tokens=77,
         vision=dict(dim=768, heads=12, hidden=3072, layers=12, embedding=512),

@@ -18,8 +18,10 @@ The folder --out receives
     test.json          with --test, the accuracy on all splits except train and val
 
 The file reads in this order: flags, presets, rows of the papers' tables, options of a run, optimizer
-and schedule, the loop, saving and resuming, several GPUs, cost, main. Tags such as [D12] mark where a
-line differs from a paper or from its released code; assets/deviations.md says how.
+and schedule, the loop, saving and resuming, several GPUs, cost, main. Begin at "The loop".
+
+Tags such as [D12] mark where a line differs from a paper or from its released code;
+assets/deviations.md says how.
 """
 import argparse
 import contextlib
@@ -74,7 +76,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def build_parser():
-    """The parser. It has no defaults yet, so its result holds what is on the command line alone."""
+    """The parser. It sets no defaults, so its result holds only what was typed."""
     parser = argparse.ArgumentParser(
         description=__doc__[:__doc__.index("The file reads")].rstrip(), add_help=False,
         argument_default=argparse.SUPPRESS, usage="python train.py [options]",
@@ -87,7 +89,7 @@ def build_parser():
         help=f"train on {', '.join(data.DATASETS)}, shapes, a FILE.jsonl, or several joined by "
              "commas, with the longest preset of the parts")
     add("--size", choices=("tiny", "base", "large"),
-        help="size of the model; tiny for shapes, else base")
+        help="size of the model; tiny for shapes, else base, which downloads the encoders")
     add("--row", metavar="ROW",
         help="run this row of the papers' tables, m2ist/V/b say; `list` lists them")
     add("--cost", nargs="+", metavar="METHOD",
@@ -100,18 +102,18 @@ def build_parser():
     add("--resume", action="store_true",
         help="continue the run in --out, with its own options; --epochs N makes it longer")
     add("--save-minutes", type=at_least(0, float), metavar="X",
-        help="write last.pt within an epoch, too, after so many minutes")
+        help="also write last.pt within an epoch, after X minutes")
     add("--log-every", type=at_least(1), metavar="N",
-        help="write a line to log.jsonl each N steps, too")
+        help="also write a line to log.jsonl every N steps")
     add("--test", action="store_true",
-        help="at the end, evaluate the best weights on all splits except train and val, too")
+        help="at the end, also evaluate the best weights on all splits except train and val")
     add("--seed", type=int, metavar="N", help="seed of new weights, order and transforms")
 
     add = parser.add_argument_group("data").add_argument
     add("--root", metavar="DIR",
         help="folder of annotations and images; `data`, or that of a .jsonl")
     add("--limit", type=at_least(1), metavar="N",
-        help="use only the first N expressions of each split")
+        help="use only the first N expressions of each split, val included")
     add("--image-size", type=at_least(32), metavar="N",
         help="side of the padded square in pixels, a multiple of the encoder's stride (32; tiny: 8); "
              "CLIP has positions for its own side alone [released code, HiVG Table 7]")
@@ -124,7 +126,7 @@ def build_parser():
 
     add = parser.add_argument_group("weights").add_argument
     add("--weights", choices=("pretrained", "shapes", "random"),
-        help="weights of the encoders; shapes for tiny, else pretrained")
+        help="weights of the encoders: shapes (small ones in assets, for tiny), pretrained, random")
     add("--init-from", metavar="RUN",
         help="start from the tuned weights of a run of the same method and size: its folder or its "
              "best.safetensors")
@@ -275,7 +277,8 @@ PRESETS = {
     # Ours: five epochs in all, for hivg, plain CLIP and CLIP with LoRA alike.
     ("clip", "tiny"): dict(
         epochs=2, batch_size=32, lr=2e-3, lr_encoder=2e-3, schedule="linear", warmup=100,
-        weight_decay=0.1, **HIVG_LOSSES, attention_loss=0.3, stage_epochs=1, stage_lr=[1.5e-3, 1e-3, 7e-4]),
+        weight_decay=0.1, **HIVG_LOSSES, attention_loss=0.3, stage_epochs=1,
+        stage_lr=[1.5e-3, 1e-3, 7e-4]),
     # HiVG Fig. 4 (d): the box loss alone [D35]. The one stage of vanilla LoRA is as long as all
     # stages of HiLoRA.
     ("clip-frozen", "base"): dict(BOX_LOSS_ALONE),
@@ -479,11 +482,17 @@ def resolve(given):
     """The options of a new run as a Namespace. given: {option: value} of the command line. Raises
     InputError for what does not go together."""
     args = argparse.Namespace(**{**defaults(given), **given})
+    if "json" in given:
+        raise InputError("--json is for --cost: give --cost too, or leave --json out")
     if METHODS[args.method]["encoders"] == "clip":
         # Without the losses of Eq. (13) there is nothing that would train the MLP of Eq. (12).
         args.region_text = args.focal > 0 or args.dice > 0
     if args.micro_batch is None:
         args.micro_batch = args.batch_size
+    for name in ("vision_weights", "text_weights", "clip_weights"):
+        if name in given and args.weights != "pretrained":
+            raise InputError(f"--{name.replace('_', '-')} is for --weights pretrained, and this run "
+                             f"has --weights {args.weights}: leave it out")
     stages = args.stages or 0
     if stages > 0 and args.stage_epochs == 0 and args.epochs % stages > 0:
         raise InputError(f"--epochs is {args.epochs}, which --stages {stages} cannot share: give a "
@@ -653,7 +662,7 @@ def rate_factor(args, step, steps, epochs):
 
 
 def seed_of_step(args, epoch, step):
-    """The seed of a step's dropout. It depends on seed, epoch and step alone, so that a step is the
+    """The seed of a step's dropout. It depends only on seed, epoch and step, so that a step is the
     same in a resumed run. Processes that train together differ."""
     return in_range(((args.seed * 100_003 + epoch) * 1_000_003 + step) * 1_009 + rank())
 
@@ -697,7 +706,9 @@ def train(args):
 
     torch.manual_seed(in_range(args.seed))    # for the new weights of the model
     model = build_model(**model_arguments(args)).to(args.device)
-    print(f"parameters {count_parameters(model)}")
+    counts = count_parameters(model)
+    print(f"{counts['total']:,} parameters in all, {counts['trainable']:,} trained, "
+          f"{counts['encoder_tunable']:,} of them in or beside the encoders")
     if "cuda" in args.device:
         peak = simulate(last_model(args, "meta"), args, args.micro_batch)["peak"]
         print(f"a step with {args.micro_batch} samples at once needs {peak / 2 ** 30:.2f} GiB "
@@ -708,11 +719,11 @@ def train(args):
     if val_samples:
         # What fits on the device in training fits in evaluation, too.
         val_loader = make_loader(val_samples, model, args, batch_size=args.micro_batch)
-    write_args(out, args)
 
     state = read_last(out / "last.pt", frozen_fingerprint(model), fingerprint(train_samples))
     if args.init_from and state.model is None:
         init_from(model, state.frozen, args)
+    write_args(out, args)
     scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.amp == "fp16")
     if state.scaler is not None:
         scaler.load_state_dict(state.scaler)
@@ -721,6 +732,8 @@ def train(args):
     # Where stderr is a file, lines of the log are printed in place of a progress bar.
     silent = rank() > 0 or not sys.stderr.isatty()
     steps = len(train_loader)
+    if state.epoch >= phases[-1].last and state.evaluated:
+        print("nothing is left to train; --epochs N makes a run without stages longer")
     with tqdm(total=phases[-1].last * steps, initial=state.epoch * steps + state.step,
               desc=args.method, unit="step", disable=silent) as bar:
         for phase in phases:
@@ -742,9 +755,10 @@ def train(args):
 
     wait_for_all()    # until the first process has written the best weights
     load_tuned(model, read_state(out / "best.safetensors"), out / "best.safetensors")
-    draw_predictions(model, data.spread(val_samples or train_samples), args, out / "val.png")
-    if args.test:
-        test(model, args, out / "test.json")
+    with torch.compiler.set_stance("force_eager"):
+        draw_predictions(model, data.spread(val_samples or train_samples), args, out / "val.png")
+        if args.test:
+            test(model, args, out / "test.json")
     print(f"{(time.time() - began) / 60:.1f} minutes; look at {out}/val.png; "
           f"python evaluate.py {shlex.quote(str(out))}")
 
@@ -784,10 +798,10 @@ def begin_phase(model, phase, state, args):
         load_tuned(model, state.model, "last.pt")
         optimizer.load_state_dict(state.optimizer)
     if args.compile:
-        # Each phase is another model. Texts differ in length from batch to batch, so sizes are
-        # dynamic: else each length would be compiled anew, until the compiler gives up.
+        # Each phase is another model. Its batches have one shape, as texts are padded to
+        # --max-tokens then: other lengths would be compiled again, until the compiler gives up.
         torch.compiler.reset()
-        model.compile(dynamic=True)
+        model.compile()
     return optimizer
 
 
@@ -845,6 +859,7 @@ def train_epoch(model, loader, optimizer, scaler, phase, state, args, bar):
     state.sums = {}
     state.recent = {}
     state.evaluated = False
+    warn_standstill(state, steps, plan(args)[-1].last)    # also where an epoch has few steps
 
 
 def train_step(model, batch, optimizer, scaler, args):
@@ -860,7 +875,7 @@ def train_step(model, batch, optimizer, scaler, args):
         inputs = model_inputs(batch, start, end, args.device)
         boxes = batch["boxes"][start:end].to(args.device, non_blocking=True)
         share = (end - start) / size
-        # Several processes average their gradients in the last backward pass of a step alone.
+        # With several processes, gradients are averaged only in the last backward pass of a step.
         model.require_backward_grad_sync = end == size
 
         # Images and texts in, boxes out: text encoder, vision encoder, grounding encoder.
@@ -905,8 +920,8 @@ def weighted_losses(outputs, boxes, args):
 
 
 def rates_of(optimizer):
-    """The rates of the last step. A resumed run, which may have no step left in its epoch, has them
-    from the optimizer's state."""
+    """The rates of the last step, from the optimizer: a resumed run may have no step left in its
+    epoch."""
     head, rest = optimizer.param_groups
     return {"lr": head["lr"], "lr_encoder": rest["lr"]}
 
@@ -951,7 +966,8 @@ def evaluate_epoch(model, loader, state, args):
     dataset has no val; the last epoch then counts as the best."""
     line = state.log[-1]
     if loader is not None:
-        found = scores(predict(model, loader, args).ious)
+        with torch.compiler.set_stance("force_eager"):    # batches of any shape
+            found = scores(predict(model, loader, args).ious)
         line.update({f"val_{name}": value for name, value in found.items()})
     line["leaky_pretraining"] = leaky_pretraining(args)
     print_line(line)
@@ -980,15 +996,16 @@ def warn_worse(phase, log):
 
 
 def warn_of_schedule(args, phases, samples, steps):
-    """Say what does not fit a run this short."""
+    """Say how long a run is, and what does not fit one this short."""
+    print(f"{phases[-1].last} epochs of {steps} steps, {phases[-1].last * steps:,} steps in all")
     if len(samples) < args.batch_size:
         print(f"--batch-size is {args.batch_size}, but there are {len(samples)} samples: each step "
               f"has all of them")
     for phase in phases:
         longest = (phase.last - phase.first) * steps // 10
         if args.warmup > longest:
-            print(f"{phase.name}: --warmup {args.warmup} is cut to {longest} steps, a tenth of the "
-                  f"phase")
+            print(f"{phase.name} is short, so its warm-up is {longest} steps, a tenth of them, not "
+                  f"{args.warmup}")
     if args.contrast and min(args.micro_batch, len(samples)) // processes() == 1:
         print("HiVG's contrast among one sample is 0: give a larger --micro-batch, or --contrast 0")
 
@@ -1088,7 +1105,7 @@ def read_last(path, frozen, samples):
     if state.samples != samples:
         raise InputError(f"{path}: the run began with other samples than these; give it the same "
                          f"--dataset and --root, which may have moved")
-    print(f"resumed after epoch {state.epoch}, step {state.step} of the next")
+    print(f"resumed: {state.epoch} epochs are done, and {state.step} steps of the next")
     return state
 
 
@@ -1109,7 +1126,9 @@ def read_args(out):
                          f"--resume out to start one there")
     try:
         saved = json.loads(path.read_text())["args"]
-        return {**COMMON, **saved}
+        for name in ("method", "size", "device", "epochs", "batch_size", "weights"):
+            saved[name]
+        return {**COMMON, "title": saved["method"], **saved}    # which older runs lack
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: not what train.py writes; start a new run in another "
                          f"--out") from None
@@ -1141,14 +1160,17 @@ def hold_folder(args):
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "lock", "a+") as lock:
         lock_file(lock, out)
+        ours = ("args.json", "log.jsonl", "last.pt", "best.safetensors", "val.png", "test.json")
+        half_written = [path for name in ours for path in out.glob(f"{name}.*.partial")]
         for path in sorted(out.iterdir()):
-            if path.suffix == ".partial":
-                path.unlink()
-            # A run that was stopped before its first epoch may have left args.json alone, and it is
-            # begun anew.
-            elif not args.resume and path.name not in ("args.json", "lock"):
+            # A run that was stopped before its first epoch may have left args.json alone, and it
+            # starts again.
+            known = path.name in ("args.json", "lock") or path in half_written
+            if not args.resume and not known:
                 raise InputError(f"--out {out} already holds {path.name}: give another --out, or "
                                  f"--resume to go on with the run there")
+        for path in half_written:
+            path.unlink()
         try:
             yield
         finally:
@@ -1422,7 +1444,7 @@ def cost_of(name, args):
 
 
 def measure(args):
-    """What training steps of the run take on this GPU: {"batch", "peak_bytes", "samples_per_second"}."""
+    """What training steps take on this GPU: {"batch", "peak_bytes", "samples_per_second"}."""
     model = last_model(args, args.device).train()
     optimizer = make_optimizer(model, args, plan(args)[-1])
     inputs, boxes = random_batch(model, args.micro_batch, args.device)
@@ -1446,6 +1468,8 @@ def print_costs(given):
     """Print what methods and rows cost with the other flags of the command line, beside what the
     paper says. Where full fine-tuning is among them, each share of it is printed, too."""
     flags = {name: value for name, value in given.items() if name not in ("cost", "json")}
+    if "json" in given:
+        Path(given["json"]).parent.mkdir(parents=True, exist_ok=True)
     runs = []
     for name in given["cost"]:    # all are checked before the first is simulated
         kind = "row" if "/" in name else "method"
@@ -1490,7 +1514,8 @@ def main(argv=None):
     set_precision(args.amp)
     if args.weights == "pretrained":
         go_offline_without_hub()
-    options = [f"{name} {value}" for name, value in vars(args).items() if value is not None]
+    options = [f"{name} {value}" for name, value in vars(args).items()
+               if value not in (None, False, 0.0, [])]
     print(textwrap.fill(", ".join(options), 100))
     stop.number, stop.in_epoch, stop.saved = 0, False, time.time()
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}

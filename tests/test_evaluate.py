@@ -799,3 +799,14 @@ def test_a_pth_that_holds_no_names_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "best.pth")
     with pytest.raises(m.ModelError, match="best.pth: not a file of weights"):
         evaluate.load_released(str(tmp_path / "best.pth"))
+
+
+def test_no_flag_overwrites_what_another_one_names(tmp_path):
+    """Neither a photo nor another result."""
+    photo = tmp_path / "a.png"
+    Image.new("RGB", (20, 20)).save(photo)
+    for flags in (["--image", str(photo), "--text", "x", "--save", str(photo)],
+                  ["--image", str(photo), "--text", "x", "--json", str(photo)],
+                  ["--json", str(tmp_path / "r"), "--predictions", str(tmp_path / "r")]):
+        with pytest.raises(data.InputError, match="would overwrite"):
+            evaluate.parse_args(["run", "--device", "cpu", *flags])

@@ -31,7 +31,7 @@ def write_own(folder, images=6):
 
 
 def test_a_run_starts_from_the_tuned_weights_of_another(tmp_path, capsys, monkeypatch):
-    """All of them, with LoRA merged, and evaluate.py rebuilds what came out and names where it began."""
+    """All of them, with LoRA merged. evaluate.py rebuilds what came out, and names where it began."""
     rising = iter(range(100))    # so that the last stage has the best weights
     monkeypatch.setattr(train, "scores", lambda ious: {"acc@0.5": next(rising), "mean_iou": 0.0})
     first = run(tmp_path / "first", *HIVG)
@@ -70,7 +70,7 @@ def test_a_warm_up_is_a_tenth_of_its_phase_at_most(tmp_path, capsys):
               "--lr-drop", "50", "--lr", "0.002", "--log-every", "1")
     rates = [line["lr"] for line in read_log(out) if "step" in line]
     assert rates[:4] == pytest.approx([0.002 / 3, 0.004 / 3, 0.002, 0.002])
-    assert "--warmup 100 is cut to 3 steps" in capsys.readouterr().out
+    assert "its warm-up is 3 steps" in capsys.readouterr().out
 
 
 def test_a_batch_larger_than_the_data_and_a_contrast_of_one_are_said(tmp_path, capsys):

@@ -239,7 +239,7 @@ def test_a_finished_run_is_not_trained_again(short_run, capsys):
     """--resume of a finished run changes no result, and may have flags that make no difference."""
     before = files_of(short_run)
     resume(short_run, "--device", "cpu", "--batch-size", "8", "--workers", "1")
-    assert "resumed after epoch 1" in capsys.readouterr().out
+    assert "resumed: 1 epochs are done" in capsys.readouterr().out
     assert files_of(short_run) == before
 
 
@@ -377,3 +377,21 @@ def test_a_disk_without_locks_takes_runs_all_the_same(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "lockf", no_locks)
     assert [line["epoch"] for line in read_log(run(tmp_path / "a", "--epochs", "1"))] == [1]
+
+
+def test_a_refused_start_leaves_the_files_of_a_folder_alone(tmp_path):
+    """Half-written files of a run are removed, other .partial files are not; and what is refused on
+    --resume changes no option of the run."""
+    (tmp_path / "film.partial").write_text("mine")
+    with pytest.raises(InputError, match="already holds film.partial"):
+        run(tmp_path)
+    assert (tmp_path / "film.partial").read_text() == "mine"
+
+    out = run(tmp_path / "x", "--epochs", "1")
+    before = (out / "args.json").read_text()
+    (out / "last.pt.123.partial").write_text("half")
+    (out / "last.pt").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="damaged"):
+        train.main(["--out", str(out), "--resume", "--epochs", "2"])
+    assert (out / "args.json").read_text() == before
+    assert not (out / "last.pt.123.partial").exists()

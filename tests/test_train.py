@@ -93,8 +93,8 @@ WITH_LORA = {"lora", "m2ist+lora", "clip-lora", "hivg"}
 
 
 @pytest.mark.parametrize("flags, methods", [
-    (["--vision-weights x", "--text-weights x", "--ffn-port iea", "--image-size 96"], ON_DETR),
-    (["--clip-weights x", "--vision-layers 1", "--bridge-layers 1", "--contrast 1"], ON_CLIP),
+    (["--ffn-port iea", "--image-size 96"], ON_DETR),
+    (["--vision-layers 1", "--bridge-layers 1", "--contrast 1"], ON_CLIP),
     (["--insertion parallel", "--bottleneck 4", "--interaction-dim 4", "--scale 2"], WITH_ADAPTERS),
     (["--residual", "--side-start paired"], SIDE),
     (["--text-layers 1 2"], {*WITH_ADAPTERS, "hivg"}),
@@ -475,7 +475,8 @@ def test_linear_layers_work_in_the_precision_of_amp(monkeypatch, method, amp, dt
 
 
 def test_a_compiled_model_has_one_graph_a_phase_for_all_lengths_of_texts(tmp_path, monkeypatch):
-    """Else each length would be compiled anew, until the compiler gives up at its limit."""
+    """Texts are padded to --max-tokens: else each length would be compiled again, until the compiler
+    gives up at its limit."""
     graphs = []
 
     def backend(graph, inputs):
@@ -487,16 +488,27 @@ def test_a_compiled_model_has_one_graph_a_phase_for_all_lengths_of_texts(tmp_pat
     monkeypatch.setitem(size, "grounding", {**size["grounding"], "layers": 1})    # sooner compiled
     args, model, loader = set_up(48, "--method", "lora", "--stages", "2", "--epochs", "2",
                                  "--compile", "--batch-size", "2", "--out", str(tmp_path))
-    batches = {batch["tokens"].shape[1]: batch for batch in loader}
-    assert len(batches) >= 5
+    batches = [batch for batch, _ in zip(loader, range(5))]
+    assert {batch["tokens"].shape[1] for batch in batches} == {args.max_tokens}
+    longest = {(~batch["token_padding"]).sum(1).max().item() for batch in batches}
+    assert len(longest) > 1 and max(longest) < args.max_tokens
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     for phase in train.plan(args):
         optimizer = train.begin_phase(model, phase, train.State(epoch=phase.first), args)
-        for batch in batches.values():
+        for batch in batches:
             train.train_step(model, batch, optimizer, scaler, args)
         train.save_checkpoint(tmp_path / "best.safetensors", model, {})    # for the next phase
     torch.compiler.reset()
     assert len(graphs) == len(train.plan(args)) == 2
+
+
+def test_flags_that_would_be_ignored_are_refused(tmp_path):
+    """Weights of encoders that the run does not load, and --json without --cost."""
+    for flags, name in ((["--vision-weights", "x.pth"], "vision-weights"),
+                        (["--method", "hivg", "--clip-weights", "x"], "clip-weights"),
+                        (["--json", "x.json"], "json")):
+        with pytest.raises(InputError, match=f"--{name}.*leave"):
+            train.parse_args(flags)
 
 
 # --- What stops a run -----------------------------------------------------------------------------
