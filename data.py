@@ -1557,7 +1557,8 @@ def text_length(dataset, max_tokens, text_weights):
         return Tokenizer(max_tokens, str(Path(files[0]).parent)).length, ""
     # One token marks the beginning of a text, and one its end.
     return (lambda text: len(text.split()) + 2,
-            " if each word is one token (--text-weights counts by a tokenizer)")
+            " if each word is one token (--text-weights counts by a tokenizer; that of size tiny spells "
+            "unknown words letter by letter)")
 
 
 def report(dataset, root, max_tokens, text_weights):

@@ -1204,6 +1204,9 @@ def merge_peft(state, source):
     return plain
 
 
+TRY_WITHOUT = "To try the machinery alone, take --size tiny, or --weights random"
+
+
 def load_detr(vision, weights=None):
     """DETR R-50: the official file, or what --vision-weights names."""
     if weights is not None:
@@ -1215,8 +1218,8 @@ def load_detr(vision, weights=None):
         state = torch.hub.load_state_dict_from_url(DETR_URL, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ModelError(f"cannot fetch {DETR_URL} ({error}): put the file into "
-                         f"{torch.hub.get_dir()}/checkpoints, give --vision-weights FILE, or "
-                         f"--weights random") from None
+                         f"{torch.hub.get_dir()}/checkpoints, or give --vision-weights FILE. "
+                         f"{TRY_WITHOUT}") from None
     finally:
         socket.setdefaulttimeout(before)
     import_weights(vision, state["model"], DETR_TABLE, DETR_IGNORED, DETR_URL)
@@ -1260,8 +1263,8 @@ def find_weights(weights, flag):
             continue
         if path is not None:
             return path
-    raise ModelError(f"no {weights} as a folder or on the hub ({why}): give {flag} FOLDER, or "
-                     f"--weights random")
+    raise ModelError(f"no {weights} as a folder or on the hub ({why}): give {flag} FOLDER. "
+                     f"{TRY_WITHOUT}")
 
 
 # --- Tables of third-party names: [(regular expression of their name, our name), ...] -------------

@@ -1032,7 +1032,8 @@ def warn_truncated(samples, tokenizer):
     cut = data.cut_samples(samples, tokenizer.length, tokenizer.max_tokens)
     if cut:
         print(f"{len(cut)} of {len(samples)} expressions are cut at {tokenizer.max_tokens} tokens, "
-              f"such as {data.shortened(cut[0].text)}; --max-tokens sets another limit")
+              f"such as {data.shortened(cut[0].text)}; --max-tokens sets another limit (the tokenizer "
+              f"of size tiny spells unknown words letter by letter)")
 
 
 def test_splits(args):

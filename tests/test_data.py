@@ -1196,8 +1196,8 @@ def test_the_report_doubts_boxes_of_another_unit_and_counts_tokens(tmp_path, cap
         return re.findall("(.*), such as 'don t red'", printed)
 
     assert counted(5) == []
-    assert counted(4) == ["2 expressions that are cut at 4 tokens if each word is one token "
-                          "(--text-weights counts by a tokenizer)"]
+    [fault] = counted(4)
+    assert fault.startswith("2 expressions that are cut at 4 tokens if each word is one token")
     small_tokenizer(tmp_path / "clip", "clip")
     flags = ["--text-weights", str(tmp_path / "clip")]
     assert counted(7, *flags) == []

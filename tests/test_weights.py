@@ -321,7 +321,7 @@ def test_bert_base_has_the_names_and_shapes_of_ours():
     (m.load_detr, "vision", "--vision-weights"), (load_bert, "text", "--text-weights")])
 def test_a_folder_that_is_not_there_names_the_flag(tmp_path, load, name, flag):
     """And the way out."""
-    words = f"no .*/nowhere as a folder or on the hub .*: give {flag} FOLDER, or --weights random"
+    words = f"no .*/nowhere as a folder or on the hub .*: give {flag} FOLDER. .*--size tiny, or --weights random"
     with pytest.raises(m.ModelError, match=words):
         load(encoder(name, device="meta"), str(tmp_path / "nowhere"))
 
