@@ -22,7 +22,7 @@ import evaluate    # noqa: E402
 import train    # noqa: E402
 
 # How far outputs and gradients may be from the CPU's float32, relative to their largest value.
-TOLERANCES = {"off": 1e-3, "tf32": 2e-2, "bf16": 1e-1, "fp16": 5e-2}
+TOLERANCES = {"off": 1e-3, "tf32": 2e-2, "bf16": 2.5e-1, "fp16": 5e-2}
 SHORT = ["--limit", "64", "--batch-size", "16", "--epochs", "2", "--warmup", "0", "--log-every", "1",
          "--save-minutes", "0"]
 
