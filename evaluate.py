@@ -187,7 +187,7 @@ def make_loader(samples, model, args, train=False, batch_size=None):
     return DataLoader(dataset, batch_sampler=batches, num_workers=args.workers,
                       collate_fn=functools.partial(data.collate, pad=tokenizer.pad, length=length),
                       pin_memory="cuda" in args.device, worker_init_fn=begin_worker,
-                      persistent_workers=train and args.workers > 0)
+                      persistent_workers=args.workers > 0)
 
 
 def check_shared_memory(side, batch_size, workers):

@@ -1,5 +1,11 @@
 """Fixtures that several files of tests share."""
-import pytest
+import os
+
+# The models of the tests are so small that one thread is faster than two. Processes that the tests
+# start have it from here, too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest    # noqa: E402
 
 import evaluate
 import train
