@@ -1546,10 +1546,10 @@ def text_length(dataset, max_tokens, text_weights):
     """Return a function that counts the tokens of a text, and a note on how: by the tokenizer of
     --text-weights or, by default, by that of `shapes` or BERT. For BERT nothing is fetched: if its
     files are not on this machine, words are counted."""
+    if dataset == "shapes" or text_weights == "tiny":
+        return Tokenizer(max_tokens).length, ""
     if text_weights:
         return Tokenizer(max_tokens, text_weights).length, ""
-    if dataset == "shapes":
-        return Tokenizer(max_tokens).length, ""
     from huggingface_hub import try_to_load_from_cache   # transformers brings this library
     files = [try_to_load_from_cache("bert-base-uncased", name)
              for name in ("tokenizer.json", "config.json")]
@@ -1557,8 +1557,8 @@ def text_length(dataset, max_tokens, text_weights):
         return Tokenizer(max_tokens, str(Path(files[0]).parent)).length, ""
     # One token marks the beginning of a text, and one its end.
     return (lambda text: len(text.split()) + 2,
-            " if each word is one token (--text-weights counts by a tokenizer; that of size tiny spells "
-            "unknown words letter by letter)")
+            " if each word is one token (--text-weights counts by a tokenizer; that of size tiny, "
+            "--text-weights tiny, spells unknown words letter by letter)")
 
 
 def report(dataset, root, max_tokens, text_weights):
@@ -1705,8 +1705,9 @@ def build_parser():
     add("--max-tokens", type=int, default=20, metavar="N",
         help="count expressions of more than N tokens (default: 20)")
     add("--text-weights", metavar="NAME",
-        help="count tokens by the tokenizer of this text encoder, a hub name or a folder (default: "
-             "bert-base-uncased if its files are on this machine; if not, words are counted)")
+        help="count tokens by the tokenizer of this text encoder, a hub name or a folder, or tiny for "
+             "that of size tiny (default: bert-base-uncased if its files are on this machine; if not, "
+             "words are counted)")
     return parser
 
 
