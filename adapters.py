@@ -68,7 +68,7 @@ class ExpertAdapter(nn.Module):
 
     def __init__(self, dim, bottleneck=128, scale=0.1, residual=False):
         super().__init__()
-        # Fig. 2 leaves this LayerNorm out: "we do not show the LayerNorm for simplicity".
+        # Fig. 2 leaves this LayerNorm out: "we do not show the LayerNorm for simplicity" (III-B).
         self.norm = nn.LayerNorm(dim)
         self.down = nn.Linear(dim, bottleneck)    # with biases, as released; Eqs. (1)-(3) have none
         self.up = nn.Linear(bottleneck, dim)
@@ -152,7 +152,9 @@ class InteractionAdapter(nn.Module):
         return out
 
     def forward(self, x_v, x_l):
-        """x_v: (B, N_v, C_v), x_l: (B, N_l, C_l). Returns both, adapted."""
+        """Both modalities at once, for use alone; the side networks call `vision` and `text`.
+
+        x_v: (B, N_v, C_v), x_l: (B, N_l, C_l). Returns both, adapted."""
         return self.vision(x_v), self.text(x_l)
 
     def zero_init(self):
@@ -540,8 +542,8 @@ class CrossModalBridge(nn.Module):
         texts, padding = context
         if self.only is not None:
             texts = [texts[self.only]]
-        # [D53] The query is the residual stream after the self-attention, x + out, as released: the
-        # paper does not say which features attend. The result returns "back to the block as
-        # residuals" (Section 3.2). [D44] Eqs. (7) and (8) write it into the layer's input; here q, k,
-        # v and out of this layer do not see it.
+        # [D53] The query is the residual stream after the self-attention, x + out, as released. The
+        # paper's "visual features outputted by the self-attention" (Section 3.2) may also mean out
+        # alone. The result returns "back to the block as residuals". [D44] Eqs. (7) and (8) write it
+        # into the layer's input; here q, k, v and out of this layer do not see it.
         return out + self.semantic(x + out, texts, padding)

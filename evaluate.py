@@ -183,7 +183,8 @@ def make_loader(samples, model, args, train=False, batch_size=None):
     # A compiled model takes batches of one shape; otherwise texts are trimmed to the longest.
     length = spec["max_tokens"] if train and args.compile else 0
     if args.workers > 0:
-        check_shared_memory(spec["image_size"], batch_size // processes(), args.workers)
+        held = batch_size // processes() if train else batch_size    # by one batch of a worker
+        check_shared_memory(spec["image_size"], held, args.workers)
     return DataLoader(dataset, batch_sampler=batches, num_workers=args.workers,
                       collate_fn=functools.partial(data.collate, pad=tokenizer.pad, length=length),
                       pin_memory="cuda" in args.device, worker_init_fn=begin_worker,
@@ -280,7 +281,7 @@ def by_length(samples, ious):
                 chosen.append(iou)
         if chosen:
             correct = sum(iou >= 0.5 for iou in chosen)
-            bounds = f"{least}-{most or ''}"
+            bounds = f"{least}-{most}" if most else f"{least} or more"
             parts.append(f"{bounds} words {correct / len(chosen):.4f} of {len(chosen)}")
     return ", ".join(parts)
 
@@ -297,6 +298,10 @@ def leaky_pretraining(args):
     if vars(args).get("init_from") and not leaky:
         return None    # what the other run has seen may hold images of this val and test
     return leaky
+
+
+def leaky_in_words(args):
+    return {True: "yes", False: "no", None: "unknown"}[leaky_pretraining(args)]
 
 
 def evaluate_split(model, samples, args, split):
@@ -340,7 +345,7 @@ def evaluate_dataset(model, args, asked):
 
 def prediction_lines(split, samples, predictions, side, trained_on):
     """A line of JSON for each sample of a split. Boxes are (x1, y1, x2, y2) in pixels of the image.
-    The IoU is the one that accuracy counts, in the padded square. side: of that square, in pixels"""
+    The IoU is the one that accuracy counts, in the padded square. side: of that square, in pixels."""
     sizes = data.image_sizes(samples)
     lines = []
     for sample, box, iou in zip(samples, predictions.boxes, predictions.ious.tolist()):
@@ -576,6 +581,8 @@ def load_checkpoint(path):
     except Exception:    # a file of another kind may fail in any manner
         raise InputError(f"{path}: not a checkpoint of this project (best.safetensors of an --out "
                          f"folder)") from None
+    if config["model"]["weights"] == "pretrained":
+        go_offline_without_hub()
     model = build_model(**config["model"])
     if frozen_fingerprint(model) != config["frozen"]:
         raise InputError(f"{path}: was trained on other encoder weights than these "
@@ -634,6 +641,7 @@ def load_released(path, clip_weights=None):
 
     clip_weights: hub name or folder of the CLIP whose tokenizer is used; None: OpenAI's.
     """
+    go_offline_without_hub()    # for the tokenizer
     state = read_released(path)
     bridges = sorted({int(number) for key in state
                       for number in re.findall(r"layers\.(\d+)\.cross_norm", key)})    # from 0
@@ -823,20 +831,22 @@ def parse_args(argv=None):
             raise InputError(f"--save {asked.save}: give the name of a .png or .jpg file")
     taken = [Path(image).resolve() for image in asked.image or []]
     for flag, path in files.items():
-        if path is not None and Path(path).resolve() in taken:
+        if path is None:
+            continue
+        path = Path(path)
+        if path.resolve() in taken:
             raise InputError(f"--{flag} {path}: would overwrite what another flag names; give another "
                              f"name")
-        if path is not None:
-            taken.append(Path(path).resolve())
-        if path is not None and Path(path).is_dir():
+        if path.is_dir():
             raise InputError(f"--{flag} {path}: is a folder; give the name of a file")
-        if path is not None:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        taken.append(path.resolve())
+        path.parent.mkdir(parents=True, exist_ok=True)
     for flag, path in folders.items():
-        if path is not None and Path(path).is_file():
+        if path is None:
+            continue
+        if Path(path).is_file():
             raise InputError(f"--{flag} {path}: is a file; give the name of a folder")
-        if path is not None:
-            Path(path).mkdir(parents=True, exist_ok=True)
+        Path(path).mkdir(parents=True, exist_ok=True)
     return asked
 
 
@@ -847,7 +857,6 @@ def is_released(checkpoint):
 
 def main(argv=None):
     asked = parse_args(argv)
-    go_offline_without_hub()
     with memory_explained(asked.device, "--batch-size", asked.batch_size):
         if is_released(asked.checkpoint):
             model, config = load_released(asked.checkpoint, asked.clip_weights)
@@ -868,9 +877,9 @@ def main(argv=None):
         else:
             title = trained.get("title") or trained.get("row") or trained["method"]
             started = trained.get("init_from")
-            print(f"{title} {args.size}, trained on {args.trained_on}"
+            print(f"{title} {args.size}, trained on {args.trained_on or 'what its file does not say'}"
                   f"{f' from {started}' if started else ''}, epoch {config['epoch']}, evaluated on "
-                  f"{args.dataset}; leaky pretraining {leaky_pretraining(args)}")
+                  f"{args.dataset}; leaky pretraining {leaky_in_words(args)}")
             result = {"checkpoint": asked.checkpoint, "method": title, "epoch": config["epoch"],
                       "seed": trained["seed"], "trained_on": args.trained_on, "init_from": started,
                       **evaluate_dataset(model, args, asked)}

@@ -134,8 +134,8 @@ class TransformerLayer(nn.Module):
             x = self.norm1(x)
 
         h = self.norm2(x) if self.pre_norm else x
-        # Dropout before ReLU gives the numbers of dropout after it, and saves one activation less.
-        # Layers with another activation have no dropout here.
+        # Dropout and ReLU may swap places. With dropout first, the backward pass needs one saved
+        # activation less. Layers with another activation have no dropout here.
         g = self.fc2(self.activation(self.ffn_dropout(self.fc1(h))))
         g = self.port("ffn", g, x, context)
         x = x + self.dropout(g)

@@ -59,7 +59,7 @@ import losses
 from adapters import ADAPTERS
 from data import InputError, run_command
 from evaluate import (at_least, autocast, check_device, default_device, default_workers,
-                      draw_predictions, frozen_fingerprint, go_offline_without_hub,
+                      draw_predictions, frozen_fingerprint, go_offline_without_hub, leaky_in_words,
                       leaky_pretraining, load_checkpoint, load_tuned, make_loader, make_tokenizer,
                       measured_ious, memory_explained, model_inputs, peak_bytes, predict, processes,
                       rank, save_checkpoint, scores, set_precision, sum_over_processes, tuned_state)
@@ -702,7 +702,7 @@ def train(args):
     if args.test and not test_splits(args):
         raise InputError(f"--test: {args.dataset} has no split but train and val; leave --test out")
     print(f"{args.title} {args.size} on {args.dataset}: {len(train_samples)} expressions to train "
-          f"on, {len(val_samples)} to validate; leaky pretraining {leaky_pretraining(args)}")
+          f"on, {len(val_samples)} to validate; leaky pretraining {leaky_in_words(args)}")
 
     torch.manual_seed(in_range(args.seed))    # for the new weights of the model
     model = build_model(**model_arguments(args)).to(args.device)
@@ -710,15 +710,15 @@ def train(args):
     print(f"{counts['total']:,} parameters in all, {counts['trainable']:,} trained, "
           f"{counts['encoder_tunable']:,} of them in or beside the encoders")
     if "cuda" in args.device:
-        peak = simulate(last_model(args, "meta"), args, args.micro_batch)["peak"]
-        print(f"a step with {args.micro_batch} samples at once needs {peak / 2 ** 30:.2f} GiB "
+        peak = simulate(last_model(args, "meta"), args, samples_at_once(args))["peak"]
+        print(f"a step with {samples_at_once(args)} samples at once needs {peak / 2 ** 30:.2f} GiB "
               f"(simulated), and CUDA's context and workspaces")
     warn_truncated([*train_samples, *val_samples], make_tokenizer(model.spec))
     train_loader = make_loader(train_samples, model, args, train=True)
     val_loader = None
     if val_samples:
         # What fits on the device in training fits in evaluation, too.
-        val_loader = make_loader(val_samples, model, args, batch_size=args.micro_batch)
+        val_loader = make_loader(val_samples, model, args, batch_size=samples_at_once(args))
 
     state = read_last(out / "last.pt", frozen_fingerprint(model), fingerprint(train_samples))
     if args.init_from and state.model is None:
@@ -764,7 +764,8 @@ def train(args):
 
 
 def init_from(model, frozen, args):
-    """Put the tuned weights of another run into a new model. frozen: the fingerprint of its encoders"""
+    """Put the tuned weights of another run into `model`, which is new. frozen: the fingerprint of the
+    encoders of `model`, which must be those of the other run."""
     initial, config = load_checkpoint(args.init_from)
     theirs = (config["model"]["method"], config["model"]["size"])
     if theirs != (args.method, args.size):
@@ -1006,7 +1007,7 @@ def warn_of_schedule(args, phases, samples, steps):
         if args.warmup > longest:
             print(f"{phase.name} is short, so its warm-up is {longest} steps, a tenth of them, not "
                   f"{args.warmup}")
-    if args.contrast and min(args.micro_batch, len(samples)) // processes() == 1:
+    if args.contrast and min(args.micro_batch, len(samples) // processes()) == 1:
         print("HiVG's contrast among one sample is 0: give a larger --micro-batch, or --contrast 0")
 
 
@@ -1237,6 +1238,11 @@ def join_processes(args):
           f"each; HiVG's contrast is within the samples of a process")
 
 
+def samples_at_once(args):
+    """How many samples are on one device at once: at most the part of a batch that a process takes."""
+    return min(args.micro_batch, args.batch_size // processes())
+
+
 def in_parallel(model):
     """The model as each process calls it in training."""
     if processes() == 1:
@@ -1409,7 +1415,7 @@ def largest_fit(peaks, capacity):
 
 def fitting_micro_batch(args):
     """A micro-batch to try where that of a run had too little memory."""
-    half = max(1, args.micro_batch // 2)
+    half = max(1, samples_at_once(args) // 2)
     if "cuda" not in args.device:
         return half
     model = last_model(args, "meta")
@@ -1524,7 +1530,7 @@ def main(argv=None):
         with hold_folder(args):
             wait_for_all()
             fitting = functools.partial(fitting_micro_batch, args)
-            with memory_explained(args.device, "--micro-batch", args.micro_batch, fitting):
+            with memory_explained(args.device, "--micro-batch", samples_at_once(args), fitting):
                 train(args)
     except Stopped as stopped:
         how = ""

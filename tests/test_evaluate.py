@@ -73,7 +73,7 @@ def test_accuracy_by_length_counts_words():
     ious = torch.tensor([0.6, 0.4, 0.5, 0.7, 0.1, 0.2, 0.9, 0.1])
     assert evaluate.by_length(samples, ious) == (
         "1-5 words 0.5000 of 2, 6-10 words 1.0000 of 2, 11-20 words 0.0000 of 2, "
-        "21- words 0.5000 of 2")
+        "21 or more words 0.5000 of 2")
     assert evaluate.by_length(samples[:1], ious[:1]) == "1-5 words 1.0000 of 1"
 
 
@@ -120,7 +120,7 @@ def test_results_have_the_promised_form_and_say_which_run_they_are_of(runs, tmp_
     assert {file.name for file in (tmp_path / "drawn").iterdir()} == {
         "val.png", "testA.png", "testB.png"}
     printed = capsys.readouterr().out
-    assert f"{title} tiny" in printed and "leaky pretraining False" in printed
+    assert f"{title} tiny" in printed and "leaky pretraining no" in printed
     line = json.loads((runs["m2ist"] / "log.jsonl").read_text().splitlines()[-1])
     assert line["leaky_pretraining"] is False
 
