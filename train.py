@@ -94,7 +94,7 @@ def build_parser():
         help="run this row of the papers' tables, m2ist/V/b say; `list` lists them")
     add("--cost", nargs="+", metavar="METHOD",
         help="print what these methods or rows cost at size base, with the other flags, and train "
-             "nothing")
+             "nothing; name full first to see shares of it")
     add("--json", metavar="FILE", help="write what --cost found to this file")
     add("--out", metavar="DIR",
         help="folder of the run; if not given, runs/DATASET-METHOD-SEED and all flags that change "
@@ -1473,7 +1473,7 @@ def measure(args):
 
 def print_costs(given):
     """Print what methods and rows cost with the other flags of the command line, beside what the
-    paper says. Where full fine-tuning is among them, each share of it is printed, too."""
+    paper says. Those that follow full fine-tuning are printed with their share of it, too."""
     flags = {name: value for name, value in given.items() if name not in ("cost", "json")}
     if "json" in given:
         Path(given["json"]).parent.mkdir(parents=True, exist_ok=True)
