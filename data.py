@@ -328,6 +328,9 @@ def find_files(dataset, root):
     path = Path(dataset)
     is_own_file = path.suffix == ".jsonl" and path.is_file()
     if dataset not in DATASETS and not is_own_file:
+        if path.suffix == ".jsonl":
+            raise InputError(f"{dataset}: there is no such file, seen from the folder {Path.cwd()}; "
+                             f"give the path of the file as the dataset")
         raise InputError(
             f"{dataset}: no such dataset (choose shapes, {', '.join(DATASETS)}, or several joined "
             f"by commas), and no such file, which would be FILE.jsonl with one JSON object per "
@@ -661,6 +664,10 @@ def load_for_training(dataset, root=None, limit=None):
               f"epoch is kept as the best")
 
     check_images_exist([*train, *val])
+    shared = {sample.image for sample in train} & {sample.image for sample in val}
+    if shared:
+        print(f"{len(shared)} images are both in train and in val: on new images the accuracy will be "
+              f"lower than on val")
     for split, samples in (("train", train), ("val", val)):
         doubt = doubt_about_boxes(samples)
         if doubt:
@@ -1601,7 +1608,8 @@ def report(dataset, root, max_tokens, text_weights):
     for first, second in itertools.combinations(images, 2):
         both = sorted(images[first] & images[second])
         # The val of joined datasets repeats the val of each dataset.
-        if both and first != "val":
+        repeats = first == "val" and second.endswith("/val")
+        if both and not repeats:
             faults.setdefault(f"images both in {first} and in {second}", []).extend(both)
     if misspelt_splits(list(images)):
         print(f"training looks for train and val{misspelt_splits(list(images))}")
@@ -1609,6 +1617,8 @@ def report(dataset, root, max_tokens, text_weights):
         print(doubt)
     for fault, cases in faults.items():
         print(f"{len(cases):,} {fault}, such as {cases[0]}")
+    if not faults:
+        print("no fault was found")
 
 
 def is_turned(path):

@@ -142,6 +142,7 @@ def test_unknown_datasets_splits_and_folders_are_named(tmp_path, monkeypatch):
     (tmp_path / "part/unc/unc_train.pth").unlink()
     for dataset, split, root, words in (
             ("nothing", "train", None, "nothing: no such dataset .*shapes.*no such file.*.jsonl"),
+            ("gone.jsonl", "train", None, "gone.jsonl: there is no such file, seen from the folder"),
             ("shapes", "test", None, "shapes 'test': choose one of train, val, testA, testB"),
             ("my.jsonl", "train", "nowhere", "--root nowhere: there is no such folder"),
             ("my.jsonl", "test", None, "my.jsonl 'test': choose one of train"),
@@ -1180,6 +1181,24 @@ def test_the_report_counts_and_names_what_is_wrong(tmp_path, capsys, empty_cache
                  "2 boxes without area, such as", "1 images both in train and in testB"):
         assert re.search(f"^{line}", printed, re.MULTILINE), line
     assert "both in train and in val" not in printed
+
+
+def test_images_in_train_and_in_val_are_named_in_any_order(tmp_path, capsys, empty_cache):
+    """A split by box and not by image makes val look better than new images would. Without such an
+    image the report says that it found nothing."""
+    for name in ("a.png", "b.png"):
+        Image.new("L", (40, 30)).save(tmp_path / name)
+    val = {**GOOD, "split": "val"}
+    shared = write(tmp_path / "shared.jsonl", val, GOOD)
+    apart = write(tmp_path / "apart.jsonl", val, {**GOOD, "image": "b.png"})
+    data.main([shared])
+    assert "\n1 images both in val and in train, such as" in capsys.readouterr().out
+    data.load_for_training(shared)
+    assert "1 images are both in train and in val" in capsys.readouterr().out
+    data.main([apart])
+    assert "\nno fault was found\n" in capsys.readouterr().out
+    data.load_for_training(apart)
+    assert capsys.readouterr().out == ""
 
 
 def test_the_report_doubts_boxes_of_another_unit_and_counts_tokens(tmp_path, capsys, empty_cache):
