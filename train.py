@@ -759,7 +759,10 @@ def train(args):
         draw_predictions(model, data.spread(val_samples or train_samples), args, out / "val.png")
         if args.test:
             test(model, args, out / "test.json")
-    print(f"{(time.time() - began) / 60:.1f} minutes; look at {out}/val.png; "
+    reached = ""
+    if val_samples:
+        reached = f"accuracy on val {best_of(state.log, 1, phases[-1].last):.4f} at best; "
+    print(f"{(time.time() - began) / 60:.1f} minutes; {reached}look at {out}/val.png; "
           f"python evaluate.py {shlex.quote(str(out))}")
 
 
@@ -1002,6 +1005,9 @@ def warn_of_schedule(args, phases, samples, steps):
     if len(samples) < args.batch_size:
         print(f"--batch-size is {args.batch_size}, but there are {len(samples)} samples: each step "
               f"has all of them")
+    left_over = len(samples) % min(args.batch_size, len(samples))
+    if left_over > 0:
+        print(f"each epoch leaves out {left_over} expressions, drawn anew, that fill no batch")
     for phase in phases:
         longest = (phase.last - phase.first) * steps // 10
         if args.warmup > longest:

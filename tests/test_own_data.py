@@ -73,11 +73,14 @@ def test_a_warm_up_is_a_tenth_of_its_phase_at_most(tmp_path, capsys):
     assert "its warm-up is 3 steps" in capsys.readouterr().out
 
 
-def test_a_batch_larger_than_the_data_and_a_contrast_of_one_are_said(tmp_path, capsys):
+def test_a_batch_that_does_not_fit_the_data_and_a_contrast_of_one_are_said(tmp_path, capsys):
     run(tmp_path / "x", "--limit", "5", "--epochs", "1")
     assert "--batch-size is 8, but there are 5 samples" in capsys.readouterr().out
-    run(tmp_path / "y", *HIVG, "--micro-batch", "1", "--limit", "8")
-    assert "contrast among one sample is 0" in capsys.readouterr().out
+    run(tmp_path / "y", "--limit", "13", "--epochs", "1")
+    assert "each epoch leaves out 5 expressions" in capsys.readouterr().out
+    run(tmp_path / "z", *HIVG, "--micro-batch", "1", "--limit", "8")
+    printed = capsys.readouterr().out
+    assert "contrast among one sample is 0" in printed and "leaves out" not in printed
 
 
 def test_a_loss_that_stands_still_is_said_once(tmp_path, capsys):
