@@ -1607,8 +1607,8 @@ def report(dataset, root, max_tokens, text_weights):
         faults[fault] = turned
     for first, second in itertools.combinations(images, 2):
         both = sorted(images[first] & images[second])
-        # The val of joined datasets repeats the val of each dataset.
-        repeats = first == "val" and second.endswith("/val")
+        # The val of joined datasets repeats that of each one, DATASET/val, which is compared, too.
+        repeats = first == "val" and "/" in second
         if both and not repeats:
             faults.setdefault(f"images both in {first} and in {second}", []).extend(both)
     if misspelt_splits(list(images)):
