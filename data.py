@@ -330,7 +330,7 @@ def find_files(dataset, root):
     if dataset not in DATASETS and not is_own_file:
         if path.suffix == ".jsonl":
             raise InputError(f"{dataset}: there is no such file, seen from the folder {Path.cwd()}; "
-                             f"give the path of the file as the dataset")
+                             f"give its path from there")
         raise InputError(
             f"{dataset}: no such dataset (choose shapes, {', '.join(DATASETS)}, or several joined "
             f"by commas), and no such file, which would be FILE.jsonl with one JSON object per "

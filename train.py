@@ -1007,7 +1007,8 @@ def warn_of_schedule(args, phases, samples, steps):
               f"has all of them")
     left_over = len(samples) % min(args.batch_size, len(samples))
     if left_over > 0:
-        print(f"each epoch leaves out {left_over} expressions, drawn anew, that fill no batch")
+        print(f"each epoch leaves out {left_over} expressions, which fill no batch; they are others "
+              f"in each epoch")
     for phase in phases:
         longest = (phase.last - phase.first) * steps // 10
         if args.warmup > longest:
